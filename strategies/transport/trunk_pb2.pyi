@@ -1,0 +1,198 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
+from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class DType(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    DTYPE_UNSPECIFIED: _ClassVar[DType]
+    FLOAT32: _ClassVar[DType]
+    FLOAT16: _ClassVar[DType]
+    BFLOAT16: _ClassVar[DType]
+    BOOL: _ClassVar[DType]
+
+class Codec(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    CODEC_UNSPECIFIED: _ClassVar[Codec]
+    RAW: _ClassVar[Codec]
+    SCALED: _ClassVar[Codec]
+    BITS: _ClassVar[Codec]
+DTYPE_UNSPECIFIED: DType
+FLOAT32: DType
+FLOAT16: DType
+BFLOAT16: DType
+BOOL: DType
+CODEC_UNSPECIFIED: Codec
+RAW: Codec
+SCALED: Codec
+BITS: Codec
+
+class Tensor(_message.Message):
+    __slots__ = ("version", "dtype", "shape", "codec", "scale", "data")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    SHAPE_FIELD_NUMBER: _ClassVar[int]
+    CODEC_FIELD_NUMBER: _ClassVar[int]
+    SCALE_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    version: int
+    dtype: DType
+    shape: _containers.RepeatedScalarFieldContainer[int]
+    codec: Codec
+    scale: float
+    data: bytes
+    def __init__(self, version: _Optional[int] = ..., dtype: _Optional[_Union[DType, str]] = ..., shape: _Optional[_Iterable[int]] = ..., codec: _Optional[_Union[Codec, str]] = ..., scale: _Optional[float] = ..., data: _Optional[bytes] = ...) -> None: ...
+
+class Compute(_message.Message):
+    __slots__ = ("step", "micro", "activations", "mask")
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    MICRO_FIELD_NUMBER: _ClassVar[int]
+    ACTIVATIONS_FIELD_NUMBER: _ClassVar[int]
+    MASK_FIELD_NUMBER: _ClassVar[int]
+    step: int
+    micro: int
+    activations: Tensor
+    mask: Tensor
+    def __init__(self, step: _Optional[int] = ..., micro: _Optional[int] = ..., activations: _Optional[_Union[Tensor, _Mapping]] = ..., mask: _Optional[_Union[Tensor, _Mapping]] = ...) -> None: ...
+
+class Backward(_message.Message):
+    __slots__ = ("step", "micro", "gradient", "last")
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    MICRO_FIELD_NUMBER: _ClassVar[int]
+    GRADIENT_FIELD_NUMBER: _ClassVar[int]
+    LAST_FIELD_NUMBER: _ClassVar[int]
+    step: int
+    micro: int
+    gradient: Tensor
+    last: bool
+    def __init__(self, step: _Optional[int] = ..., micro: _Optional[int] = ..., gradient: _Optional[_Union[Tensor, _Mapping]] = ..., last: _Optional[bool] = ...) -> None: ...
+
+class GetGradients(_message.Message):
+    __slots__ = ("step", "micro")
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    MICRO_FIELD_NUMBER: _ClassVar[int]
+    step: int
+    micro: int
+    def __init__(self, step: _Optional[int] = ..., micro: _Optional[int] = ...) -> None: ...
+
+class Apply(_message.Message):
+    __slots__ = ("step", "client_square_norm", "tokens", "loss", "seconds_bottom", "seconds_network", "seconds_top")
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    CLIENT_SQUARE_NORM_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    LOSS_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_BOTTOM_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_NETWORK_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_TOP_FIELD_NUMBER: _ClassVar[int]
+    step: int
+    client_square_norm: float
+    tokens: int
+    loss: float
+    seconds_bottom: float
+    seconds_network: float
+    seconds_top: float
+    def __init__(self, step: _Optional[int] = ..., client_square_norm: _Optional[float] = ..., tokens: _Optional[int] = ..., loss: _Optional[float] = ..., seconds_bottom: _Optional[float] = ..., seconds_network: _Optional[float] = ..., seconds_top: _Optional[float] = ...) -> None: ...
+
+class Close(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ClientFrame(_message.Message):
+    __slots__ = ("version", "compute", "backward", "get_gradients", "apply", "close")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    COMPUTE_FIELD_NUMBER: _ClassVar[int]
+    BACKWARD_FIELD_NUMBER: _ClassVar[int]
+    GET_GRADIENTS_FIELD_NUMBER: _ClassVar[int]
+    APPLY_FIELD_NUMBER: _ClassVar[int]
+    CLOSE_FIELD_NUMBER: _ClassVar[int]
+    version: int
+    compute: Compute
+    backward: Backward
+    get_gradients: GetGradients
+    apply: Apply
+    close: Close
+    def __init__(self, version: _Optional[int] = ..., compute: _Optional[_Union[Compute, _Mapping]] = ..., backward: _Optional[_Union[Backward, _Mapping]] = ..., get_gradients: _Optional[_Union[GetGradients, _Mapping]] = ..., apply: _Optional[_Union[Apply, _Mapping]] = ..., close: _Optional[_Union[Close, _Mapping]] = ...) -> None: ...
+
+class Opened(_message.Message):
+    __slots__ = ("hidden_size", "steps")
+    HIDDEN_SIZE_FIELD_NUMBER: _ClassVar[int]
+    STEPS_FIELD_NUMBER: _ClassVar[int]
+    hidden_size: int
+    steps: int
+    def __init__(self, hidden_size: _Optional[int] = ..., steps: _Optional[int] = ...) -> None: ...
+
+class Activations(_message.Message):
+    __slots__ = ("step", "micro", "activations", "seconds")
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    MICRO_FIELD_NUMBER: _ClassVar[int]
+    ACTIVATIONS_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    step: int
+    micro: int
+    activations: Tensor
+    seconds: float
+    def __init__(self, step: _Optional[int] = ..., micro: _Optional[int] = ..., activations: _Optional[_Union[Tensor, _Mapping]] = ..., seconds: _Optional[float] = ...) -> None: ...
+
+class Gradients(_message.Message):
+    __slots__ = ("step", "micro", "gradient", "square_norm", "seconds")
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    MICRO_FIELD_NUMBER: _ClassVar[int]
+    GRADIENT_FIELD_NUMBER: _ClassVar[int]
+    SQUARE_NORM_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    step: int
+    micro: int
+    gradient: Tensor
+    square_norm: float
+    seconds: float
+    def __init__(self, step: _Optional[int] = ..., micro: _Optional[int] = ..., gradient: _Optional[_Union[Tensor, _Mapping]] = ..., square_norm: _Optional[float] = ..., seconds: _Optional[float] = ...) -> None: ...
+
+class Applied(_message.Message):
+    __slots__ = ("step", "grad_norm", "lr", "seconds")
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    GRAD_NORM_FIELD_NUMBER: _ClassVar[int]
+    LR_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    step: int
+    grad_norm: float
+    lr: float
+    seconds: float
+    def __init__(self, step: _Optional[int] = ..., grad_norm: _Optional[float] = ..., lr: _Optional[float] = ..., seconds: _Optional[float] = ...) -> None: ...
+
+class Closed(_message.Message):
+    __slots__ = ("steps", "tokens")
+    STEPS_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    steps: int
+    tokens: int
+    def __init__(self, steps: _Optional[int] = ..., tokens: _Optional[int] = ...) -> None: ...
+
+class Failure(_message.Message):
+    __slots__ = ("kind", "message")
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    kind: str
+    message: str
+    def __init__(self, kind: _Optional[str] = ..., message: _Optional[str] = ...) -> None: ...
+
+class ServerFrame(_message.Message):
+    __slots__ = ("version", "opened", "activations", "gradients", "applied", "closed", "failure")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    OPENED_FIELD_NUMBER: _ClassVar[int]
+    ACTIVATIONS_FIELD_NUMBER: _ClassVar[int]
+    GRADIENTS_FIELD_NUMBER: _ClassVar[int]
+    APPLIED_FIELD_NUMBER: _ClassVar[int]
+    CLOSED_FIELD_NUMBER: _ClassVar[int]
+    FAILURE_FIELD_NUMBER: _ClassVar[int]
+    version: int
+    opened: Opened
+    activations: Activations
+    gradients: Gradients
+    applied: Applied
+    closed: Closed
+    failure: Failure
+    def __init__(self, version: _Optional[int] = ..., opened: _Optional[_Union[Opened, _Mapping]] = ..., activations: _Optional[_Union[Activations, _Mapping]] = ..., gradients: _Optional[_Union[Gradients, _Mapping]] = ..., applied: _Optional[_Union[Applied, _Mapping]] = ..., closed: _Optional[_Union[Closed, _Mapping]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ...) -> None: ...
