@@ -1,0 +1,64 @@
+# Every target makes the environment it needs first; nothing has to be exported or activated.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.graft-installed
+PIP    := $(BIN)/python -m pip --disable-pip-version-check
+
+export FLWR_TELEMETRY_ENABLED = 0
+export FLWR_DISABLE_UPDATE_CHECK = 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo deployment-demo test test-all check lint bench parity proto clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) \
+	  | awk -F':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
+
+setup: $(STAMP)  ## make the environment in .venv
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Graft needs Python 3.11 or newer; $(PYTHON) is " + sys.version.split()[0] + ". Try: make PYTHON=python3.11")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing Graft into $(VENV) (torch is large: the first time takes minutes)"
+	@$(PIP) install --quiet -c constraints.txt -e '.[dev,gguf]'
+	@touch $@
+	@echo "done. Activate it with: source $(VENV)/bin/activate"
+
+demo: $(STAMP)  ## train the demo: a split transformer across simulated clients
+	@$(BIN)/graft demo
+
+deployment-demo: $(STAMP)  ## the same app under a SuperLink and two SuperNodes, TLS and node keys
+	@$(BIN)/graft deployment-demo
+
+test: $(STAMP)  ## the fast tests
+	$(BIN)/python -m pytest
+
+test-all: $(STAMP)  ## every test, the slow ones too
+	$(BIN)/python -m pytest -m ''
+
+check: $(STAMP)  ## format, lint and type-check (changes files)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+	$(BIN)/mypy
+
+lint: $(STAMP)  ## the same without changing a file
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(STAMP)  ## split step against unsplit step, and memory by role
+	$(BIN)/graft bench step
+	$(BIN)/graft bench memory
+
+parity: $(STAMP)  ## split = unsplit on every family in the tested table
+	$(BIN)/graft parity --families
+
+proto: $(STAMP)  ## generate the gRPC code again after a change of trunk.proto
+	$(BIN)/python -m grpc_tools.protoc -I . --python_out=. --grpc_python_out=. \
+	  strategies/transport/trunk.proto
+
+clean:  ## remove caches and builds; the environment and the runs stay
+	rm -rf build dist *.egg-info *.fab .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
