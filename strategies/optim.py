@@ -118,8 +118,9 @@ def clipped_step(
     scale = clip / (norm + CLIP_EPSILON) if clip > 0 else 1.0
     for group in optimizer.param_groups:
         group["lr"] = lr
-        if scale < 1.0:
-            torch._foreach_mul_([p.grad for p in group["params"] if p.grad is not None], scale)
+        gradients = [p.grad for p in group["params"] if p.grad is not None]
+        if scale < 1.0 and gradients:
+            torch._foreach_mul_(gradients, scale)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 

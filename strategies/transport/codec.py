@@ -1,0 +1,128 @@
+"""Tensors on the wire: self-describing, bounded before they are read, never pickled."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from strategies.errors import TrunkError
+from strategies.transport import trunk_pb2 as pb
+
+WIRE_VERSION = 1
+"""Raised when a frame's meaning changes; both sides must agree."""
+
+MAX_DIMENSIONS = 4
+
+_DTYPES: dict[int, torch.dtype] = {
+    pb.FLOAT32: torch.float32,
+    pb.FLOAT16: torch.float16,
+    pb.BFLOAT16: torch.bfloat16,
+    pb.BOOL: torch.bool,
+}
+_CODECS = {
+    pb.FLOAT32: (pb.RAW,),
+    pb.FLOAT16: (pb.RAW, pb.SCALED),
+    pb.BFLOAT16: (pb.RAW,),
+    pb.BOOL: (pb.BITS,),
+}
+WIRE_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def encode(tensor: Tensor, dtype: torch.dtype) -> pb.Tensor:
+    """Describe a floating-point tensor in `dtype`.
+
+    fp16 travels with a power-of-two scale, because gradients are often below its smallest normal
+    number (6e-5); scaling by a power of two loses nothing else.
+    """
+    tensor = tensor.detach()
+    scale, codec = 1.0, pb.RAW
+    if dtype == torch.float16:
+        tensor, scale = _into_fp16_range(tensor)
+        codec = pb.SCALED
+    tensor = tensor.to("cpu", dtype).contiguous()
+    return pb.Tensor(
+        version=WIRE_VERSION,
+        dtype=next(wire for wire, known in _DTYPES.items() if known == dtype),
+        shape=tensor.shape,
+        codec=codec,
+        scale=scale,
+        data=tensor.view(torch.uint8).numpy().tobytes(),
+    )
+
+
+def encode_mask(mask_BT: Tensor) -> pb.Tensor:
+    """Describe a 0/1 mask, one bit an element."""
+    bits = np.packbits(mask_BT.detach().to("cpu", torch.bool).numpy().reshape(-1))
+    return pb.Tensor(
+        version=WIRE_VERSION,
+        dtype=pb.BOOL,
+        shape=mask_BT.shape,
+        codec=pb.BITS,
+        scale=1.0,
+        data=bits.tobytes(),
+    )
+
+
+def decode(message: pb.Tensor, what: str) -> Tensor:
+    """Rebuild a tensor, after checking that the message is what it says.
+
+    Parameters
+    ----------
+    message : pb.Tensor
+        As received; nothing in it is trusted.
+    what : str
+        Its name in an error ("activations").
+
+    Returns
+    -------
+    Tensor
+        Own memory, of the wire's dtype (fp32 for scaled fp16); a mask is bool.
+
+    Raises
+    ------
+    TrunkError
+        For another version, an unknown dtype or codec, or a shape that does not fit the data.
+    """
+    if message.version != WIRE_VERSION:
+        raise TrunkError(
+            f"{what}: wire version {message.version} came, version {WIRE_VERSION} is spoken here; "
+            "run the same release of Graft on both sides",
+            kind="version",
+        )
+    dtype = _DTYPES.get(message.dtype)
+    if dtype is None or message.codec not in _CODECS[message.dtype]:
+        raise TrunkError(
+            f"{what}: dtype {message.dtype} with codec {message.codec} is not known here",
+            kind="codec",
+        )
+    shape = tuple(message.shape)
+    if not 1 <= len(shape) <= MAX_DIMENSIONS or 0 in shape:
+        raise TrunkError(f"{what}: shape {shape} is not accepted", kind="shape")
+    elements = math.prod(shape)
+    expected = (elements + 7) // 8 if message.codec == pb.BITS else elements * dtype.itemsize
+    if expected != len(message.data):
+        raise TrunkError(
+            f"{what}: shape {shape} in {dtype} takes {expected} bytes, {len(message.data)} came",
+            kind="shape",
+        )
+    if message.codec == pb.BITS:
+        bits = np.unpackbits(np.frombuffer(message.data, np.uint8), count=elements)
+        return torch.from_numpy(bits).bool().reshape(shape)
+    tensor = torch.frombuffer(bytearray(message.data), dtype=dtype).reshape(shape)
+    if message.codec != pb.SCALED:
+        return tensor
+    if not (math.isfinite(message.scale) and message.scale > 0):
+        raise TrunkError(f"{what}: scale {message.scale} is not a positive number", kind="codec")
+    return tensor.float() * message.scale
+
+
+def _into_fp16_range(tensor: Tensor) -> tuple[Tensor, float]:
+    largest = float(tensor.abs().max())
+    if not math.isfinite(largest) or largest == 0:
+        return tensor, 1.0
+    # 2**14 leaves a factor of four below fp16's largest number; fp32 itself bounds the exponent.
+    scale = 2.0 ** max(-126, math.frexp(largest)[1] - 14)
+    return tensor.float() / scale, scale
