@@ -1,0 +1,96 @@
+"""The loss plot of a run, drawn from its `metrics.jsonl`."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+NAMED_CLIENTS = 8
+"""Clients that get a legend entry of their own."""
+
+
+def read_metrics(folder: Path) -> Iterator[dict[str, Any]]:
+    """Yield the records of a run, oldest first.
+
+    Parameters
+    ----------
+    folder : Path
+        A run folder.
+
+    Yields
+    ------
+    dict
+        One `step` or `round` record. A last line that was cut off (a killed run) is left out.
+    """
+    with (folder / "metrics.jsonl").open(encoding="utf-8") as lines:
+        for line in lines:
+            if line.endswith("\n"):
+                yield json.loads(line)
+
+
+def plot_loss(folder: Path) -> Path:
+    """Draw training loss per step and client, and held-out loss per round.
+
+    Parameters
+    ----------
+    folder : Path
+        A run folder with a `metrics.jsonl`.
+
+    Returns
+    -------
+    Path
+        The picture, `loss.png` in the same folder.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    train, evaluated = _curves(folder)
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for index, (client, losses) in enumerate(sorted(train.items())):
+        _draw_client(axes, index, client, losses)
+    if evaluated:
+        axes.plot(*zip(*evaluated, strict=True), "o-", color="black", label="held-out, all clients")
+    axes.set_xlabel("optimizer steps of a client")
+    axes.set_ylabel("loss (nats per token)")
+    axes.set_title(folder.name, fontsize=10)
+    axes.grid(alpha=0.25)
+    if train or evaluated:
+        axes.legend(fontsize=8, frameon=False)
+    figure.savefig(folder / "loss.png", dpi=150)
+    return folder / "loss.png"
+
+
+def _curves(folder: Path) -> tuple[dict[str, list[float]], list[tuple[int, float]]]:
+    """Return training losses by client, and held-out losses as (steps so far, loss)."""
+    train: dict[str, list[float]] = defaultdict(list)
+    evaluated: list[tuple[int, float]] = []
+    for record in read_metrics(folder):
+        if record["kind"] == "step":
+            loss = record["loss"]
+            train[record["client"]].append(float("nan") if loss is None else loss)
+        elif (record.get("evaluate") or {}).get("loss") is not None:
+            steps = max((len(losses) for losses in train.values()), default=0)
+            evaluated.append((steps, record["evaluate"]["loss"]))
+    return train, evaluated
+
+
+def _draw_client(axes: Any, index: int, client: str, losses: list[float]) -> None:
+    steps = range(1, len(losses) + 1)
+    label = f"training, {client}" if index < NAMED_CLIENTS else None
+    window = max(1, len(losses) // 40)
+    if window == 1:
+        axes.plot(steps, losses, color=f"C{index % 10}", linewidth=1.2, label=label)
+        return
+    axes.plot(steps, losses, color=f"C{index % 10}", linewidth=0.6, alpha=0.3)
+    axes.plot(steps, _smooth(losses, window), color=f"C{index % 10}", linewidth=1.4, label=label)
+
+
+def _smooth(losses: list[float], window: int) -> list[float]:
+    """Return the mean of each loss and the `window - 1` before it."""
+    spans = (losses[max(0, end - window) : end] for end in range(1, len(losses) + 1))
+    return [sum(span) / len(span) for span in spans]

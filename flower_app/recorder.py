@@ -1,0 +1,309 @@
+"""What a run leaves: one folder with its configuration, metrics, summary, plot and model.
+
+Lines are printed, not logged: Flower forwards what a ServerApp prints to `flwr run --stream`, while
+its root logger drops everything below a warning.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from conf.load import to_yaml
+from conf.schema import Config
+from flower_app.plots import plot_loss
+from flower_app.runs import FAILED, FINISHED, find_last_run, new_folder, runs_folder
+
+__all__ = ["Recorder", "find_last_run"]
+
+
+class Recorder:
+    """Writes a run folder while the run goes on, and tells the console about it.
+
+    Steps may be recorded from several threads.
+
+    Parameters
+    ----------
+    config : Config
+        The resolved configuration.
+    folder : Path, optional
+        The run folder; by default a new one under `output.folder`.
+    say : callable, optional
+        Takes one line for the console.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        folder: Path | None = None,
+        say: Callable[[str], None] | None = None,
+    ) -> None:
+        self.config = config
+        self.folder = (
+            folder or new_folder(runs_folder(config.output.folder), config.experiment)
+        ).resolve()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+        self._say = say or _print
+        self._lock = threading.Lock()
+        self._metrics = (self.folder / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
+        self._rounds: list[dict[str, Any]] = []
+        self._started = datetime.now().astimezone()
+        self._clock = time.monotonic()
+
+    def start(self) -> None:
+        """Print where the run goes."""
+        self._started = datetime.now().astimezone()
+        self._clock = time.monotonic()
+        self._say(f"run folder: {self.folder}")
+
+    def step(
+        self,
+        *,
+        round: int,
+        client: str,
+        step: int,
+        steps: int,
+        loss: float,
+        grad_norm: float,
+        lr: float,
+        tokens: int,
+        bytes_up: int,
+        bytes_down: int,
+        seconds: Mapping[str, float],
+    ) -> None:
+        """Record one optimizer step of one client.
+
+        Parameters
+        ----------
+        round, step, steps : int
+            Round (from 1), step within it (from 1), and how many steps the client takes in it.
+        client : str
+            Name of the client.
+        loss, grad_norm, lr : float
+            Mean loss per token, gradient norm before clipping, learning rate.
+        tokens : int
+            Tokens that counted in the loss.
+        bytes_up, bytes_down : int
+            Bytes from the client to the trunk and back.
+        seconds : mapping
+            Time in `bottom`, `network`, `trunk` and `top`.
+        """
+        record = {
+            "kind": "step",
+            "round": round,
+            "client": client,
+            "step": step,
+            "steps": steps,
+            "loss": loss,
+            "grad_norm": grad_norm,
+            "lr": lr,
+            "tokens": tokens,
+            "bytes_up": bytes_up,
+            "bytes_down": bytes_down,
+            "seconds": dict(seconds),
+        }
+        every = max(1, self.config.output.log_every)
+        line = ""
+        if step % every == 0 or step == steps:
+            line = (
+                f"  round {round}/{self.config.train.rounds}  {client}  step {step:>4}/{steps}"
+                f"  loss {loss:.4f}  |g| {grad_norm:.3g}  lr {lr:.2g}"
+                f"  {_rate(tokens, sum(seconds.values()))}"
+            )
+        self._write(record, line)
+
+    def round(
+        self,
+        *,
+        round: int,
+        train: Mapping[str, Any] | None,
+        evaluate: Mapping[str, Any] | None,
+        clients: Iterable[str],
+        missing: Mapping[str, str],
+        tokens: int,
+        bytes_up: int,
+        bytes_down: int,
+        seconds: float,
+    ) -> None:
+        """Record one round; round 0 is the evaluation before training.
+
+        Parameters
+        ----------
+        round : int
+            The round.
+        train, evaluate : mapping or None
+            Metrics over all clients, weighted by tokens; `loss` is the mean per token.
+        clients : iterable of str
+            Names of the clients that took part.
+        missing : mapping
+            Name and reason of each client that was sampled and did not answer.
+        tokens : int
+            Tokens trained on in this round.
+        bytes_up, bytes_down : int
+            Bytes from all clients to the trunk and back.
+        seconds : float
+            Duration of the round.
+        """
+        record = {
+            "kind": "round",
+            "round": round,
+            "train": None if train is None else dict(train),
+            "evaluate": None if evaluate is None else dict(evaluate),
+            "clients": sorted(clients),
+            "missing": dict(missing),
+            "tokens": tokens,
+            "bytes_up": bytes_up,
+            "bytes_down": bytes_down,
+            "seconds": seconds,
+        }
+        self._rounds.append(record)
+        self._write(record, self._round_line(record))
+
+    def finish(self, model_folder: str | Path | None = None) -> dict[str, Any]:
+        """Write the summary and the plot, and print where everything is.
+
+        Parameters
+        ----------
+        model_folder : path, optional
+            Where the final model was saved.
+
+        Returns
+        -------
+        dict
+            The summary.
+        """
+        summary = self._summary(FINISHED)
+        summary["model"] = None if model_folder is None else str(Path(model_folder).resolve())
+        self._close(summary)
+        first, last = summary["eval_loss_first"], summary["eval_loss_last"]
+        if first is not None and last is not None:
+            self._say(
+                f"finished: held-out loss {first:.4f} -> {last:.4f}, {summary['tokens']:,} tokens, "
+                f"{_megabytes(summary['bytes_up'])} up, {_megabytes(summary['bytes_down'])} down, "
+                f"{summary['seconds']:.0f} s"
+            )
+        self._say(f"run folder: {self.folder}")
+        return summary
+
+    def fail(self, error: BaseException | str) -> dict[str, Any]:
+        """Write a summary that says why the run ended early.
+
+        Parameters
+        ----------
+        error : exception or str
+            What went wrong.
+
+        Returns
+        -------
+        dict
+            The summary.
+        """
+        summary = self._summary(FAILED)
+        text = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
+        summary["error"] = text
+        self._close(summary)
+        self._say(f"failed: {text}")
+        self._say(f"run folder: {self.folder}")
+        return summary
+
+    def _round_line(self, record: dict[str, Any]) -> str:
+        who = ", ".join(record["clients"]) or "nobody"
+        parts = [f"round {record['round']}/{self.config.train.rounds}"]
+        if record["round"] == 0:
+            parts = ["before training"]
+        for name, key in (("train", "train"), ("held-out", "evaluate")):
+            loss = (record[key] or {}).get("loss")
+            if loss is not None:
+                parts.append(f"{name} loss {loss:.4f} (perplexity {_perplexity(loss):.4g})")
+        if record["tokens"]:
+            parts.append(_rate(record["tokens"], record["seconds"]))
+        parts.append(
+            f"{_megabytes(record['bytes_up'])} up, {_megabytes(record['bytes_down'])} down"
+        )
+        parts.append(f"{record['seconds']:.1f} s")
+        parts.append(f"clients: {who}")
+        if record["missing"]:
+            reasons = (f"{name} ({why})" for name, why in sorted(record["missing"].items()))
+            parts.append(f"missing: {', '.join(reasons)}")
+        return " | ".join(parts)
+
+    def _summary(self, status: str) -> dict[str, Any]:
+        trained = [record for record in self._rounds if record["round"] > 0]
+        losses = [(record["evaluate"] or {}).get("loss") for record in self._rounds]
+        losses = [loss for loss in losses if loss is not None]
+        tokens = sum(record["tokens"] for record in trained)
+        seconds = time.monotonic() - self._clock
+        return {
+            "status": status,
+            "experiment": self.config.experiment,
+            "rounds": len(trained),
+            "clients": len({name for record in self._rounds for name in record["clients"]}),
+            "strategy": self.config.train.strategy,
+            "eval_loss_first": losses[0] if losses else None,
+            "eval_loss_last": losses[-1] if losses else None,
+            "eval_perplexity_last": _perplexity(losses[-1]) if losses else None,
+            "tokens": tokens,
+            "bytes_up": sum(record["bytes_up"] for record in self._rounds),
+            "bytes_down": sum(record["bytes_down"] for record in self._rounds),
+            "seconds": round(seconds, 3),
+            "tokens_per_second": round(tokens / seconds, 3) if seconds else 0.0,
+            "started": self._started.isoformat(),
+            "finished": datetime.now().astimezone().isoformat(),
+        }
+
+    def _write(self, record: dict[str, Any], line: str) -> None:
+        with self._lock:
+            self._metrics.write(_dumps(record) + "\n")
+            if line:
+                self._say(line)
+
+    def _close(self, summary: dict[str, Any]) -> None:
+        with self._lock:
+            self._metrics.close()
+        plot_loss(self.folder)
+        _write_whole(self.folder / "summary.json", _dumps(summary, indent=2) + "\n")
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Write a file so that a reader sees all of it or none."""
+    draft = path.with_suffix(".tmp")
+    draft.write_text(text, encoding="utf-8")
+    draft.replace(path)
+
+
+def _dumps(record: Any, indent: int | None = None) -> str:
+    """Return strict JSON; a number that is not finite becomes null."""
+    return json.dumps(_finite(record), indent=indent, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value
+
+
+def _perplexity(loss: float) -> float:
+    return math.exp(min(loss, 700.0))
+
+
+def _rate(tokens: int, seconds: float) -> str:
+    return f"{tokens / seconds:,.0f} tokens/s" if seconds > 0 else "- tokens/s"
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:.1f} MB"
+
+
+def _print(line: str) -> None:
+    print(line, flush=True)

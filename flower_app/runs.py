@@ -1,0 +1,113 @@
+"""Where run folders are, and how one is found again."""
+
+from __future__ import annotations
+
+import json
+import os
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+FINISHED, FAILED = "finished", "failed"
+
+
+def runs_folder(folder: str | Path = "") -> Path:
+    """Return the parent of the run folders.
+
+    Parameters
+    ----------
+    folder : str or Path
+        The value of `output.folder`; empty: `$GRAFT_HOME/runs`, by default `~/.graft/runs`.
+
+    Returns
+    -------
+    Path
+        An absolute path. A relative one is refused: Flower decides the ServerApp's working folder.
+    """
+    home = os.environ.get("GRAFT_HOME") or "~/.graft"
+    source, path = "output.folder", Path(folder).expanduser()
+    if not str(folder):
+        source, path = "GRAFT_HOME", Path(home).expanduser() / "runs"
+    if not path.is_absolute():
+        raise ValueError(
+            f"{source} is the relative path '{folder or home}', and a ServerApp does not run in the "
+            f"folder you start it from; give an absolute path, such as {Path.cwd() / path}"
+        )
+    return path
+
+
+def read_summaries(folder: str | Path = "") -> list[tuple[Path, dict[str, Any]]]:
+    """Return the runs under `folder` that have ended, the oldest first.
+
+    Parameters
+    ----------
+    folder : str or Path
+        As in `runs_folder`.
+
+    Returns
+    -------
+    list of (Path, dict)
+        Run folder and summary.
+    """
+    found = []
+    for path in runs_folder(folder).glob("*/summary.json"):
+        try:
+            found.append((path.parent, json.loads(path.read_text(encoding="utf-8"))))
+        except json.JSONDecodeError:
+            continue
+    return sorted(found, key=lambda run: (run[1].get("finished", ""), run[0].name))
+
+
+def find_last_run(experiment: str, folder: str | Path = "") -> Path:
+    """Return the model of the newest finished run, which is what `last:NAME` means.
+
+    Parameters
+    ----------
+    experiment : str
+        Name of the experiment.
+    folder : str or Path
+        As in `runs_folder`.
+
+    Returns
+    -------
+    Path
+        A model folder.
+    """
+    for _, summary in reversed(read_summaries(folder)):
+        model = summary.get("model")
+        if summary.get("status") != FINISHED or summary.get("experiment") != experiment:
+            continue
+        if model and Path(model).is_dir():
+            return Path(model)
+    how = f"run `{'make demo' if experiment == 'demo' else 'graft run ' + experiment}` first"
+    raise ValueError(
+        f"no finished run of experiment '{experiment}' with a saved model under "
+        f"{runs_folder(folder)}; {how}"
+    )
+
+
+def new_folder(parent: Path, experiment: str) -> Path:
+    """Make a run folder; two runs that start in the same second get two.
+
+    Parameters
+    ----------
+    parent : Path
+        What `runs_folder` returns.
+    experiment : str
+        Name of the experiment.
+
+    Returns
+    -------
+    Path
+        A new, empty folder.
+    """
+    stem = f"{datetime.now():%Y%m%d-%H%M%S}-{experiment}"
+    parent.mkdir(parents=True, exist_ok=True)
+    for attempt in range(1, 1000):
+        folder = parent / (stem if attempt == 1 else f"{stem}-{attempt}")
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            continue
+        return folder
+    raise ValueError(f"{parent} already has 999 runs called {stem}")
