@@ -1,0 +1,193 @@
+"""Find out how a model is built: its block list, and which part each other module belongs to.
+
+Nothing is known about families here. The block list is the one `ModuleList` as long as
+`num_hidden_layers`; what runs before and after it is learned by running the model once with all
+weights replaced by stand-ins, which costs nothing and works on the meta device too.
+"""
+
+from __future__ import annotations
+
+import ast
+import copy
+import inspect
+import textwrap
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from models.flow import Flow, Skip, Vacant, run_with, standin
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """Names of modules as in the whole model."""
+
+    blocks: str
+    """Name of the block list, `model.layers` say."""
+    num_blocks: int
+    arity: int
+    """0: a block returns a tensor; n: a tuple of n, the hidden states first."""
+    below: frozenset[str]
+    """Modules with weights that run before the blocks."""
+    above: frozenset[str]
+    """Modules with weights that run after the blocks; a tied module may be in both."""
+    dropouts: frozenset[str]
+    """Dropouts that run before the blocks."""
+
+
+def examine(model: PreTrainedModel) -> Anatomy:
+    """Find the block list of `model` and sort the modules outside it.
+
+    Raises
+    ------
+    ValueError
+        If the model cannot be split: encoder-decoder, no single block list, weights that are used
+        between the blocks or shared by several, weights whose part cannot be told.
+    """
+    kind = model.config.model_type
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise ValueError(f"{kind} cannot be split: it is an encoder-decoder")
+    name = find_blocks(model)
+    blocks = model.get_submodule(name)
+    assert isinstance(blocks, nn.ModuleList)
+    _refuse_shared_weights(model, name)
+    arity = returned_arity(blocks[0])
+    calls = _trace(model, name, arity)
+    marks = [i for i, call in enumerate(calls) if call.startswith(name + ".")]
+    if len(marks) != len(blocks):
+        raise ValueError(
+            f"{kind} cannot be split: its forward runs {len(marks)} of its {len(blocks)} blocks"
+        )
+    below, between = calls[: marks[0]], calls[marks[0] : marks[-1]]
+    above = calls[marks[-1] + 1 :]
+    strays = sorted({call for call in between if not call.startswith(name + ".")})
+    if strays:
+        raise ValueError(f"{kind} cannot be split: {', '.join(strays)} runs between the blocks")
+    owners = set(_weight_owners(model, name))
+    unused = sorted(owners - set(below) - set(above))
+    _refuse_unplaced(model, unused, owners - set(unused))
+    drops = {n for n in below if isinstance(model.get_submodule(n), nn.Dropout)}
+    return Anatomy(
+        blocks=name,
+        num_blocks=len(blocks),
+        arity=arity,
+        below=frozenset(set(below) & owners),
+        above=frozenset(set(above) & owners),
+        dropouts=frozenset(drops),
+    )
+
+
+def find_blocks(model: PreTrainedModel) -> str:
+    """Return the name of the one block list of `model`."""
+    config = model.config.get_text_config(decoder=True)
+    number = getattr(config, "num_hidden_layers", None)
+    found = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == number
+    ]
+    outer = [n for n in found if not any(n.startswith(other + ".") for other in found)]
+    if len(outer) != 1:
+        raise ValueError(
+            f"{model.config.model_type} cannot be split: found {len(outer)} lists of "
+            f"{number} blocks ({', '.join(outer) or 'none'}), need exactly one"
+        )
+    return outer[0]
+
+
+def returned_arity(block: nn.Module) -> int:
+    """Read from its source how many values `block.forward` returns; 0 if a bare tensor."""
+    forward = inspect.unwrap(type(block).forward)
+    tree = ast.parse(textwrap.dedent(inspect.getsource(forward)))
+    named: dict[str, int] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            size = _tuple_size(node.value, {})
+            if size:
+                named.setdefault(node.targets[0].id, size)
+    returns = [node.value for node in ast.walk(tree) if isinstance(node, ast.Return) and node.value]
+    return max((_tuple_size(value, named) for value in returns), default=0)
+
+
+def _tuple_size(node: ast.expr, named: dict[str, int]) -> int:
+    if isinstance(node, ast.Tuple):
+        return len(node.elts)
+    if isinstance(node, ast.Name):
+        return named.get(node.id, 0)
+    if isinstance(node, ast.BinOp):
+        left, right = _tuple_size(node.left, named), _tuple_size(node.right, named)
+        return left + max(right, 1) if left else 0
+    return 0
+
+
+def share_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """Copy the modules and the config of `model`; parameters and buffers stay the same objects."""
+    memo = {id(t): t for t in [*model.parameters(), *model.buffers()]}
+    return copy.deepcopy(model, memo)
+
+
+def set_module(root: nn.Module, name: str, module: nn.Module) -> None:
+    """Replace the submodule `name` of `root`."""
+    parent, _, leaf = name.rpartition(".")
+    root.get_submodule(parent)._modules[leaf] = module
+
+
+def _weight_owners(model: nn.Module, blocks: str) -> list[str]:
+    """Names of the modules outside the blocks that hold parameters themselves."""
+    return [
+        name
+        for name, module in model.named_modules(remove_duplicate=False)
+        if not name.startswith(blocks + ".") and any(p is not None for p in module._parameters.values())
+    ]
+
+
+def _trace(model: PreTrainedModel, blocks: str, arity: int) -> list[str]:
+    """Run a hollow copy of `model` once; return the names of its stand-ins in calling order."""
+    hollow = share_copy(model)
+    outside = [n for n, _ in hollow.named_modules() if n and not n.startswith(blocks + ".")]
+    owners = set(_weight_owners(hollow, blocks))
+    for name in outside:
+        module = hollow.get_submodule(name)
+        if name in owners and not list(module.children()):
+            set_module(hollow, name, Vacant(module, name))
+        elif isinstance(module, nn.Dropout):
+            set_module(hollow, name, Vacant(module, name))
+    stack = hollow.get_submodule(blocks)
+    assert isinstance(stack, nn.ModuleList)
+    for i, block in enumerate(list(stack)):
+        stack[i] = Skip(block, f"{blocks}.{i}", arity)
+    ids_BT = torch.zeros(2, 3, dtype=torch.long)
+    flow = Flow(standin(2, 3, width(model), None, torch.float32))
+    flow.calls = []
+    with torch.no_grad():
+        run_with(flow, lambda: hollow(input_ids=ids_BT, attention_mask=torch.ones_like(ids_BT), use_cache=False))
+    return flow.calls
+
+
+def width(model: PreTrainedModel) -> int:
+    """Return D, the width of the hidden states between the blocks."""
+    return int(model.config.get_text_config(decoder=True).hidden_size)
+
+
+def _refuse_unplaced(model: PreTrainedModel, unused: list[str], placed: set[str]) -> None:
+    known = {id(p) for n in placed for p in model.get_submodule(n)._parameters.values()}
+    for name in unused:
+        for leaf, parameter in model.get_submodule(name)._parameters.items():
+            if parameter is not None and id(parameter) not in known:
+                raise ValueError(
+                    f"{model.config.model_type} cannot be split: cannot tell which part uses the "
+                    f"weight {name + '.' if name else ''}{leaf}"
+                )
+
+
+def _refuse_shared_weights(model: PreTrainedModel, blocks: str) -> None:
+    seen: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        inside = name.startswith(blocks + ".")
+        home = name[len(blocks) + 1 :].split(".")[0] if inside else "outside"
+        if seen.setdefault(id(parameter), home) != home:
+            raise ValueError(
+                f"{model.config.model_type} cannot be split: {name} is shared between blocks"
+            )

@@ -1,0 +1,180 @@
+"""Split a Hugging Face causal LM into bottom, trunk and top without forking its code.
+
+Legend: B batch, T tokens, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from models import anatomy as anatomy_of
+from models.anatomy import Anatomy, set_module, share_copy
+from models.cut import ROLES, Cut
+from models.flow import Flow, Skip, Vacant, deliver_hook, halt_hook, run_with, standin
+
+
+class Part(nn.Module):
+    """The bottom, trunk or top of a causal LM; an ordinary module.
+
+    Attributes
+    ----------
+    role : str
+        ``bottom``, ``trunk`` or ``top``.
+    cut : Cut
+    model : PreTrainedModel
+        A copy of the whole model's modules in which all that other parts own is a stand-in
+        without weights. Its parameters are the original's.
+    blocks : range
+        Indices of the owned blocks in the whole model.
+    """
+
+    def __init__(self, model: PreTrainedModel, role: str, cut: Cut, anatomy: Anatomy) -> None:
+        super().__init__()
+        self.role = role
+        self.cut = cut
+        self.num_blocks_total = anatomy.num_blocks
+        self.blocks = cut.ranges(anatomy.num_blocks)[role]
+        self.hidden_size = anatomy_of.width(model)
+        self.model = _carve(model, role, self.blocks, anatomy)
+        self.config = self.model.config
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the base weights; received activations are cast to it."""
+        for name, parameter in self.model.named_parameters():
+            if parameter.is_floating_point() and "lora_" not in name:
+                return parameter.dtype
+        return torch.float32
+
+    def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Run the part.
+
+        Parameters
+        ----------
+        x : Tensor
+            bottom: token ids (B, T), integer. trunk and top: activations (B, T, D).
+        attention_mask : Tensor, optional
+            (B, T), 1 for tokens and 0 for padding on either side.
+
+        Returns
+        -------
+        Tensor
+            bottom and trunk: activations (B, T, D). top: logits (B, T, V).
+
+        Raises
+        ------
+        ValueError
+            If a shape is wrong.
+        """
+        self._check(x, attention_mask)
+        kwargs: dict[str, Any] = {"attention_mask": attention_mask, "use_cache": False}
+        dtype = self.dtype
+        flow = Flow(standin(x.shape[0], x.shape[1], self.hidden_size, x, dtype))
+        if self.role == "bottom":
+            kwargs["input_ids"] = x
+        else:
+            kwargs["inputs_embeds"] = flow.standin_BTD
+            flow.h_BTD = x.to(dtype)
+        output = run_with(flow, lambda: self.model(**kwargs))
+        if self.role == "top":
+            return output.logits
+        if flow.out_BTD is None:
+            raise RuntimeError(f"the {self.role} ran past its last block; this model skips blocks")
+        return flow.out_BTD
+
+    def _check(self, x: Tensor, attention_mask: Tensor | None) -> None:
+        if self.role == "bottom":
+            if x.dim() != 2 or x.is_floating_point():
+                raise ValueError(f"bottom takes token ids (B, T), not {x.dtype} {tuple(x.shape)}")
+        elif x.dim() != 3 or x.shape[2] != self.hidden_size or not x.is_floating_point():
+            raise ValueError(
+                f"{self.role} takes activations (B, T, {self.hidden_size}), "
+                f"not {x.dtype} {tuple(x.shape)}"
+            )
+        if attention_mask is not None and attention_mask.shape != x.shape[:2]:
+            raise ValueError(
+                f"attention_mask is {tuple(attention_mask.shape)}, must be {tuple(x.shape[:2])}"
+            )
+
+    def extra_repr(self) -> str:
+        return f"role={self.role}, blocks={self.blocks.start}..{self.blocks.stop - 1}"
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The three parts of one model; unpacks as ``bottom, trunk, top``."""
+
+    bottom: Part
+    trunk: Part
+    top: Part
+
+    def __iter__(self) -> Iterator[Part]:
+        return iter((self.bottom, self.trunk, self.top))
+
+
+def split(model: PreTrainedModel, cut: Cut, *, allow_untested: bool = False) -> Parts:
+    """Split a causal LM into three parts that share its parameters.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        A `transformers` causal LM. It is left as it is.
+    cut : Cut
+    allow_untested : bool
+        Split a family that is not in the tested table.
+
+    Returns
+    -------
+    Parts
+
+    Raises
+    ------
+    ValueError
+        If the cut leaves no trunk, or the family is untested or cannot be split.
+    """
+    anatomy = anatomy_of.examine(model)
+    bottom, trunk, top = (Part(model, role, cut, anatomy) for role in ROLES)
+    return Parts(bottom, trunk, top)
+
+
+def _carve(model: PreTrainedModel, role: str, own: range, anatomy: Anatomy) -> PreTrainedModel:
+    """Return a copy of `model` in which everything but the role's own modules is a stand-in."""
+    part = share_copy(model)
+    kept = {"bottom": anatomy.below, "trunk": frozenset(), "top": anatomy.above}[role]
+    for name, module in list(part.named_modules()):
+        if not name or name.startswith(anatomy.blocks + "."):
+            continue
+        if name in anatomy.dropouts and role != "bottom":
+            set_module(part, name, nn.Identity())
+        elif name not in kept and any(p is not None for p in module._parameters.values()):
+            if list(module.children()):
+                for leaf in module._parameters:
+                    module._parameters[leaf] = None
+            else:
+                set_module(part, name, Vacant(module, name))
+    _carve_blocks(part.get_submodule(anatomy.blocks), role, own, anatomy)
+    part._tied_weights_keys = None
+    return part
+
+
+def _carve_blocks(blocks: nn.Module, role: str, own: range, anatomy: Anatomy) -> None:
+    assert isinstance(blocks, nn.ModuleList)
+    for i, block in enumerate(list(blocks)):
+        if i in own:
+            continue
+        mode = "idle"
+        if role != "bottom" and i == own.start - 1:
+            mode = "deliver"
+        elif role == "bottom" and i == own.stop:
+            mode = "halt"
+        blocks[i] = Skip(block, f"{anatomy.blocks}.{i}", anatomy.arity, mode)
+    if role == "trunk" and own.start == 0:
+        blocks[0].register_forward_pre_hook(deliver_hook, with_kwargs=True)
+    if role != "top" and len(own):
+        blocks[own.stop - 1].register_forward_hook(halt_hook)
