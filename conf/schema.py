@@ -1,181 +1,252 @@
 """Graft's configuration: frozen, keyword-only dataclasses that check themselves.
 
 One `Config` reproduces a run. `conf.load` builds it from YAML and overrides; every section refuses
-a wrong value in `__post_init__`, with the values and the remedy.
+a wrong value in `__post_init__`, with the values and the remedy. What spans sections is refused by
+`Config.check`, so that a bare `Config()` can be built.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar
+
+from conf import combinations, rules
+from conf.rules import ConfigError, one_of, setting
+
+
+class _Section:
+    """A part of the configuration: reads and checks each field, then what belongs together."""
+
+    section: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        for item in fields(self):  # type: ignore[arg-type]
+            key = f"{self.section}.{item.name}"
+            value = rules.checked(
+                getattr(self, item.name), str(item.type), item.metadata.get("rule"), key
+            )
+            object.__setattr__(self, item.name, value)
+        self._check_together()
+
+    def _check_together(self) -> None:
+        pass
+
+
+_TUNING = one_of("full", "lora", "frozen")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig:
+class ModelConfig(_Section):
     """Which model is split, and how it is held in memory."""
 
+    section: ClassVar[str] = "model"
+
     path: str = ""
-    """Folder or hub id of a `transformers` checkpoint; `last:NAME` is the newest run of experiment NAME."""
+    """Folder, hub id or .gguf file of a checkpoint; `last:NAME` is the newest run of NAME."""
     scratch: dict[str, Any] = field(default_factory=dict)
-    """A `transformers` config (with `model_type`) to train from random weights; excludes `path`."""
+    """A `transformers` config (with `model_type`) to train from random weights; excludes `path`.
+
+    Its keys are the model's own and are checked when the model is built.
+    """
     tokenizer: str = ""
     """Folder, hub id, or `bytes` (one token per UTF-8 byte); empty: the tokenizer beside `path`."""
-    dtype: str = "fp32"
+    dtype: str = setting("fp32", one_of("fp32", "fp16", "bf16"))
     """Type of the weights in memory: fp32, fp16 or bf16."""
-    attention: str = "sdpa"
+    attention: str = setting("sdpa", one_of("sdpa", "eager"))
     """Attention implementation of `transformers`: sdpa or eager."""
     allow_untested: bool = False
     """Split a model family that is not in the tested table."""
 
+    def _check_together(self) -> None:
+        combinations.check_model(self)
+
 
 @dataclass(frozen=True, kw_only=True)
-class CutConfig:
+class CutConfig(_Section):
     """Where the model is cut, in blocks."""
 
-    bottom: int = 1
+    section: ClassVar[str] = "cut"
+
+    bottom: int = setting(1, rules.COUNT_OR_ZERO)
     """Blocks that every client keeps below the trunk."""
-    top: int = 1
+    top: int = setting(1, rules.COUNT_OR_ZERO)
     """Blocks that every client keeps above the trunk."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class TuningConfig:
+class TuningConfig(_Section):
     """What is trained in each part: full, lora or frozen."""
 
-    bottom: str = "lora"
-    trunk: str = "lora"
-    top: str = "lora"
+    section: ClassVar[str] = "tuning"
+
+    bottom: str = setting("lora", _TUNING)
+    trunk: str = setting("lora", _TUNING)
+    top: str = setting("lora", _TUNING)
+
+    def _check_together(self) -> None:
+        combinations.check_tuning(self)
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoraSettings:
+class LoraSettings(_Section):
     """Low-rank adapters (Hu et al. 2021, arXiv:2106.09685), as in `peft.LoraConfig`."""
 
-    rank: int = 8
-    alpha: float = 16.0
-    dropout: float = 0.0
-    target_modules: tuple[str, ...] = ()
+    section: ClassVar[str] = "lora"
+
+    rank: int = setting(8, rules.COUNT)
+    alpha: float = setting(16.0, rules.POSITIVE)
+    dropout: float = setting(0.0, rules.BELOW_ONE)
+    target_modules: tuple[str, ...] = setting((), rules.NAMES)
     """Names of the linear layers to adapt; empty: all linear layers of the blocks."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """What a client trains on. In deployment `--node-config "data-path=..."` names a node's own file."""
+class DataConfig(_Section):
+    """What a client trains on.
 
-    source: str = "builtin"
+    In deployment `--node-config "data-path=..."` names a node's own file instead of `path`.
+    """
+
+    section: ClassVar[str] = "data"
+
+    source: str = setting("builtin", one_of("builtin", "files", "hub"))
     """builtin (English text of `pydoc_data.topics`), files, or hub."""
     path: str = ""
     """files: a file or folder (jsonl, csv, parquet, txt); hub: a data set id."""
     name: str = ""
     """hub: the configuration of the data set, if it has several."""
-    split: str = "train"
+    split: str = setting("train", rules.NOT_EMPTY)
     """hub: the split to read."""
-    text_column: str = "text"
+    text_column: str = setting("text", rules.NOT_EMPTY)
+    """Column of plain text; not used with prompts or messages."""
     prompt_column: str = ""
     """With `completion_column`: prompt tokens are masked from the loss."""
     completion_column: str = ""
+    """What is learned after the prompt; both are joined as they are, without a separator."""
     messages_column: str = ""
-    """Chat messages, rendered with the tokenizer's chat template; only assistant turns are learned."""
-    partitioner: str = "iid"
-    """iid, natural, dirichlet, linear or size-weighted; builtin/natural groups by topic."""
+    """Chat messages, rendered with the tokenizer's chat template; assistant turns are learned."""
+    partitioner: str = setting(
+        "iid", one_of("iid", "natural", "dirichlet", "linear", "square", "exponential")
+    )
+    """iid, natural (no value of `partition_by` at two clients), dirichlet (uneven mixtures of its
+    values), or sizes that grow with the client's number: linear, square, exponential."""
     partition_by: str = ""
-    """Column for natural and dirichlet; builtin: `topic`."""
-    alpha: float = 0.5
+    """Column for natural and dirichlet; builtin: `topic` if empty."""
+    alpha: float = setting(0.5, rules.POSITIVE)
     """dirichlet: concentration; smaller is more uneven."""
-    context: int = 128
+    context: int = setting(128, rules.CONTEXT)
     """Most tokens in one example."""
-    overlong: str = "chunk"
+    overlong: str = setting("chunk", one_of("chunk", "truncate", "refuse"))
     """A text longer than the context: chunk, truncate or refuse."""
-    heldout: float = 0.1
+    heldout: float = setting(0.1, rules.UP_TO_HALF)
     """Share of each client's examples kept for evaluation, in [0, 0.5]."""
-    max_examples: int = 0
-    """Read at most this many examples per client; 0: all."""
+    max_examples: int = setting(0, rules.COUNT_OR_ZERO)
+    """Read at most this many examples per client, held-out ones included; 0: all."""
+
+    def _check_together(self) -> None:
+        combinations.check_data(self)
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class TrainConfig(_Section):
     """How the parts learn. The trunk uses the same optimizer settings unless `trunk_lr` is set."""
 
-    strategy: str = "splitfed-v1"
-    """splitfed-v1 (a trunk replica per client, averaged each round) or splitfed-v2 (one trunk, turns)."""
-    rounds: int = 3
-    local_steps: int = 0
+    section: ClassVar[str] = "train"
+
+    strategy: str = setting("splitfed-v1", one_of("splitfed-v1", "splitfed-v2"))
+    """splitfed-v1 (a trunk replica per client, averaged) or splitfed-v2 (one trunk, in turns)."""
+    rounds: int = setting(3, rules.COUNT)
+    local_steps: int = setting(0, rules.COUNT_OR_ZERO)
     """Optimizer steps per client and round; 0: use `local_epochs`."""
-    local_epochs: int = 1
-    batch_size: int = 8
-    accumulate: int = 1
+    local_epochs: int = setting(1, rules.COUNT_OR_ZERO)
+    batch_size: int = setting(8, rules.COUNT)
+    accumulate: int = setting(1, rules.COUNT)
     """Micro-batches per optimizer step."""
-    optimizer: str = "adamw"
+    optimizer: str = setting("adamw", one_of("adamw", "sgd"))
     """adamw or sgd."""
-    lr: float = 1e-3
-    trunk_lr: float = 0.0
+    lr: float = setting(1e-3, rules.POSITIVE)
+    trunk_lr: float = setting(0.0, rules.NOT_NEGATIVE)
     """Learning rate of the trunk; 0: `lr`."""
-    weight_decay: float = 0.0
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    momentum: float = 0.0
+    weight_decay: float = setting(0.0, rules.NOT_NEGATIVE)
+    betas: tuple[float, float] = setting((0.9, 0.999), rules.BETAS)
+    eps: float = setting(1e-8, rules.POSITIVE)
+    momentum: float = setting(0.0, rules.BELOW_ONE)
     """sgd only."""
-    schedule: str = "constant"
+    schedule: str = setting("constant", one_of("constant", "linear", "cosine"))
     """constant, linear or cosine decay to zero over the whole run, after `warmup`."""
-    warmup: float = 0.0
+    warmup: float = setting(0.0, rules.BELOW_ONE)
     """Share of the run during which the learning rate grows linearly, in [0, 1)."""
-    clip: float = 1.0
+    clip: float = setting(1.0, rules.NOT_NEGATIVE)
     """Largest norm of the gradient over all three parts together; 0: no clipping."""
-    precision: str = "fp32"
+    precision: str = setting("fp32", one_of("fp32", "bf16"))
     """Compute type: fp32 or bf16 (autocast)."""
+
+    def _check_together(self) -> None:
+        combinations.check_train(self)
 
 
 @dataclass(frozen=True, kw_only=True)
-class FederationConfig:
+class FederationConfig(_Section):
     """Who takes part in a round."""
 
-    fraction_train: float = 1.0
-    fraction_evaluate: float = 1.0
-    min_clients: int = 2
+    section: ClassVar[str] = "federation"
+
+    fraction_train: float = setting(1.0, rules.POSITIVE_SHARE)
+    fraction_evaluate: float = setting(1.0, rules.SHARE)
+    min_clients: int = setting(2, rules.COUNT)
     """Wait until so many nodes are connected; at least so many are sampled."""
-    round_timeout: float = 3600.0
+    round_timeout: float = setting(3600.0, rules.POSITIVE)
     """Seconds after which a round ends without the clients that have not answered."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class LinkConfig:
+class LinkConfig(_Section):
     """The data plane: the gRPC stream between a client and the trunk."""
 
-    bind: str = "127.0.0.1:0"
+    section: ClassVar[str] = "link"
+
+    bind: str = setting("127.0.0.1:0", rules.ADDRESS)
     """Address the trunk listens on; port 0: any free one (simulation)."""
-    advertise: str = ""
+    advertise: str = setting("", rules.ADDRESS_OR_EMPTY)
     """Address clients connect to, if it is not `bind` (a public name, a forwarded port)."""
-    tls: str = "auto"
+    tls: str = setting("auto", one_of("auto", "on", "off"))
     """auto (off on loopback, else a certificate made for the run), on, or off."""
     certificate: str = ""
-    """PEM file of the operator's certificate chain (with `key`), instead of one made for the run."""
+    """PEM file of the operator's certificate chain (with `key`), not one made for the run."""
     key: str = ""
-    dtype: str = "fp32"
+    dtype: str = setting("fp32", one_of("fp32", "fp16", "bf16"))
     """Type of activations and gradients on the wire: fp32, fp16 or bf16."""
-    timeout: float = 120.0
+    timeout: float = setting(120.0, rules.POSITIVE)
     """Seconds that a client waits for a reply, and the trunk for a client's next frame."""
-    max_frame_mb: float = 64.0
+    max_frame_mb: float = setting(64.0, rules.POSITIVE)
     """Largest frame that is accepted, MiB."""
 
+    def _check_together(self) -> None:
+        combinations.check_link(self)
+
 
 @dataclass(frozen=True, kw_only=True)
-class RuntimeConfig:
-    """Threads and devices. One torch thread each is fastest when trunk and clients share a machine."""
+class RuntimeConfig(_Section):
+    """Threads and devices; one thread each is fastest if trunk and clients share a machine."""
 
-    client_threads: int = 1
+    section: ClassVar[str] = "runtime"
+
+    client_threads: int = setting(1, rules.COUNT_OR_ZERO)
     """torch threads of a client process; 0: torch's own choice."""
-    trunk_threads: int = 1
-    client_device: str = "cpu"
-    trunk_device: str = "cpu"
+    trunk_threads: int = setting(1, rules.COUNT_OR_ZERO)
+    client_device: str = setting("cpu", rules.DEVICE)
+    trunk_device: str = setting("cpu", rules.DEVICE)
 
 
 @dataclass(frozen=True, kw_only=True)
-class OutputConfig:
+class OutputConfig(_Section):
     """What a run leaves."""
+
+    section: ClassVar[str] = "output"
 
     folder: str = ""
     """Parent of the run folders; empty: `$GRAFT_HOME/runs`, by default `~/.graft/runs`."""
-    log_every: int = 10
+    log_every: int = setting(10, rules.COUNT)
     """Optimizer steps between progress lines."""
     save_model: bool = True
 
@@ -184,8 +255,10 @@ class OutputConfig:
 class Config:
     """Everything that defines a run."""
 
-    experiment: str = "demo"
-    seed: int = 0
+    experiment: str = setting("demo", rules.NOT_EMPTY)
+    """Name of the experiment; set by `load_config`."""
+    seed: int = setting(0, rules.SEED)
+    """Seeds weights, partitions, held-out splits and the order of the examples."""
     model: ModelConfig = field(default_factory=ModelConfig)
     cut: CutConfig = field(default_factory=CutConfig)
     tuning: TuningConfig = field(default_factory=TuningConfig)
@@ -196,3 +269,23 @@ class Config:
     link: LinkConfig = field(default_factory=LinkConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if item.name in ("experiment", "seed"):
+                value = rules.checked(value, str(item.type), item.metadata["rule"], item.name)
+                object.__setattr__(self, item.name, value)
+            elif type(value).__name__ != item.type:
+                raise ConfigError(f"{item.name} must be a {item.type}, got {value!r}")
+
+    def check(self) -> Config:
+        """Refuse what no section can refuse alone, and return self.
+
+        Raises
+        ------
+        ConfigError
+            If no model is named, or its position table is shorter than `data.context`.
+        """
+        combinations.check_config(self)
+        return self
