@@ -90,8 +90,7 @@ class TrunkEngine:
         self.trunk, self.hidden_size, self.train = trunk, hidden_size, train
         self.seed, self.timeout = seed, timeout
         self.policy = build_policy(trunk, train)
-        first = next(trunk.parameters())
-        self.device, self.dtype = first.device, first.dtype
+        self.device = next(trunk.parameters()).device
         self._round: Round | None = None
         self._sessions: dict[str, Session] = {}
         self._lock = threading.Lock()
@@ -198,7 +197,7 @@ class Session:
         """
         self._check_open()
         self._check_shapes(h_BTD, mask_BT)
-        h_BTD = h_BTD.to(self._engine.device, self._engine.dtype)
+        h_BTD = h_BTD.to(self._engine.device)
         mask_BT = None if mask_BT is None else mask_BT.to(self._engine.device)
         if not self._round.training:
             with torch.no_grad():
@@ -338,7 +337,8 @@ class Session:
         return self._result
 
     def close(self) -> None:
-        """Forget everything in flight and give back the turn. A second call does nothing."""
+        """Drop what is in flight and give back the turn. The replica of the applied steps waits for
+        the end of the round. A second call does nothing."""
         self._closed = True
         with self._busy:
             unfinished = bool(self._pending or self._gradients)

@@ -1,0 +1,175 @@
+"""The ClientApp: one train or evaluate message a round, with one session to the trunk inside it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+from flwr.app import Context, Message, MetricRecord, RecordDict
+from flwr.app import ConfigRecord as Record
+from flwr.clientapp import ClientApp
+from transformers import PreTrainedTokenizerBase
+
+from conf.load import from_json
+from conf.schema import Config
+from flower_app import training
+from flower_app.assembly import build_client, set_threads
+from flower_app.data import ClientData, batches, load_client_data, load_tokenizer, num_steps, steps
+from models import Part, client_state, load_client_state
+from strategies.errors import TrunkError
+from strategies.optim import derive_seed
+from strategies.splitfed import ARRAYS, CONFIG, METRICS, OUTCOME, TICKET, from_arrays, to_arrays
+from strategies.transport.link import GrpcLink
+
+app = ClientApp()
+
+
+@app.train()
+def train(message: Message, context: Context) -> Message:
+    """Train bottom and top for one round; replies with their tensors and the round's metrics."""
+    return _answer(_train, message, context)
+
+
+@app.evaluate()
+def evaluate(message: Message, context: Context) -> Message:
+    """Evaluate on the held-out examples; replies with loss and tokens."""
+    return _answer(_evaluate, message, context)
+
+
+def _train(site: Site) -> RecordDict:
+    config, place = site.config, site.place
+    data, tokenizer = site.data()
+    bottom, top = site.parts()
+    count = num_steps(len(data.train), config.train)
+    order = torch.Generator().manual_seed(
+        derive_seed(config.seed, place.round, place.client, "order")
+    )
+    plan = steps(
+        data.train,
+        batch_size=config.train.batch_size,
+        accumulate=config.train.accumulate,
+        steps=count,
+        pad_id=int(tokenizer.pad_token_id),
+        generator=order,
+    )
+    link = site.link(count)
+    try:
+        outcome = training.train(bottom, top, link, plan, count, config.train, place)
+        link.close()
+    finally:
+        link.abort()
+    return RecordDict(
+        {ARRAYS: to_arrays(client_state(bottom, top)), METRICS: _metrics(outcome, link)}
+    )
+
+
+def _evaluate(site: Site) -> RecordDict:
+    data, tokenizer = site.data()
+    bottom, top = site.parts()
+    held_out = batches(
+        data.heldout,
+        site.config.train.batch_size,
+        pad_id=int(tokenizer.pad_token_id),
+        generator=None,
+    )
+    link = site.link(0)
+    try:
+        outcome = training.evaluate(bottom, top, link, held_out, site.config.train)
+        link.close()
+    finally:
+        link.abort()
+    return RecordDict({METRICS: _metrics(outcome, link)})
+
+
+class Site:
+    """What one message and this node's own configuration say."""
+
+    def __init__(self, message: Message, context: Context) -> None:
+        content, self._node = message.content, context.node_config
+        self._ticket = content.config_records[TICKET]
+        self._arrays = content.array_records[ARRAYS]
+        config = from_json(str(content.config_records[CONFIG]["json"]))
+        if own := str(self._node.get("model-path", "")):
+            config = dataclasses.replace(config, model=dataclasses.replace(config.model, path=own))
+        self.config: Config = config
+        self.place = training.Place(
+            seed=config.seed,
+            client=client_name(context),
+            round=int(self._ticket["round"]),  # type: ignore[arg-type]
+            rounds=int(self._ticket["rounds"]),  # type: ignore[arg-type]
+        )
+        set_threads(config.runtime.client_threads)
+
+    def data(self) -> tuple[ClientData, PreTrainedTokenizerBase]:
+        """This node's examples: its own `data-path`, or its partition of the configured data."""
+        path = str(self._node.get("data-path", ""))
+        if not path and "partition-id" not in self._node:
+            raise ValueError(
+                "this node has neither data-path nor partition-id; start its SuperNode with "
+                "--node-config 'data-path=\"/path/to/data\"'"
+            )
+        tokenizer = load_tokenizer(self.config.model)
+        data = load_client_data(
+            self.config.data,
+            tokenizer,
+            partition=int(self._node.get("partition-id", 0)),
+            partitions=int(self._node.get("num-partitions", 1)),
+            data_path=path,
+            seed=self.config.seed,
+        )
+        return data, tokenizer
+
+    def parts(self) -> tuple[Part, Part]:
+        """Bottom and top with the federation's current tensors; the initial ones in round 1."""
+        bottom, top = build_client(self.config)
+        if self._arrays:
+            load_client_state(bottom, top, from_arrays(self._arrays))
+        return bottom, top
+
+    def link(self, steps: int) -> GrpcLink:
+        """Open the session that the ticket is for."""
+        certificate = self._ticket["certificate"]
+        assert isinstance(certificate, bytes)
+        return GrpcLink(
+            str(self._ticket["address"]),
+            str(self._ticket["token"]),
+            client=self.place.client,
+            steps=steps,
+            config=self.config.link,
+            certificate=certificate,
+        )
+
+
+def client_name(context: Context) -> str:
+    """A name that stays the same from run to run: the node's `name`, its partition, or its id."""
+    node = context.node_config
+    if "name" in node:
+        return str(node["name"])
+    if "partition-id" in node:
+        return f"client-{node['partition-id']}"
+    return f"node-{context.node_id}"
+
+
+def _answer(work: Callable[[Site], RecordDict], message: Message, context: Context) -> Message:
+    """Reply with what `work` returns, or with the words of the error it met."""
+    outcome = Record({"client": client_name(context), "error": ""})
+    try:
+        content = work(Site(message, context))
+    except (TrunkError, ValueError, OSError) as error:
+        outcome["error"] = f"{error}"
+        content = RecordDict()
+    content[OUTCOME] = outcome
+    return Message(content=content, reply_to=message)
+
+
+def _metrics(outcome: training.Outcome, link: GrpcLink) -> MetricRecord:
+    return MetricRecord(
+        {
+            "num-tokens": outcome.tokens,
+            "loss": outcome.loss,
+            "steps": outcome.steps,
+            "bytes-up": link.bytes_up,
+            "bytes-down": link.bytes_down,
+        }
+    )

@@ -1,0 +1,73 @@
+"""The ServerApp: holds the trunk, serves the data plane, and runs the SplitFed strategy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from flwr.app import ArrayRecord, Context
+from flwr.serverapp import Grid, ServerApp
+
+from conf.load import load_config
+from conf.schema import Config
+from flower_app.assembly import build_trunk, export_model, resolve_model, set_threads
+from flower_app.data import load_tokenizer
+from flower_app.recorder import Recorder
+from models import Part, trainable_state
+from strategies.splitfed import SplitFed, from_arrays
+from strategies.transport.service import TrunkService
+from strategies.trunk import TrunkEngine
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run the experiment that the run config names."""
+    run = context.run_config
+    config = resolve_model(load_config(str(run["experiment"]), str(run["overrides"])))
+    recorder = Recorder(config)
+    recorder.start()
+    try:
+        model_folder = run_experiment(config, grid, recorder)
+    except BaseException as error:
+        recorder.fail(error)
+        raise
+    recorder.finish(model_folder)
+
+
+def run_experiment(config: Config, grid: Grid, recorder: Recorder) -> Path | None:
+    """Build the trunk, train it with the clients, and save what was trained.
+
+    Returns
+    -------
+    Path or None
+        Folder of the final model; None if `output.save_model` is off.
+    """
+    set_threads(config.runtime.trunk_threads)
+    trunk = build_trunk(config)
+    engine = TrunkEngine(
+        trunk,
+        hidden_size=trunk.hidden_size,
+        train=config.train,
+        seed=config.seed,
+        timeout=config.link.timeout,
+    )
+    service = TrunkService(engine, config.link)
+    strategy = SplitFed(engine, service, config, recorder)
+    service.on_step = strategy.on_step
+    service.start()
+    try:
+        result = strategy.start(
+            grid=grid,
+            initial_arrays=ArrayRecord(),
+            num_rounds=config.train.rounds,
+            timeout=config.federation.round_timeout,
+        )
+    finally:
+        service.stop()
+    return _save(config, trunk, result.arrays, recorder.folder) if config.output.save_model else None
+
+
+def _save(config: Config, trunk: Part, arrays: ArrayRecord, folder: Path) -> Path:
+    state = {**from_arrays(arrays), **trainable_state(trunk)}
+    return export_model(config, state, load_tokenizer(config.model), folder / "model")

@@ -1,0 +1,248 @@
+"""A client's side of training and evaluation, free of Flower and of any transport.
+
+Shapes: B sequences, T tokens, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from conf.schema import TrainConfig
+from flower_app.data import IGNORE_INDEX, Batch
+from strategies.optim import (
+    Progress,
+    autocast,
+    build_optimizer,
+    clipped_step,
+    derive_seed,
+    learning_rate,
+    square_norm,
+    trainable,
+)
+from strategies.transport.link import Link, StepCounters
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where in the run a client is: what its randomness and its schedule depend on."""
+
+    seed: int
+    client: str
+    round: int
+    rounds: int
+
+
+@dataclass(kw_only=True)
+class Outcome:
+    """What one session amounted to. `loss` is the mean over `tokens` tokens, in nats."""
+
+    loss: float
+    tokens: int
+    steps: int = 0
+    losses: list[float] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def token_loss(logits_BTV: Tensor, labels_BT: Tensor) -> tuple[Tensor, int]:
+    """Summed cross-entropy of next-token prediction.
+
+    Parameters
+    ----------
+    logits_BTV : Tensor
+        Floating point; position t predicts the label at t + 1.
+    labels_BT : Tensor
+        int64, not shifted; `IGNORE_INDEX` where a token does not count (padding, prompts).
+
+    Returns
+    -------
+    total : Tensor
+        Scalar fp32 sum over the labels that count, in nats.
+    tokens : int
+        How many labels count.
+    """
+    targets = labels_BT[:, 1:].reshape(-1)
+    logits = logits_BTV[:, :-1].reshape(-1, logits_BTV.shape[-1]).float()
+    total = F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")
+    return total, int((targets != IGNORE_INDEX).sum())
+
+
+def train(
+    bottom: nn.Module,
+    top: nn.Module,
+    link: Link,
+    steps: Iterable[Sequence[Batch]],
+    count: int,
+    config: TrainConfig,
+    place: Place,
+) -> Outcome:
+    """Train bottom and top for one round, the trunk at the other end of the link with them.
+
+    Each optimizer step minimises the mean loss over all tokens of its micro-batches, so that
+    `accumulate=2` equals one batch of twice the size.
+
+    Parameters
+    ----------
+    bottom, top : nn.Module
+        Callable as the parts of `models.split`; their trainable parameters move in place.
+    link : Link
+        The open session.
+    steps : iterable of sequences of Batch
+        The micro-batches of each optimizer step.
+    count : int
+        How many steps there are, for the schedule.
+    config : TrainConfig
+        Optimizer, schedule, clipping, precision.
+    place : Place
+        Seeds of dropout, and the round.
+
+    Raises
+    ------
+    TrunkError
+        When the trunk refuses, fails or falls silent.
+    ValueError
+        If a step has no token that counts.
+    """
+    worker = _Worker(bottom, top, link, config, place)
+    bottom.train()
+    top.train()
+    parameters = trainable(bottom, top)
+    optimizer = build_optimizer(parameters, config)
+    outcome = Outcome(loss=0.0, tokens=0)
+    for step, batches in enumerate(steps):
+        loss, tokens = worker.gradients(step, batches)
+        client_square = square_norm(parameters)
+        link.apply(step, worker.counters(client_square, loss, tokens))
+        norm = math.sqrt(worker.trunk_square + client_square)
+        if not math.isfinite(norm):
+            link.applied()  # the trunk found the same, and says so
+        progress = Progress(round=place.round, rounds=place.rounds, step=step, steps=count)
+        clipped_step(optimizer, lr=learning_rate(config, progress), norm=norm, clip=config.clip)
+        link.applied()
+        outcome.losses.append(loss)
+        outcome.loss += loss * tokens
+        outcome.tokens += tokens
+        outcome.steps += 1
+    outcome.loss /= max(1, outcome.tokens)
+    outcome.seconds = worker.total_seconds
+    return outcome
+
+
+@torch.no_grad()
+def evaluate(
+    bottom: nn.Module, top: nn.Module, link: Link, batches: Iterable[Batch], config: TrainConfig
+) -> Outcome:
+    """Mean loss per token over held-out batches, through a forward-only session.
+
+    Raises
+    ------
+    ValueError
+        If no token counts, or a loss is not finite.
+    """
+    bottom.eval()
+    top.eval()
+    total, tokens = 0.0, 0
+    for position, batch in enumerate(batches):
+        device = next(bottom.parameters()).device
+        ids, mask, labels = _on(device, batch)
+        with autocast(device, config.precision):
+            h2_BTD = link.compute(position, 0, bottom(ids, mask), mask)
+            loss, count = token_loss(top(h2_BTD, mask), labels)
+        if not torch.isfinite(loss):
+            raise ValueError(f"held-out batch {position} has a loss of {float(loss)}")
+        total, tokens = total + float(loss), tokens + count
+    if tokens == 0:
+        raise ValueError("no held-out token to evaluate on; raise data.heldout or data.max_examples")
+    return Outcome(loss=total / tokens, tokens=tokens)
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Draw random numbers from `seed`, and leave the process's generator as it was."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+class _Worker:
+    """Forward and backward of one step, with the clock running."""
+
+    def __init__(
+        self, bottom: nn.Module, top: nn.Module, link: Link, config: TrainConfig, place: Place
+    ) -> None:
+        self._bottom, self._top, self._link = bottom, top, link
+        self._config, self._place = config, place
+        self._device = next(bottom.parameters(), next(top.parameters())).device
+        self._seconds = dict.fromkeys(("bottom", "network", "top"), 0.0)
+        self._trunk_before = link.trunk_seconds
+        self.total_seconds = dict.fromkeys(("bottom", "network", "top"), 0.0)
+        self.trunk_square = 0.0
+
+    def gradients(self, step: int, batches: Sequence[Batch]) -> tuple[float, int]:
+        """Accumulate the gradients of one step; returns its mean loss and its tokens."""
+        self._seconds = dict.fromkeys(self._seconds, 0.0)
+        self._trunk_before = self._link.trunk_seconds
+        tokens = sum(batch.tokens for batch in batches)
+        if tokens == 0:
+            raise ValueError(f"step {step} has no token that counts; is everything a prompt?")
+        total = 0.0
+        for micro, batch in enumerate(batches):
+            total += self._micro_batch(step, micro, batch, tokens, micro == len(batches) - 1)
+        return total / tokens, tokens
+
+    def counters(self, client_square: float, loss: float, tokens: int) -> StepCounters:
+        """What the trunk is told of the step. Network time is what the trunk did not use."""
+        trunk = self._link.trunk_seconds - self._trunk_before
+        self._seconds["network"] = max(0.0, self._seconds["network"] - trunk)
+        for name, value in self._seconds.items():
+            self.total_seconds[name] += value
+        return StepCounters(
+            client_square_norm=client_square,
+            tokens=tokens,
+            loss=loss,
+            seconds_bottom=self._seconds["bottom"],
+            seconds_network=self._seconds["network"],
+            seconds_top=self._seconds["top"],
+        )
+
+    def _micro_batch(self, step: int, micro: int, batch: Batch, tokens: int, last: bool) -> float:
+        ids, mask, labels = _on(self._device, batch)
+        place = self._place
+        seed = derive_seed(place.seed, place.round, place.client, step, micro, "client")
+        with seeded(seed, self._device):
+            with self._clock("bottom"), autocast(self._device, self._config.precision):
+                h1_BTD = self._bottom(ids, mask)
+            with self._clock("network"):
+                h2_BTD = self._link.compute(step, micro, h1_BTD.detach(), mask)
+            h2_BTD = h2_BTD.detach().requires_grad_()
+            with self._clock("top"):
+                with autocast(self._device, self._config.precision):
+                    loss, _ = token_loss(self._top(h2_BTD, mask), labels)
+                (loss / tokens).backward()
+        if h2_BTD.grad is None:
+            raise RuntimeError("no gradient reached the top's input; is the top differentiable?")
+        with self._clock("network"):
+            grad_BTD, self.trunk_square = self._link.backward(step, micro, h2_BTD.grad, last=last)
+        with self._clock("bottom"):
+            if h1_BTD.requires_grad:
+                h1_BTD.backward(grad_BTD.to(h1_BTD.dtype))
+        return float(loss.detach())
+
+    @contextmanager
+    def _clock(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self._seconds[name] += time.perf_counter() - started
+
+
+def _on(device: torch.device, batch: Batch) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Move a batch; a mask without padding is left out, as everywhere in Graft."""
+    mask = None if bool(batch.attention_mask.all()) else batch.attention_mask.to(device)
+    return batch.input_ids.to(device), mask, batch.labels.to(device)

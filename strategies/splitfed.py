@@ -1,0 +1,307 @@
+"""SplitFed as a Flower Strategy: the control plane of a run."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from logging import INFO
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Result, Strategy
+from flwr.supercore import log
+from torch import Tensor
+
+from conf.load import to_json
+from conf.schema import Config
+from strategies.aggregation import weighted_mean
+from strategies.optim import derive_seed
+from strategies.transport.service import StepReport, TrunkService
+from strategies.trunk import TrunkEngine
+
+ARRAYS, CONFIG, TICKET, METRICS, OUTCOME = "arrays", "config", "ticket", "metrics", "outcome"
+"""Names of the records in a message and its reply."""
+
+
+class Observer(Protocol):
+    """Who is told of the run's progress."""
+
+    def step(self, **record: Any) -> None:
+        """One applied optimizer step."""
+
+    def round(self, **record: Any) -> None:
+        """One ended round; round 0 is the evaluation before training."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What one client answered: its tensors and metrics, or the reason why there are none."""
+
+    key: str
+    client: str
+    state: dict[str, Tensor] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
+    error: str = ""
+
+
+@dataclass(kw_only=True)
+class _Tally:
+    """A round as it will be reported."""
+
+    started: float = field(default_factory=time.monotonic)
+    clients: set[str] = field(default_factory=set)
+    missing: dict[str, str] = field(default_factory=dict)
+    train: dict[str, float] | None = None
+    evaluate: dict[str, float] | None = None
+    tokens: int = 0
+    bytes_up: int = 0
+    bytes_down: int = 0
+
+
+class SplitFed(Strategy):
+    """Federated split learning: clients keep bottom and top, the server keeps the trunk.
+
+    `configure_train` samples the cohort, opens the round on the trunk and sends each client the
+    averaged bottom/top tensors with a session ticket. `aggregate_train` averages what came back by
+    tokens, folds the trunk as its policy says, and names who was missing.
+
+    Parameters
+    ----------
+    engine : TrunkEngine
+        The trunk and its policy.
+    service : TrunkService
+        The engine's data plane, started.
+    config : Config
+        The run's configuration, which travels to the clients.
+    observer : Observer
+        Told of every step and round.
+
+    Raises
+    ------
+    RuntimeError
+        From a round in which no client finished, with every client's reason.
+    """
+
+    def __init__(
+        self, engine: TrunkEngine, service: TrunkService, config: Config, observer: Observer
+    ) -> None:
+        self.engine, self.service, self.config, self.observer = engine, service, config, observer
+        self._rounds = config.train.rounds
+        self._sampled: dict[int, str] = {}
+        self._names: dict[int, str] = {}
+        self._tally = _Tally()
+
+    def summary(self) -> None:
+        """Log what the strategy will do."""
+        train, federation = self.config.train, self.config.federation
+        log(INFO, "\t├──> Trunk: %s at %s", train.strategy, self.service.address)
+        log(
+            INFO,
+            "\t└──> Sampling: train %.2f | evaluate %.2f | at least %d clients",
+            federation.fraction_train,
+            federation.fraction_evaluate,
+            federation.min_clients,
+        )
+
+    def start(self, grid: Grid, initial_arrays: ArrayRecord, *args: Any, **kwargs: Any) -> Result:
+        """Evaluate before training, then run all rounds; see `flwr.serverapp.strategy.Strategy`."""
+        timeout = kwargs.get("timeout", self.config.federation.round_timeout)
+        messages = self.configure_evaluate(0, initial_arrays, ConfigRecord(), grid)
+        self.aggregate_evaluate(0, grid.send_and_receive(messages, timeout=timeout))
+        return super().start(grid, initial_arrays, *args, **kwargs)
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Open a training round and make a message with a ticket for each client of the cohort."""
+        self._tally = _Tally()
+        nodes = self._sample(grid, server_round, self.config.federation.fraction_train)
+        return self._open(server_round, arrays, nodes, training=True)
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Average the clients' tensors and the trunk by the tokens each client trained on."""
+        answers = self._collect(replies)
+        weights = {answer.key: answer.metrics["num-tokens"] for answer in answers}
+        self.service.end_round()
+        self.engine.close_round(weights)
+        if not answers:
+            raise RuntimeError(self._nobody(server_round, "training"))
+        mean = weighted_mean([answer.state for answer in answers], list(weights.values()))
+        metrics = self._fold(answers)
+        self._tally.train, self._tally.tokens = metrics, int(metrics["num-tokens"])
+        return to_arrays(mean), MetricRecord(dict(metrics))
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Open a forward-only round; no messages if nothing is held out or evaluated."""
+        if server_round == 0:
+            self._tally = _Tally()
+        self._sampled = {}
+        if self.config.federation.fraction_evaluate == 0 or self.config.data.heldout == 0:
+            return []
+        nodes = self._sample(grid, server_round, self.config.federation.fraction_evaluate)
+        return self._open(server_round, arrays, nodes, training=False)
+
+    def aggregate_evaluate(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> MetricRecord | None:
+        """Mean held-out loss over all tokens of all clients; reports the round."""
+        metrics = None
+        if self._sampled:
+            answers = self._collect(replies)
+            self.service.end_round()
+            self.engine.close_round({})
+            if not answers:
+                raise RuntimeError(self._nobody(server_round, "evaluation"))
+            metrics = self._tally.evaluate = self._fold(answers)
+        self._report(server_round)
+        return MetricRecord(dict(metrics)) if metrics else None
+
+    def on_step(self, report: StepReport) -> None:
+        """Pass a step from the data plane to the observer, with the round it belongs to."""
+        record = {**vars(report), "round": int(report.key.split("-")[1]), "step": report.step + 1}
+        del record["key"]
+        self.observer.step(**record)
+
+    def _sample(self, grid: Grid, server_round: int, fraction: float) -> list[int]:
+        """Draw the cohort, alike in every run of the same seed once clients' names are known."""
+        least = self.config.federation.min_clients
+        while len(nodes := list(grid.get_node_ids())) < least:
+            log(INFO, "waiting for clients: %d connected, %d required", len(nodes), least)
+            time.sleep(1)
+        nodes.sort(key=lambda node: (self._names.get(node, ""), node))
+        count = min(len(nodes), max(least, round(fraction * len(nodes))))
+        seed = derive_seed(self.config.seed, server_round, "sample")
+        return sorted(random.Random(seed).sample(nodes, count))
+
+    def _open(
+        self, server_round: int, arrays: ArrayRecord, nodes: Sequence[int], *, training: bool
+    ) -> list[Message]:
+        self.engine.open_round(server_round, self._rounds, training=training)
+        purpose = "train" if training else "evaluate"
+        self._sampled = {node: f"{purpose}-{server_round}-{node}" for node in nodes}
+        shared = ConfigRecord({"json": to_json(self.config)})
+        return [
+            Message(
+                content=RecordDict(
+                    {ARRAYS: arrays, CONFIG: shared, TICKET: self._ticket(server_round, key)}
+                ),
+                message_type=MessageType.TRAIN if training else MessageType.EVALUATE,
+                dst_node_id=node,
+            )
+            for node, key in self._sampled.items()
+        ]
+
+    def _ticket(self, server_round: int, key: str) -> ConfigRecord:
+        return ConfigRecord(
+            {
+                "address": self.service.address,
+                "token": self.service.admit(key),
+                "certificate": self.service.certificate,
+                "round": server_round,
+                "rounds": self._rounds,
+            }
+        )
+
+    def _collect(self, replies: Iterable[Message]) -> list[Answer]:
+        """Split replies into answers, in the order of client names, and those missing."""
+        waiting = dict(self._sampled)
+        answers = []
+        for reply in replies:
+            key = waiting.pop(reply.metadata.src_node_id, None)
+            if key is None:
+                continue
+            answer = read_answer(key, reply)
+            if not answer.error:
+                answer = self._checked(answer)
+            if answer.error:
+                self._tally.missing[answer.client] = answer.error
+            else:
+                self._names[reply.metadata.src_node_id] = answer.client
+                self._tally.clients.add(answer.client)
+                answers.append(answer)
+        limit = self.config.federation.round_timeout
+        for node in waiting:
+            name = self._names.get(node, f"node {node}")
+            self._tally.missing[name] = f"no answer within federation.round_timeout={limit:g} s"
+        return sorted(answers, key=lambda answer: (answer.client, answer.key))
+
+    def _checked(self, answer: Answer) -> Answer:
+        """Refuse an answer whose tokens are not those whose steps the trunk has applied."""
+        if not answer.key.startswith("train"):
+            return answer
+        seen, told = self.engine.session_tokens(answer.key), answer.metrics["num-tokens"]
+        if told == seen and told > 0:
+            return answer
+        error = f"it reports {told:g} trained tokens, the trunk has applied steps of {seen}"
+        return Answer(key=answer.key, client=answer.client, error=error)
+
+    def _fold(self, answers: Sequence[Answer]) -> dict[str, float]:
+        """Sum counters and weight the loss by tokens."""
+        tokens = sum(answer.metrics["num-tokens"] for answer in answers)
+        loss = sum(a.metrics["loss"] * a.metrics["num-tokens"] for a in answers) / tokens
+        self._tally.bytes_up += int(sum(answer.metrics["bytes-up"] for answer in answers))
+        self._tally.bytes_down += int(sum(answer.metrics["bytes-down"] for answer in answers))
+        return {"loss": loss, "num-tokens": tokens, "clients": len(answers)}
+
+    def _nobody(self, server_round: int, what: str) -> str:
+        reasons = "; ".join(f"{name}: {why}" for name, why in sorted(self._tally.missing.items()))
+        return f"no client finished {what} in round {server_round}: {reasons}"
+
+    def _report(self, server_round: int) -> None:
+        tally = self._tally
+        self.observer.round(
+            round=server_round,
+            train=tally.train,
+            evaluate=tally.evaluate,
+            clients=sorted(tally.clients),
+            missing=tally.missing,
+            tokens=tally.tokens,
+            bytes_up=tally.bytes_up,
+            bytes_down=tally.bytes_down,
+            seconds=time.monotonic() - tally.started,
+        )
+
+
+def to_arrays(state: dict[str, Tensor]) -> ArrayRecord:
+    """Pack named tensors for a Flower message; bf16, which NumPy lacks, travels as fp32."""
+    return ArrayRecord(
+        {
+            name: Array(
+                np.ascontiguousarray(
+                    (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).cpu().numpy()
+                )
+            )
+            for name, tensor in state.items()
+        }
+    )
+
+
+def from_arrays(arrays: ArrayRecord) -> dict[str, Tensor]:
+    """Unpack `to_arrays`."""
+    return {name: torch.from_numpy(array.numpy()) for name, array in arrays.items()}
+
+
+def read_answer(key: str, reply: Message) -> Answer:
+    """Read one client's reply; anything that does not hold together becomes its `error`."""
+    node = f"node {reply.metadata.src_node_id}"
+    if reply.has_error():
+        return Answer(key=key, client=node, error=reply.error.reason or str(reply.error.code))
+    content = reply.content
+    if OUTCOME not in content.config_records:
+        return Answer(key=key, client=node, error="its reply is not one of a Graft client")
+    outcome = content.config_records[OUTCOME]
+    client = str(outcome["client"])
+    if outcome.get("error"):
+        return Answer(key=key, client=client, error=str(outcome["error"]))
+    metrics: dict[str, Any] = dict(content.metric_records[METRICS])
+    state = from_arrays(content.array_records[ARRAYS]) if ARRAYS in content.array_records else {}
+    return Answer(key=key, client=client, state=state, metrics=metrics)
