@@ -30,8 +30,8 @@ def runs_folder(folder: str | Path = "") -> Path:
         source, path = "GRAFT_HOME", Path(home).expanduser() / "runs"
     if not path.is_absolute():
         raise ValueError(
-            f"{source} is the relative path '{folder or home}', and a ServerApp does not run in the "
-            f"folder you start it from; give an absolute path, such as {Path.cwd() / path}"
+            f"{source} is the relative path '{folder or home}', and a ServerApp does not run in "
+            f"the folder you start it from; give an absolute path, such as {Path.cwd() / path}"
         )
     return path
 

@@ -1,0 +1,260 @@
+"""The `graft` command: every tool of Graft in one place.
+
+Each command imports what it needs, so that `graft --help` does not wait for torch.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Annotated, Any
+
+import click
+import typer
+from typer.core import TyperGroup
+
+
+class _Plain(TyperGroup):
+    """Print an error that is the user's to mend as one line instead of a traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; ValueError and OSError end it with code 2, RuntimeError with 1.
+
+        `graft --verbose` shows the traceback.
+        """
+        try:
+            return super().invoke(ctx)
+        except (ValueError, OSError, RuntimeError) as error:
+            if ctx.params.get("verbose"):
+                raise
+            typer.secho(f"error: {error}", fg=typer.colors.RED, err=True)
+            raise typer.Exit(1 if isinstance(error, RuntimeError) else 2) from None
+
+
+app = typer.Typer(
+    cls=_Plain,
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    help="Federated split learning of transformers: clients keep their data and the ends of the "
+    "model, the server trains the middle.\n\n"
+    "Start with [bold]graft demo[/bold]. Runs of your own: [bold]graft run[/bold], or "
+    "[bold]flwr run . --stream[/bold] in the project folder.",
+)
+bench = typer.Typer(no_args_is_help=True, help="Measure what splitting costs and saves.")
+app.add_typer(bench, name="bench", rich_help_panel="Check and measure")
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        help="Changes to the experiment: train.lr=1e-3 cut.bottom=2", metavar="KEY=VALUE"
+    ),
+]
+
+
+@app.callback()
+def configure(
+    verbose: Annotated[
+        bool, typer.Option("--verbose", help="Show what libraries log, and tracebacks.")
+    ] = False,
+) -> None:
+    """Set up logging, which only entry points do."""
+    level = logging.INFO if verbose else logging.WARNING
+    logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
+
+
+@app.command(rich_help_panel="Run")
+def demo(
+    verbose: Annotated[bool, typer.Option(help="Show Flower's own lines too.")] = False,
+) -> None:
+    """Train a small split transformer across simulated clients (what `make demo` does)."""
+    from simulations.demo import demo as run_demo
+
+    run_demo(typer.echo, verbose)
+
+
+@app.command(rich_help_panel="Run")
+def run(
+    experiment: Annotated[str, typer.Argument(help="A name that `graft config` lists, or a file.")],
+    overrides: Overrides = None,
+    clients: Annotated[int, typer.Option(help="Simulated clients; 0: Flower's default, 2.")] = 0,
+    verbose: Annotated[bool, typer.Option(help="Show Flower's own lines too.")] = False,
+) -> None:
+    """Run an experiment with simulated clients, on a SuperLink of its own."""
+    from simulations.demo import run_experiment
+
+    run_experiment(experiment, _joined(overrides), clients=clients, say=typer.echo, verbose=verbose)
+
+
+@app.command("deployment-demo", rich_help_panel="Run")
+def deployment_demo(
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Leave out TLS and node authentication.")
+    ] = False,
+    verbose: Annotated[bool, typer.Option(help="Show Flower's own lines too.")] = False,
+) -> None:
+    """Run the app under a real SuperLink and two SuperNodes, each with a data file of its own."""
+    from simulations.deployment import deployment_demo as run_deployment
+
+    run_deployment(insecure=insecure, say=typer.echo, verbose=verbose)
+
+
+@app.command(rich_help_panel="Look")
+def config(
+    experiment: Annotated[str, typer.Argument(help="A name or a file; empty: list them.")] = "",
+    overrides: Overrides = None,
+) -> None:
+    """Print the configuration that a run would use, or the experiments there are."""
+    from conf.load import experiments, load_config, to_yaml
+
+    if experiment:
+        typer.echo(to_yaml(load_config(experiment, _joined(overrides))), nl=False)
+        return
+    typer.echo("experiments (graft config NAME prints one, graft run NAME runs it):")
+    for name in experiments():
+        typer.echo(f"  {name}")
+
+
+@app.command(rich_help_panel="Look")
+def runs(
+    folder: Annotated[str, typer.Option(help="Parent of the run folders.")] = "",
+) -> None:
+    """List the runs that have ended, the newest last."""
+    from flower_app.runs import read_summaries, runs_folder
+
+    found = read_summaries(folder)
+    if not found:
+        typer.echo(f"no run has ended under {runs_folder(folder)}; `graft demo` makes one")
+        return
+    _table(
+        ["run", "status", "rounds", "clients", "held-out loss", "tokens/s", "seconds"],
+        [
+            [
+                path.name,
+                summary["status"],
+                summary["rounds"],
+                summary["clients"],
+                f"{_number(summary['eval_loss_first'])} -> {_number(summary['eval_loss_last'])}",
+                f"{summary['tokens_per_second']:,.0f}",
+                f"{summary['seconds']:.0f}",
+            ]
+            for path, summary in found
+        ],
+    )
+    typer.echo(f"under {runs_folder(folder)}")
+
+
+@app.command(rich_help_panel="Look")
+def plot(
+    run: Annotated[str, typer.Argument(help="A run folder, or its name as `graft runs` shows it.")],
+) -> None:
+    """Draw the loss of a run again, also of one that was killed."""
+    from flower_app.plots import plot_loss
+    from flower_app.runs import runs_folder
+
+    folder = Path(run) if Path(run).is_dir() else runs_folder() / run
+    if not (folder / "metrics.jsonl").exists():
+        raise ValueError(f"{run} is not a run: there is no {folder / 'metrics.jsonl'}")
+    typer.echo(plot_loss(folder.resolve()))
+
+
+@app.command(rich_help_panel="Look")
+def families() -> None:
+    """List the model families whose split is tested to be exact."""
+    from models.families import tested_families
+
+    for name in tested_families():
+        typer.echo(name)
+
+
+@app.command(rich_help_panel="Check and measure")
+def parity(
+    model: Annotated[str, typer.Option(help="Folder or hub id of a model.")] = "",
+    cut: Annotated[
+        list[str] | None,
+        typer.Option(help="Blocks below and above the trunk, as 2,1; may be repeated."),
+    ] = None,
+    attention: Annotated[str, typer.Option(help="sdpa, eager or both.")] = "both",
+    allow_untested: Annotated[
+        bool, typer.Option("--allow-untested", help="Try a family outside the tested table.")
+    ] = False,
+    families: Annotated[
+        bool, typer.Option("--families", help="A tiny model of every named family.")
+    ] = False,
+) -> None:
+    """Compare a split model with the unsplit one: logits and every gradient, padded and not."""
+    if families == bool(model):
+        raise ValueError("give either --model PATH_OR_ID or --families")
+    cuts = [_cut(text) for text in cut or []]
+
+    from simulations import parity as tool
+
+    if families:
+        report = tool.run_families(attention=attention)
+    else:
+        report = tool.run_parity(model, cuts, attention, allow_untested)
+    typer.echo(tool.render(report))
+    if not report.ok:
+        raise typer.Exit(1)
+
+
+@bench.command("step")
+def bench_step(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Compare a split training step, over real gRPC, with the unsplit step."""
+    from simulations.benchmark import bench_step as measure
+
+    _figures(measure(), as_json)
+
+
+@bench.command("memory")
+def bench_memory(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Compare the peak memory of each role with that of the whole model."""
+    from simulations.memory import bench_memory as measure
+
+    _figures(measure(), as_json)
+
+
+def _joined(overrides: list[str] | None) -> str:
+    """Return overrides as one string that `conf.load` splits as a shell does."""
+    import shlex
+
+    return shlex.join(overrides or [])
+
+
+def _cut(text: str) -> tuple[int, int]:
+    bottom, comma, top = text.partition(",")
+    if not (comma and bottom.strip().isdecimal() and top.strip().isdecimal()):
+        raise ValueError(f"--cut {text}: give blocks below and above the trunk, as 2,1")
+    return int(bottom), int(top)
+
+
+def _figures(result: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(result, indent=2))
+        return
+    width = max(len(key) for key in result)
+    for key, value in result.items():
+        shown = f"{value:.4g}" if isinstance(value, float) else value
+        typer.echo(f"{key:<{width}}  {shown}")
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _table(columns: list[str], rows: list[list[Any]]) -> None:
+    """Print aligned columns that survive a pipe."""
+    cells = [columns, *([str(cell) for cell in row] for row in rows)]
+    widths = [max(len(row[index]) for row in cells) for index in range(len(columns))]
+    for row in cells:
+        line = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        typer.echo(line.rstrip())
+
+
+if __name__ == "__main__":
+    app()

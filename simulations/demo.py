@@ -1,0 +1,131 @@
+"""Run an experiment from outside, as `make demo` does, and judge what it left."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from simulations.local_flower import Outcome, local_superlink, worth_reading
+
+FALL_NATS = 2.0
+"""By how much the held-out loss of the demo must fall."""
+
+
+def run_experiment(
+    experiment: str,
+    overrides: str = "",
+    *,
+    clients: int = 0,
+    say: Callable[[str], None] = print,
+    verbose: bool = False,
+) -> Outcome:
+    """Run an experiment on a SuperLink of its own and wait for its end.
+
+    Parameters
+    ----------
+    experiment, overrides : str
+        The run's configuration; it is checked before anything is started.
+    clients : int
+        Simulated clients; 0: Flower's default, two.
+    say : callable
+        Takes one line for the console.
+    verbose : bool
+        Show Flower's own lines too.
+
+    Returns
+    -------
+    Outcome
+        A completed run. Any other end raises a RuntimeError that quotes the end of its output.
+    """
+    from conf.load import load_config
+
+    load_config(experiment, overrides)
+    federation = f"num-supernodes={clients}" if clients else ""
+
+    def echo(line: str) -> None:
+        if verbose or worth_reading(line):
+            say(line)
+
+    say(f"starting Flower and its simulated clients for experiment '{experiment}' ...")
+    with local_superlink() as flower:
+        outcome = flower.run(experiment, overrides, federation=federation, echo=echo)
+    if not outcome.completed:
+        raise RuntimeError(f"the run did not complete: {outcome.explain()}")
+    outcome.summary()
+    return outcome
+
+
+def demo(say: Callable[[str], None] = print, verbose: bool = False) -> Path:
+    """Run the demo, check that it learned, and say what to look at and to try next.
+
+    Parameters
+    ----------
+    say : callable
+        Takes one line for the console.
+    verbose : bool
+        Show Flower's own lines too.
+
+    Returns
+    -------
+    Path
+        The run folder.
+    """
+    outcome = run_experiment("demo", say=say, verbose=verbose)
+    summary, folder = outcome.summary(), outcome.folder
+    assert folder is not None
+    check_fall(summary, FALL_NATS)
+    say("")
+    say(
+        f"The demo learned: held-out loss {summary['eval_loss_first']:.3f} -> "
+        f"{summary['eval_loss_last']:.3f} nats per byte "
+        f"(perplexity {summary['eval_perplexity_last']:.2f}) in {summary['rounds']} rounds "
+        f"with {summary['clients']} clients; no text left a client."
+    )
+    say("")
+    say(f"Results in {folder}")
+    for name, what in _LEFT.items():
+        if (folder / name).exists():
+            say(f"  {name:<14} {what}")
+    say("")
+    say("Next (after `source .venv/bin/activate`):")
+    for command in _NEXT:
+        say(f"  {command}")
+    return folder
+
+
+def check_fall(summary: dict[str, Any], nats: float) -> None:
+    """Raise unless the held-out loss fell by at least so many nats.
+
+    Parameters
+    ----------
+    summary : dict
+        A run's summary.
+    nats : float
+        The least fall.
+    """
+    first, last = summary["eval_loss_first"], summary["eval_loss_last"]
+    if first is None or last is None or not math.isfinite(first - last):
+        raise RuntimeError(f"the run has no held-out loss: first {first}, last {last}")
+    if first - last < nats:
+        raise RuntimeError(
+            f"the held-out loss went from {first:.3f} to {last:.3f}; "
+            f"a fall of {nats:g} nats was expected"
+        )
+
+
+_LEFT = {
+    "summary.json": "how it ended, in numbers",
+    "metrics.jsonl": "every step and round",
+    "loss.png": "the loss, drawn",
+    "model": "the trained model, for transformers",
+    "config.yaml": "the configuration that reproduces it",
+}
+_NEXT = (
+    "flwr run . --stream --run-config \"overrides='train.rounds=5 cut.bottom=2'\"",
+    "graft run lora            # LoRA in all three parts, on the model that the demo left",
+    "graft config demo         # everything that can be set",
+    "graft runs                # what was run, and how it ended",
+    "make deployment-demo      # the same app under a SuperLink and two SuperNodes, with TLS",
+)

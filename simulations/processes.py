@@ -1,0 +1,199 @@
+"""Start processes and stop exactly those: by process id, whatever happens in between."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import psutil
+
+GRACE_SECONDS = 10.0
+"""How long a process may take to end after it was asked to."""
+
+
+class Started:
+    """A process that this program started, and everything that process started in turn.
+
+    Parameters
+    ----------
+    name : str
+        What it is called in messages.
+    command : sequence of str
+        Program and arguments.
+    env : mapping
+        Its environment.
+    log : Path
+        File that takes its output.
+    cwd : Path
+        Its working folder.
+    """
+
+    def __init__(
+        self, name: str, command: Sequence[str], *, env: Mapping[str, str], log: Path, cwd: Path
+    ) -> None:
+        self.name, self.log = name, log
+        with log.open("ab") as output:
+            # A session of its own: Ctrl-C reaches only us, and we stop it in order.
+            self.process = subprocess.Popen(
+                command,
+                env=dict(env),
+                cwd=cwd,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    @property
+    def running(self) -> bool:
+        """Whether it is still there."""
+        return self.process.poll() is None
+
+    def tail(self, lines: int = 20) -> str:
+        """Return the end of its output.
+
+        Parameters
+        ----------
+        lines : int
+            How many lines.
+
+        Returns
+        -------
+        str
+            The last lines.
+        """
+        text = self.log.read_text(encoding="utf-8", errors="replace")
+        return "\n".join(text.splitlines()[-lines:])
+
+    def stop(self) -> None:
+        """Ask it to end, wait, and end by force what is left of it and its descendants."""
+        family = _descendants(self.process.pid)
+        if self.running:
+            self.process.terminate()
+            try:
+                self.process.wait(GRACE_SECONDS)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+        _, alive = psutil.wait_procs(family, timeout=GRACE_SECONDS / 2)
+        for process in alive:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(alive, timeout=GRACE_SECONDS / 2)
+
+
+@contextlib.contextmanager
+def stopping() -> Iterator[list[Started]]:
+    """Collect processes and stop them at the end, the last one first.
+
+    Yields
+    ------
+    list of Started
+        Append what was started to it. A termination signal unwinds this context too.
+    """
+    started: list[Started] = []
+    with _unwinding_on_sigterm():
+        try:
+            yield started
+        finally:
+            for process in reversed(started):
+                process.stop()
+
+
+def wait_until(ready: Any, *, seconds: float, what: str, process: Started | None = None) -> None:
+    """Wait for a condition.
+
+    Parameters
+    ----------
+    ready : callable
+        Returns whether the condition holds.
+    seconds : float
+        How long to wait.
+    what : str
+        What is waited for, for the error.
+    process : Started, optional
+        Give up at once, with its output, when it ends.
+    """
+    end = time.monotonic() + seconds
+    while not ready():
+        if process is not None and not process.running:
+            raise RuntimeError(
+                f"{process.name} ended with exit code {process.process.returncode} "
+                f"while waiting for {what}:\n{process.tail()}"
+            )
+        if time.monotonic() > end:
+            output = f"; {process.name} printed:\n{process.tail()}" if process else ""
+            raise RuntimeError(f"waited {seconds:.0f} s for {what}{output}")
+        time.sleep(0.2)
+
+
+def free_ports(count: int) -> list[int]:
+    """Return ports of the loopback interface that nobody listens on.
+
+    Parameters
+    ----------
+    count : int
+        How many.
+
+    Returns
+    -------
+    list of int
+        Different ports.
+    """
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+
+
+def program(name: str) -> str:
+    """Return the path of a console command of this Python environment.
+
+    Parameters
+    ----------
+    name : str
+        `flwr`, for instance.
+
+    Returns
+    -------
+    str
+        Its path; the environment need not be activated.
+    """
+    path = Path(sys.executable).parent / name
+    if not path.exists():
+        raise ValueError(f"{path} does not exist; `make setup` installs it")
+    return str(path)
+
+
+def _descendants(pid: int) -> list[psutil.Process]:
+    try:
+        return psutil.Process(pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+@contextlib.contextmanager
+def _unwinding_on_sigterm() -> Iterator[None]:
+    """Turn SIGTERM into an exception, so that `finally` blocks run."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,158 @@
+"""What the project promises about itself: its layers, its bundle, its README."""
+
+from __future__ import annotations
+
+import ast
+import io
+import re
+import subprocess
+import tomllib
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+LAYERS = {
+    "conf": set(),
+    "models": {"conf"},
+    "strategies": {"conf", "models"},
+    "flower_app": {"conf", "models", "strategies", "flower_app"},
+    "simulations": {"conf", "models", "strategies", "flower_app"},
+}
+"""Which of our packages each package may import; every one may import itself."""
+WITHOUT_FLOWER = {"conf", "models"}
+HEAVY = {"torch", "transformers", "peft", "datasets", "flwr", "flwr_datasets", "matplotlib", "ray"}
+SHIPPED = ("flower_app", "strategies", "models", "conf")
+GENERATED = re.compile(r"_pb2(_grpc)?\.pyi?$")
+
+
+def _tracked(project: Path) -> list[str]:
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=project, capture_output=True, text=True, check=False)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    return sorted(path for path in listed.stdout.splitlines() if (project / path).exists())
+
+
+def _sources(project: Path, package: str) -> list[Path]:
+    return [path for path in (project / package).rglob("*.py") if not GENERATED.search(path.name)]
+
+
+def _imports(tree: ast.AST) -> set[str]:
+    """Return the top-level packages that a module imports, anywhere in it."""
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            found.add(node.module.split(".")[0])
+    return found
+
+
+@pytest.fixture(scope="session")
+def settings(project: Path) -> dict[str, Any]:
+    return tomllib.loads((project / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("package", LAYERS)
+def test_nothing_imports_upwards(project: Path, package: str) -> None:
+    allowed = LAYERS[package] | {package}
+    for path in _sources(project, package):
+        imported = _imports(ast.parse(path.read_text(encoding="utf-8")))
+        # The command line gathers the tools, those of `simulations` too.
+        reach = allowed | {"simulations"} if path.name == "cli.py" else allowed
+        wrong = (imported & set(LAYERS)) - reach
+        assert not wrong, f"{path.relative_to(project)} imports {sorted(wrong)}"
+        if package in WITHOUT_FLOWER:
+            known = imported & {"flwr", "flwr_datasets"}
+            assert not known, f"{path.relative_to(project)} knows Flower"
+
+
+def test_command_line_imports_nothing_heavy(project: Path) -> None:
+    tree = ast.parse((project / "flower_app" / "cli.py").read_text(encoding="utf-8"))
+    top = ast.Module([node for node in tree.body if not isinstance(node, ast.FunctionDef)], [])
+    assert not _imports(top) & (HEAVY | set(LAYERS))
+
+
+def test_no_bare_except_and_no_pickle(project: Path) -> None:
+    for package in LAYERS:
+        for path in _sources(project, package):
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+            for node in ast.walk(tree):
+                bare = isinstance(node, ast.ExceptHandler) and node.type is None
+                assert not bare, f"{path.relative_to(project)}:{getattr(node, 'lineno', 0)}"
+            assert not _imports(tree) & {"pickle", "dill", "cloudpickle", "shelve"}, path
+
+
+def test_bundle_holds_the_app_and_nothing_else(project: Path) -> None:
+    from flwr.cli.build import build_fab_from_disk
+
+    with zipfile.ZipFile(io.BytesIO(build_fab_from_disk(project))) as bundle:
+        names = set(bundle.namelist())
+    expected = {
+        path
+        for path in _tracked(project)
+        if path.split("/")[0] in SHIPPED and path.endswith((".py", ".yaml"))
+    }
+    extra = {"pyproject.toml", "LICENSE", "README.md", ".info/CONTENT"}
+    assert names - expected == extra
+    assert expected <= names, f"left out of the bundle: {sorted(expected - names)}"
+    for needed in ("flower_app/server_app.py", "conf/base.yaml", "conf/experiment/demo.yaml"):
+        assert needed in names
+
+
+def test_a_run_installs_nothing(settings: dict[str, Any]) -> None:
+    """Every requirement is excluded from the `uv sync` that Flower does before each run."""
+    extras = settings["project"]["optional-dependencies"].values()
+    wanted = [*settings["project"]["dependencies"], *(one for extra in extras for one in extra)]
+    names = {re.split(r"[\s\[<>=!~;]", requirement)[0] for requirement in wanted}
+    assert names == set(settings["tool"]["uv"]["exclude-dependencies"])
+
+
+def test_every_requirement_has_a_tested_version(project: Path, settings: dict[str, Any]) -> None:
+    pinned = re.findall(r"(?m)^([\w.-]+)==", (project / "constraints.txt").read_text())
+    tested = {name.lower().replace("_", "-") for name in pinned}
+    assert set(settings["tool"]["uv"]["exclude-dependencies"]) <= tested
+
+
+def test_readme_tree_is_true(project: Path) -> None:
+    """Every file of the packages is named once, and nothing that is gone is named."""
+    text = (project / "README.md").read_text(encoding="utf-8")
+    match = re.search(r"<!-- tree -->\n```\n(.*?)```\n<!-- /tree -->", text, re.S)
+    assert match, "README.md has no tree between its markers"
+    named = _paths_of_tree(match.group(1))
+    there = {
+        path
+        for path in _tracked(project)
+        if path.split("/")[0] in LAYERS
+        and not GENERATED.search(path)
+        and (not path.endswith("__init__.py") or (project / path).stat().st_size)
+        and path.endswith((".py", ".yaml", ".proto"))
+    }
+    assert sorted(there - named) == [], "not in README's tree"
+    assert sorted(named - there) == [], "in README's tree but gone"
+
+
+def _paths_of_tree(tree: str) -> set[str]:
+    """Return the file paths of an indented tree whose lines are `name  what it is`."""
+    folders: list[tuple[int, str]] = []
+    paths: set[str] = set()
+    for line in filter(str.strip, tree.splitlines()):
+        indent, name = len(line) - len(line.lstrip()), line.split()[0]
+        while folders and folders[-1][0] >= indent:
+            folders.pop()
+        if name.endswith("/"):
+            folders.append((indent, name))
+            continue
+        paths.add("".join(folder for _, folder in folders) + name)
+    return {path for path in paths if path.split("/")[0] in LAYERS}
+
+
+def test_no_path_of_a_machine_is_committed(project: Path) -> None:
+    machine = re.compile(r"/(?:work|root|home/\w+)/\w")
+    for path in _tracked(project):
+        if path.endswith((".py", ".yaml", ".toml", ".md", ".proto")) or path == "Makefile":
+            text = (project / path).read_text(encoding="utf-8")
+            if path != "tests/test_project.py":
+                assert not machine.search(text), path
