@@ -41,6 +41,7 @@ class Started:
         self, name: str, command: Sequence[str], *, env: Mapping[str, str], log: Path, cwd: Path
     ) -> None:
         self.name, self.log = name, log
+        self._family: list[psutil.Process] = []
         with log.open("ab") as output:
             # A session of its own: Ctrl-C reaches only us, and we stop it in order.
             self.process = subprocess.Popen(
@@ -74,17 +75,23 @@ class Started:
         text = self.log.read_text(encoding="utf-8", errors="replace")
         return "\n".join(text.splitlines()[-lines:])
 
-    def stop(self) -> None:
-        """Ask it to end, wait, and end by force what is left of it and its descendants."""
-        family = _descendants(self.process.pid)
+    def ask_to_end(self) -> None:
+        """Send it and its descendants, while it still has them, a termination signal."""
+        self._family = _descendants(self.process.pid)
         if self.running:
             self.process.terminate()
-            try:
-                self.process.wait(GRACE_SECONDS)
-            except subprocess.TimeoutExpired:
-                self.process.kill()
-                self.process.wait()
-        _, alive = psutil.wait_procs(family, timeout=GRACE_SECONDS / 2)
+        for process in self._family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.terminate()
+
+    def end(self) -> None:
+        """Wait for its end, and end by force what is left of it and its descendants."""
+        try:
+            self.process.wait(GRACE_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        _, alive = psutil.wait_procs(self._family, timeout=GRACE_SECONDS / 2)
         for process in alive:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
@@ -93,7 +100,7 @@ class Started:
 
 @contextlib.contextmanager
 def stopping() -> Iterator[list[Started]]:
-    """Collect processes and stop them at the end, the last one first.
+    """Collect processes and stop them at the end, however the end comes.
 
     Yields
     ------
@@ -106,7 +113,9 @@ def stopping() -> Iterator[list[Started]]:
             yield started
         finally:
             for process in reversed(started):
-                process.stop()
+                process.ask_to_end()
+            for process in reversed(started):
+                process.end()
 
 
 def wait_until(ready: Any, *, seconds: float, what: str, process: Started | None = None) -> None:
