@@ -15,7 +15,8 @@ from conf.load import from_json
 from conf.schema import Config
 from flower_app import training
 from flower_app.assembly import build_client, set_threads
-from flower_app.data import ClientData, batches, load_client_data, load_tokenizer, num_steps, steps
+from flower_app.data import ClientData, batches, load_client_data, num_steps, steps
+from flower_app.text import load_tokenizer
 from models import Part, client_state, load_client_state
 from strategies.errors import TrunkError
 from strategies.optim import derive_seed

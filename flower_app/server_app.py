@@ -10,7 +10,7 @@ from flwr.serverapp import Grid, ServerApp
 from conf.load import load_config
 from conf.schema import Config
 from flower_app.assembly import build_trunk, export_model, resolve_model, set_threads
-from flower_app.data import load_tokenizer
+from flower_app.text import load_tokenizer
 from flower_app.recorder import Recorder
 from models import Part, trainable_state
 from strategies.splitfed import SplitFed, from_arrays

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from conf.schema import TrainConfig
-from flower_app.data import IGNORE_INDEX, Batch
+from flower_app.data import Batch
+from flower_app.text import IGNORED
 from strategies.optim import (
     Progress,
     autocast,
@@ -59,7 +60,7 @@ def token_loss(logits_BTV: Tensor, labels_BT: Tensor) -> tuple[Tensor, int]:
     logits_BTV : Tensor
         Floating point; position t predicts the label at t + 1.
     labels_BT : Tensor
-        int64, not shifted; `IGNORE_INDEX` where a token does not count (padding, prompts).
+        int64, not shifted; `IGNORED` where a token does not count (padding, prompts).
 
     Returns
     -------
@@ -70,8 +71,8 @@ def token_loss(logits_BTV: Tensor, labels_BT: Tensor) -> tuple[Tensor, int]:
     """
     targets = labels_BT[:, 1:].reshape(-1)
     logits = logits_BTV[:, :-1].reshape(-1, logits_BTV.shape[-1]).float()
-    total = F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")
-    return total, int((targets != IGNORE_INDEX).sum())
+    total = F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
+    return total, int((targets != IGNORED).sum())
 
 
 def train(

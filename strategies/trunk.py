@@ -218,10 +218,8 @@ class Session:
             )
         if self._square_norm is not None:
             raise TrunkError(f"step {step} had its last micro-batch: apply it", kind="order")
-        if self._lane.turn is not None:
-            self._lane.turn.take(self, self._engine.timeout)
         # A fresh leaf: the gradient with respect to it is what the client waits for.
-        h_in_BTD = h_in_BTD.detach().requires_grad_()
+        h_in_BTD = h_BTD.detach().requires_grad_()
         h_out_BTD = self._seeded_forward(step, micro, h_in_BTD, mask_BT)
         self._pending[micro] = _Pending(h_in_BTD, h_out_BTD)
         return h_out_BTD.detach()

@@ -120,9 +120,9 @@ class GrpcLink:
     ) -> None:
         self._address, self._timeout = address, config.timeout
         self._dtype = WIRE_DTYPES[config.dtype]
-        self._limit = int(config.max_frame_mb * 2**20)
+        self._limit_mb, limit = config.max_frame_mb, int(config.max_frame_mb * 2**20)
         options = [
-            ("grpc.max_receive_message_length", self._limit),
+            ("grpc.max_receive_message_length", limit),
             ("grpc.max_send_message_length", -1),
             # A proxy from the environment would see activations that are meant for the trunk only.
             ("grpc.enable_http_proxy", 0),
@@ -203,10 +203,10 @@ class GrpcLink:
 
     def _send(self, **body: object) -> None:
         raw: bytes = pb.ClientFrame(version=WIRE_VERSION, **body).SerializeToString()  # type: ignore[arg-type]
-        if len(raw) > self._limit:
+        if len(raw) > self._limit_mb * 2**20:
             raise TrunkError(
-                f"a frame of {len(raw) / 2**20:.1f} MiB exceeds link.max_frame_mb="
-                f"{self._limit / 2**20:g}; raise it, or lower train.batch_size or data.context",
+                f"a frame of {len(raw) / 2**20:.3g} MiB exceeds link.max_frame_mb="
+                f"{self._limit_mb:g}; raise it, or lower train.batch_size or data.context",
                 kind="too-large",
             )
         self.bytes_up += len(raw)

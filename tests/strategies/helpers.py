@@ -1,0 +1,162 @@
+"""What the strategy tests share: tiny models, batches, links, and plain unsplit training."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from conf.schema import LinkConfig, TrainConfig
+from flower_app import training
+from flower_app.data import Batch
+from models import Cut, split
+from models.tiny import VOCAB, tiny_config
+from strategies.transport.link import GrpcLink, LocalLink
+from strategies.transport.service import TrunkService
+from strategies.trunk import TrunkEngine
+
+HIDDEN = 32
+CUT = Cut(bottom=1, top=1)
+
+
+def tiny_model(family: str = "llama", seed: int = 0, **changes: object) -> PreTrainedModel:
+    """A random four-block model without dropout, in evaluation mode."""
+    if family == "gpt2":
+        changes = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, **changes}
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(tiny_config(family, **changes)).eval()
+
+
+def random_batch(seed: int, sequences: int = 3, tokens: int = 10, padding: str = "") -> Batch:
+    """Random ids; padding on one side masks a different number of tokens in each sequence."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, VOCAB, (sequences, tokens), generator=generator)
+    mask = torch.ones_like(ids)
+    for row in range(sequences if padding else 0):
+        span = slice(tokens - row - 1, None) if padding == "right" else slice(0, row + 1)
+        mask[row, span] = 0
+    labels = torch.where(mask.bool(), ids, -100)
+    return Batch(input_ids=torch.where(mask.bool(), ids, 0), attention_mask=mask, labels=labels)
+
+
+def random_steps(
+    count: int, *, seed: int, accumulate: int = 1, padding: str = "right"
+) -> list[list[Batch]]:
+    """Micro-batches of unequal size for `count` steps."""
+    return [
+        [random_batch(seed + 100 * s + m, 2 + (s + m) % 2, 8 + m, padding) for m in range(accumulate)]
+        for s in range(count)
+    ]
+
+
+def place(client: str = "client-0", round: int = 1, rounds: int = 1) -> training.Place:
+    """Where a test's client is."""
+    return training.Place(seed=0, client=client, round=round, rounds=rounds)
+
+
+def engine_for(trunk: torch.nn.Module, train: TrainConfig, **kwargs: object) -> TrunkEngine:
+    """An engine over a tiny trunk."""
+    return TrunkEngine(trunk, hidden_size=HIDDEN, train=train, **kwargs)  # type: ignore[arg-type]
+
+
+@contextmanager
+def served(engine: TrunkEngine, **link: object) -> Iterator[TrunkService]:
+    """The engine behind real gRPC on loopback."""
+    service = TrunkService(engine, LinkConfig(**link))  # type: ignore[arg-type]
+    service.start()
+    try:
+        yield service
+    finally:
+        service.stop()
+
+
+def connect(service: TrunkService, key: str, steps: int, **link: object) -> GrpcLink:
+    """A link with a fresh ticket for session `key`."""
+    return GrpcLink(
+        service.address,
+        service.admit(key),
+        client=key,
+        steps=steps,
+        config=LinkConfig(**link),  # type: ignore[arg-type]
+        certificate=service.certificate,
+    )
+
+
+def train_split(
+    model: PreTrainedModel,
+    steps: Sequence[Sequence[Batch]],
+    train: TrainConfig,
+    cut: Cut = CUT,
+) -> training.Outcome:
+    """One client, one round, in this process; `model` (shared with its parts) is trained in place."""
+    parts = split(model, cut)
+    engine = engine_for(parts.trunk, train)
+    engine.open_round(1, 1, training=True)
+    link = LocalLink(engine.open("one", client="client-0", steps=len(steps)))
+    outcome = training.train(parts.bottom, parts.top, link, steps, len(steps), train, place())
+    engine.close_round({"one": outcome.tokens})
+    return outcome
+
+
+def train_whole(
+    model: PreTrainedModel,
+    steps: Sequence[Sequence[Batch]],
+    train: TrainConfig,
+    round: int = 1,
+    rounds: int = 1,
+) -> tuple[list[float], int]:
+    """Train an unsplit model the plain PyTorch way, in place; returns step losses and tokens.
+
+    Written without Graft's optimizer code on purpose: this is what Graft is compared with.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if train.optimizer == "adamw":
+        optimizer: torch.optim.Optimizer = torch.optim.AdamW(
+            parameters, lr=train.lr, betas=train.betas, weight_decay=train.weight_decay
+        )
+    else:
+        optimizer = torch.optim.SGD(
+            parameters, lr=train.lr, momentum=train.momentum, weight_decay=train.weight_decay
+        )
+    model.train()
+    losses, all_tokens = [], 0
+    for index, batches in enumerate(steps):
+        done = (round - 1 + index / len(steps)) / rounds
+        factor = 0.5 * (1 + math.cos(math.pi * done)) if train.schedule == "cosine" else 1.0
+        for group in optimizer.param_groups:
+            group["lr"] = train.lr * factor
+        tokens = sum(int((b.labels[:, 1:] != -100).sum()) for b in batches)
+        loss = torch.zeros(())
+        for batch in batches:
+            logits = model(batch.input_ids, attention_mask=batch.attention_mask).logits
+            loss = loss + F.cross_entropy(
+                logits[:, :-1].flatten(0, 1), batch.labels[:, 1:].flatten(), reduction="sum"
+            )
+        loss = loss / tokens
+        loss.backward()
+        if train.clip:
+            torch.nn.utils.clip_grad_norm_(parameters, train.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+        all_tokens += tokens
+    model.eval()
+    return losses, all_tokens
+
+
+def largest_difference(one: torch.nn.Module, other: torch.nn.Module) -> float:
+    """Largest absolute difference of two models' parameters, name by name."""
+    left, right = dict(one.named_parameters()), dict(other.named_parameters())
+    assert left.keys() == right.keys()
+    return max(float((left[n] - right[n]).detach().abs().max()) for n in left)
+
+
+def twin(model: PreTrainedModel) -> PreTrainedModel:
+    """An independent copy."""
+    return copy.deepcopy(model)
