@@ -37,7 +37,7 @@ def run_experiment(
     Returns
     -------
     Outcome
-        A completed run. Any other end raises a RuntimeError that quotes the end of its output.
+        A completed run. Any other end raises a RuntimeError.
     """
     from conf.load import load_config
 
@@ -52,7 +52,7 @@ def run_experiment(
     with local_superlink() as flower:
         outcome = flower.run(experiment, overrides, federation=federation, echo=echo)
     if not outcome.completed:
-        raise RuntimeError(f"the run did not complete: {outcome.explain()}")
+        raise RuntimeError(f"the run did not complete: {outcome.details} ({outcome.status})")
     outcome.summary()
     return outcome
 
@@ -81,7 +81,7 @@ def demo(say: Callable[[str], None] = print, verbose: bool = False) -> Path:
         f"The demo learned: held-out loss {summary['eval_loss_first']:.3f} -> "
         f"{summary['eval_loss_last']:.3f} nats per byte "
         f"(perplexity {summary['eval_perplexity_last']:.2f}) in {summary['rounds']} rounds "
-        f"with {summary['clients']} clients; no text left a client."
+        f"with {summary['clients']} clients."
     )
     say("")
     say(f"Results in {folder}")

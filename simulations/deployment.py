@@ -171,8 +171,8 @@ def deployment_demo(
         wait_until(
             lambda: site.online() == len(NODES), seconds=START_SECONDS, what="the SuperNodes"
         )
-        secure_link = "" if insecure else "link.tls=on"
-        outcome = site.flower.run(EXPERIMENT, f"{secure_link} {overrides}".strip(), echo=echo)
+        link = "link.tls=off" if insecure else "link.tls=on"
+        outcome = site.flower.run(EXPERIMENT, f"{link} {overrides}".strip(), echo=echo)
         summary = _checked(outcome, site)
     say("")
     say(
