@@ -13,7 +13,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from conf.schema import DataConfig, TrainConfig
-from flower_app.sources import load_rows, take_partition
+from flower_app.partition import take_partition
+from flower_app.sources import load_rows
 from flower_app.text import IGNORED, Example, cut, encode, load_tokenizer
 
 __all__ = [

@@ -1,26 +1,20 @@
-"""Where documents come from and which client gets them: built-in text, files, hub; partitioners."""
+"""Where documents come from: the text that ships with Python, files, the hub."""
 
 from __future__ import annotations
 
 import csv
 import difflib
 import json
-import logging
 import pydoc_data.topics
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
 from datasets import Dataset, Features, Value
-from flwr_datasets import partitioner as flower
 
 from conf.schema import DataConfig
-
-logger = logging.getLogger(__name__)
 
 PASSAGE = 2000
 """Characters of a passage of running text, at least; long contexts get eight per token."""
@@ -40,8 +34,8 @@ def load_rows(config: DataConfig, data_path: str = "") -> Dataset:
     Returns
     -------
     Dataset
-        With the columns of the source; for running text (built-in, txt) `text` and `topic` or
-        `file`, one row per passage.
+        With the configured columns only. Running text (built-in, txt) has `text` and `topic` or
+        `file`, and one row per passage.
 
     Raises
     ------
@@ -62,95 +56,7 @@ def load_rows(config: DataConfig, data_path: str = "") -> Dataset:
         rows, where = _load_builtin(config), "the built-in text"
     if len(rows) == 0:
         raise ValueError(f"{where} holds no documents")
-    _check_columns(rows, config, where, partitioned=not data_path)
-    return rows
-
-
-def take_partition(
-    rows: Dataset, config: DataConfig, *, partition: int, partitions: int, seed: int
-) -> Dataset:
-    """Return the rows of one client; over all clients, every row comes exactly once.
-
-    Parameters
-    ----------
-    partition, partitions : int
-        The client's number, from 0, and how many there are, as Flower's node config gives them.
-    seed : int
-        The run's seed, the same at every client: it decides who gets what.
-
-    Raises
-    ------
-    ValueError
-        If the rows cannot be divided among so many clients as configured.
-    """
-    if not 0 <= partition < partitions:
-        raise ValueError(f"partition {partition} is not in 0..{partitions - 1}")
-    if partitions > len(rows):
-        raise ValueError(f"{len(rows)} documents cannot be divided among {partitions} clients")
-    with _quiet():
-        return _divided(rows, config, partition, partitions, seed)
-
-
-def _divided(
-    rows: Dataset, config: DataConfig, partition: int, partitions: int, seed: int
-) -> Dataset:
-    what = f"data.partitioner={config.partitioner}"
-    shuffled = rows.shuffle(seed=seed).flatten_indices()
-    by = config.partition_by or "topic"
-    if config.partitioner in ("natural", "dirichlet"):
-        values = shuffled[by]
-        if any(value is None for value in values):
-            raise ValueError(f"{what}: column {by!r} has rows without a value")
-        if config.partitioner == "natural":
-            shuffled = _deal_values(shuffled, by, partitions, seed)
-    try:
-        with warnings.catch_warnings():
-            # flwr-datasets warns at every attempt of dirichlet and then raises.
-            warnings.simplefilter("ignore")
-            maker = _partitioner(config, by, partitions, seed)
-            maker.dataset = shuffled
-            return maker.load_partition(partition)
-    except ValueError as error:
-        raise ValueError(
-            f"{what} cannot divide {len(rows)} documents among {partitions} clients: {error} "
-            "(fewer clients, more data, a larger data.alpha, or data.partitioner=iid)"
-        ) from error
-
-
-def _partitioner(config: DataConfig, by: str, partitions: int, seed: int) -> flower.Partitioner:
-    by_size: dict[str, Callable[..., flower.Partitioner]] = {
-        "iid": flower.IidPartitioner,
-        "linear": flower.LinearPartitioner,
-        "square": flower.SquarePartitioner,
-        "exponential": flower.ExponentialPartitioner,
-    }
-    if config.partitioner == "natural":
-        return flower.GroupedNaturalIdPartitioner(_CLIENT, group_size=1, sort_unique_ids=True)
-    if config.partitioner == "dirichlet":
-        return flower.DirichletPartitioner(
-            partitions, by, alpha=config.alpha, min_partition_size=1, seed=seed
-        )
-    return by_size[config.partitioner](num_partitions=partitions)
-
-
-_CLIENT = "__client__"
-
-
-def _deal_values(rows: Dataset, by: str, partitions: int, seed: int) -> Dataset:
-    """Add the column of the client that owns each value of `by`.
-
-    There are more topics than clients, and flwr-datasets' own grouping fixes the size of the
-    groups, not their number.
-    """
-    values = sorted({str(value) for value in rows[by]})
-    if len(values) < partitions:
-        raise ValueError(
-            f"data.partitioner=natural: column {by!r} has {len(values)} values "
-            f"({', '.join(values[:5])}...), too few for {partitions} clients"
-        )
-    order = np.random.default_rng(seed).permutation(len(values))
-    owner = {values[value]: place % partitions for place, value in enumerate(order)}
-    return rows.add_column(_CLIENT, [owner[str(value)] for value in rows[by]])  # type: ignore[call-arg]
+    return rows.select_columns(_columns(rows, config, where, partitioned=not data_path))
 
 
 def _load_builtin(config: DataConfig) -> Dataset:
@@ -228,7 +134,7 @@ def _load_tables(kind: str, files: list[Path]) -> Dataset:
         options = {"features": Features({name: Value("string") for name in header}),
                    "keep_default_na": False}  # fmt: skip
     try:
-        with _quiet():
+        with quiet():
             return datasets.load_dataset(
                 kind, data_files=[str(file) for file in files], split="train", **options
             )
@@ -261,7 +167,7 @@ def _find_bad_line(path: Path) -> None:
 
 def _load_hub(config: DataConfig) -> Dataset:
     try:
-        with _quiet():
+        with quiet():
             return datasets.load_dataset(config.path, config.name or None, split=config.split)
     except (datasets.exceptions.DatasetsError, ValueError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
@@ -272,7 +178,7 @@ def _load_hub(config: DataConfig) -> Dataset:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep `datasets`' progress bars out of the run's log."""
     silent = datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
@@ -283,7 +189,8 @@ def _quiet() -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-def _check_columns(rows: Dataset, config: DataConfig, where: str, *, partitioned: bool) -> None:
+def _columns(rows: Dataset, config: DataConfig, where: str, *, partitioned: bool) -> list[str]:
+    """Return the columns that the configuration names, or refuse one that is not there."""
     wanted = {}
     if config.messages_column:
         wanted["messages_column"] = config.messages_column
@@ -302,3 +209,4 @@ def _check_columns(rows: Dataset, config: DataConfig, where: str, *, partitioned
                 f"{where} has no column {column!r} (data.{key}); it has "
                 f"{', '.join(rows.column_names)}{hint}"
             )
+    return sorted(set(wanted.values()))

@@ -43,7 +43,7 @@ class Encoded:
 def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model.
 
-    `bytes` is ByT5's: one token per UTF-8 byte (byte + 3) after <pad>, </s> and <unk>, 259 in all.
+    `bytes` is ByT5's: <pad>, </s>, <unk>, then one token for each UTF-8 byte (byte + 3), 259 in all.
     A tokenizer without a padding token pads with its end-of-text token: padding is masked by
     length, so the vocabulary and the results do not change.
 
@@ -53,7 +53,8 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
         If none is found, or it has neither a padding nor an end-of-text token.
     """
     if model.tokenizer == "bytes":
-        return ByT5Tokenizer(extra_ids=0)
+        # Text that spells </s> or <pad> stays text.
+        return ByT5Tokenizer(extra_ids=0, split_special_tokens=True)
     name = model.tokenizer or model.path
     if not name or name.startswith("last:"):
         raise ValueError(
