@@ -5,6 +5,7 @@ Shapes: B sequences, T tokens, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -49,7 +50,6 @@ class Outcome:
     tokens: int
     steps: int = 0
     losses: list[float] = field(default_factory=list)
-    seconds: dict[str, float] = field(default_factory=dict)
 
 
 def token_loss(logits_BTV: Tensor, labels_BT: Tensor) -> tuple[Tensor, int]:
@@ -111,28 +111,15 @@ def train(
     ValueError
         If a step has no token that counts.
     """
-    worker = _Worker(bottom, top, link, config, place)
-    bottom.train()
-    top.train()
-    parameters = trainable(bottom, top)
-    optimizer = build_optimizer(parameters, config)
+    trainer = Trainer(bottom, top, link, count, config, place)
     outcome = Outcome(loss=0.0, tokens=0)
     for step, batches in enumerate(steps):
-        loss, tokens = worker.gradients(step, batches)
-        client_square = square_norm(parameters)
-        link.apply(step, worker.counters(client_square, loss, tokens))
-        norm = math.sqrt(worker.trunk_square + client_square)
-        if not math.isfinite(norm):
-            link.applied()  # the trunk found the same, and says so
-        progress = Progress(round=place.round, rounds=place.rounds, step=step, steps=count)
-        clipped_step(optimizer, lr=learning_rate(config, progress), norm=norm, clip=config.clip)
-        link.applied()
+        loss, tokens = trainer.step(step, batches)
         outcome.losses.append(loss)
         outcome.loss += loss * tokens
         outcome.tokens += tokens
         outcome.steps += 1
     outcome.loss /= max(1, outcome.tokens)
-    outcome.seconds = worker.total_seconds
     return outcome
 
 
@@ -172,46 +159,57 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
         yield
 
 
-class _Worker:
-    """Forward and backward of one step, with the clock running."""
+class Trainer:
+    """One client's optimizer steps in one round; see `train` for the parameters."""
 
     def __init__(
-        self, bottom: nn.Module, top: nn.Module, link: Link, config: TrainConfig, place: Place
+        self,
+        bottom: nn.Module,
+        top: nn.Module,
+        link: Link,
+        count: int,
+        config: TrainConfig,
+        place: Place,
     ) -> None:
-        self._bottom, self._top, self._link = bottom, top, link
-        self._config, self._place = config, place
-        self._device = next(bottom.parameters(), next(top.parameters())).device
-        self._seconds = dict.fromkeys(("bottom", "network", "top"), 0.0)
-        self._trunk_before = link.trunk_seconds
-        self.total_seconds = dict.fromkeys(("bottom", "network", "top"), 0.0)
-        self.trunk_square = 0.0
+        self._bottom, self._top, self._link = bottom.train(), top.train(), link
+        self._count, self._config, self._place = count, config, place
+        self._device = next(itertools.chain(bottom.parameters(), top.parameters())).device
+        self._parameters = trainable(bottom, top)
+        self._optimizer = build_optimizer(self._parameters, config)
+        self._seconds: dict[str, float] = {}
+        self._trunk_square = 0.0
 
-    def gradients(self, step: int, batches: Sequence[Batch]) -> tuple[float, int]:
-        """Accumulate the gradients of one step; returns its mean loss and its tokens."""
-        self._seconds = dict.fromkeys(self._seconds, 0.0)
-        self._trunk_before = self._link.trunk_seconds
+    def step(self, step: int, batches: Sequence[Batch]) -> tuple[float, int]:
+        """Take one optimizer step in all three parts; returns its mean loss and its tokens."""
+        self._seconds = dict.fromkeys(("bottom", "network", "top"), 0.0)
+        trunk_before = self._link.trunk_seconds
         tokens = sum(batch.tokens for batch in batches)
         if tokens == 0:
             raise ValueError(f"step {step} has no token that counts; is everything a prompt?")
         total = 0.0
         for micro, batch in enumerate(batches):
             total += self._micro_batch(step, micro, batch, tokens, micro == len(batches) - 1)
-        return total / tokens, tokens
-
-    def counters(self, client_square: float, loss: float, tokens: int) -> StepCounters:
-        """What the trunk is told of the step. Network time is what the trunk did not use."""
-        trunk = self._link.trunk_seconds - self._trunk_before
-        self._seconds["network"] = max(0.0, self._seconds["network"] - trunk)
-        for name, value in self._seconds.items():
-            self.total_seconds[name] += value
-        return StepCounters(
+        client_square = square_norm(self._parameters)
+        # What the trunk used of the waiting is its own time, not the network's.
+        network = self._seconds["network"] - (self._link.trunk_seconds - trunk_before)
+        counters = StepCounters(
             client_square_norm=client_square,
             tokens=tokens,
-            loss=loss,
+            loss=total / tokens,
             seconds_bottom=self._seconds["bottom"],
-            seconds_network=self._seconds["network"],
+            seconds_network=max(0.0, network),
             seconds_top=self._seconds["top"],
         )
+        self._link.apply(step, counters)  # the trunk steps while this client does
+        norm = math.sqrt(self._trunk_square + client_square)
+        if not math.isfinite(norm):
+            self._link.applied()  # the trunk found the same, and says so
+        place = self._place
+        progress = Progress(round=place.round, rounds=place.rounds, step=step, steps=self._count)
+        rate = learning_rate(self._config, progress)
+        clipped_step(self._optimizer, lr=rate, norm=norm, clip=self._config.clip)
+        self._link.applied()
+        return total / tokens, tokens
 
     def _micro_batch(self, step: int, micro: int, batch: Batch, tokens: int, last: bool) -> float:
         ids, mask, labels = _on(self._device, batch)
@@ -230,7 +228,7 @@ class _Worker:
         if h2_BTD.grad is None:
             raise RuntimeError("no gradient reached the top's input; is the top differentiable?")
         with self._clock("network"):
-            grad_BTD, self.trunk_square = self._link.backward(step, micro, h2_BTD.grad, last=last)
+            grad_BTD, self._trunk_square = self._link.backward(step, micro, h2_BTD.grad, last=last)
         with self._clock("bottom"):
             if h1_BTD.requires_grad:
                 h1_BTD.backward(grad_BTD.to(h1_BTD.dtype))
