@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from models.families import refuse_flags
 from models.flow import Flow, Skip, Vacant, run_with, standin
 
 
@@ -46,37 +47,40 @@ def examine(model: PreTrainedModel) -> Anatomy:
         If the model cannot be split: encoder-decoder, no single block list, weights that are used
         between the blocks or shared by several, weights whose part cannot be told.
     """
-    kind = model.config.model_type
     if getattr(model.config, "is_encoder_decoder", False):
-        raise ValueError(f"{kind} cannot be split: it is an encoder-decoder")
+        raise unsplittable(model, "it is an encoder-decoder")
+    refuse_flags(model.config)
     name = find_blocks(model)
     blocks = model.get_submodule(name)
     assert isinstance(blocks, nn.ModuleList)
     _refuse_shared_weights(model, name)
     arity = returned_arity(blocks[0])
-    calls = _trace(model, name, arity)
+    try:
+        calls = _trace(model, name, arity)
+    except Exception as error:  # whatever a model's own code may raise
+        raise unsplittable(model, f"its outline does not run ({error})") from error
     marks = [i for i, call in enumerate(calls) if call.startswith(name + ".")]
-    if len(marks) != len(blocks):
-        raise ValueError(
-            f"{kind} cannot be split: its forward runs {len(marks)} of its {len(blocks)} blocks"
-        )
-    below, between = calls[: marks[0]], calls[marks[0] : marks[-1]]
-    above = calls[marks[-1] + 1 :]
+    if [calls[i] for i in marks] != [f"{name}.{i}" for i in range(len(blocks))]:
+        raise unsplittable(model, "its forward does not run each block once, in order")
+    below, between, above = calls[: marks[0]], calls[marks[0] : marks[-1]], calls[marks[-1] + 1 :]
     strays = sorted({call for call in between if not call.startswith(name + ".")})
     if strays:
-        raise ValueError(f"{kind} cannot be split: {', '.join(strays)} runs between the blocks")
-    owners = set(_weight_owners(model, name))
-    unused = sorted(owners - set(below) - set(above))
-    _refuse_unplaced(model, unused, owners - set(unused))
-    drops = {n for n in below if isinstance(model.get_submodule(n), nn.Dropout)}
+        raise unsplittable(model, f"{', '.join(strays)} runs between the blocks")
+    owners = set(weight_owners(model, name))
+    _refuse_unplaced(model, name, owners - set(below) - set(above), owners)
     return Anatomy(
         blocks=name,
         num_blocks=len(blocks),
         arity=arity,
         below=frozenset(set(below) & owners),
         above=frozenset(set(above) & owners),
-        dropouts=frozenset(drops),
+        dropouts=frozenset(set(below) - owners),
     )
+
+
+def unsplittable(model: PreTrainedModel, why: str) -> ValueError:
+    """Return the error that refuses a model."""
+    return ValueError(f"{model.config.model_type} cannot be split: {why}")
 
 
 def find_blocks(model: PreTrainedModel) -> str:
@@ -90,10 +94,8 @@ def find_blocks(model: PreTrainedModel) -> str:
     ]
     outer = [n for n in found if not any(n.startswith(other + ".") for other in found)]
     if len(outer) != 1:
-        raise ValueError(
-            f"{model.config.model_type} cannot be split: found {len(outer)} lists of "
-            f"{number} blocks ({', '.join(outer) or 'none'}), need exactly one"
-        )
+        found_text = f"{len(outer)} lists of {number} blocks ({', '.join(outer) or 'none'})"
+        raise unsplittable(model, f"found {found_text}, need exactly one")
     return outer[0]
 
 
@@ -134,35 +136,37 @@ def set_module(root: nn.Module, name: str, module: nn.Module) -> None:
     root.get_submodule(parent)._modules[leaf] = module
 
 
-def _weight_owners(model: nn.Module, blocks: str) -> list[str]:
-    """Names of the modules outside the blocks that hold parameters themselves."""
-    return [
-        name
-        for name, module in model.named_modules(remove_duplicate=False)
-        if not name.startswith(blocks + ".") and any(p is not None for p in module._parameters.values())
-    ]
+def weight_owners(model: nn.Module, blocks: str) -> list[str]:
+    """Outermost modules with parameters of their own that neither hold the blocks nor are in them."""
+    found: list[str] = []
+    for name, module in model.named_modules(remove_duplicate=False):
+        if (blocks + ".").startswith(name + ".") or not name or name.startswith(blocks + "."):
+            continue
+        if any(name.startswith(outer + ".") for outer in found):
+            continue
+        if any(p is not None for p in module._parameters.values()):
+            found.append(name)
+    return found
 
 
 def _trace(model: PreTrainedModel, blocks: str, arity: int) -> list[str]:
     """Run a hollow copy of `model` once; return the names of its stand-ins in calling order."""
-    hollow = share_copy(model)
-    outside = [n for n, _ in hollow.named_modules() if n and not n.startswith(blocks + ".")]
-    owners = set(_weight_owners(hollow, blocks))
-    for name in outside:
-        module = hollow.get_submodule(name)
-        if name in owners and not list(module.children()):
-            set_module(hollow, name, Vacant(module, name))
-        elif isinstance(module, nn.Dropout):
-            set_module(hollow, name, Vacant(module, name))
+    hollow = share_copy(model).eval()
+    owners = weight_owners(hollow, blocks)
+    inside = tuple(name + "." for name in (blocks, *owners))
+    dropouts = [n for n, m in hollow.named_modules() if isinstance(m, nn.Dropout)]
+    for name in [*owners, *(n for n in dropouts if not n.startswith(inside))]:
+        set_module(hollow, name, Vacant(hollow.get_submodule(name), name))
     stack = hollow.get_submodule(blocks)
     assert isinstance(stack, nn.ModuleList)
     for i, block in enumerate(list(stack)):
         stack[i] = Skip(block, f"{blocks}.{i}", arity)
     ids_BT = torch.zeros(2, 3, dtype=torch.long)
+    mask_BT = torch.ones_like(ids_BT)
     flow = Flow(standin(2, 3, width(model), None, torch.float32))
-    flow.calls = []
     with torch.no_grad():
-        run_with(flow, lambda: hollow(input_ids=ids_BT, attention_mask=torch.ones_like(ids_BT), use_cache=False))
+        call = {"input_ids": ids_BT, "attention_mask": mask_BT, "use_cache": False}
+        run_with(flow, lambda: hollow(**call))
     return flow.calls
 
 
@@ -171,15 +175,16 @@ def width(model: PreTrainedModel) -> int:
     return int(model.config.get_text_config(decoder=True).hidden_size)
 
 
-def _refuse_unplaced(model: PreTrainedModel, unused: list[str], placed: set[str]) -> None:
-    known = {id(p) for n in placed for p in model.get_submodule(n)._parameters.values()}
-    for name in unused:
-        for leaf, parameter in model.get_submodule(name)._parameters.items():
-            if parameter is not None and id(parameter) not in known:
-                raise ValueError(
-                    f"{model.config.model_type} cannot be split: cannot tell which part uses the "
-                    f"weight {name + '.' if name else ''}{leaf}"
-                )
+def _refuse_unplaced(
+    model: PreTrainedModel, blocks: str, unused: set[str], owners: set[str]
+) -> None:
+    """Refuse weights outside the blocks that no stand-in answered for."""
+    used = owners - unused
+    known = {id(p) for n in used for p in model.get_submodule(n).parameters()}
+    inside = tuple(n + "." for n in (blocks, *used))
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if not name.startswith(inside) and id(parameter) not in known:
+            raise unsplittable(model, f"cannot tell which part uses the weight {name}")
 
 
 def _refuse_shared_weights(model: PreTrainedModel, blocks: str) -> None:
@@ -188,6 +193,4 @@ def _refuse_shared_weights(model: PreTrainedModel, blocks: str) -> None:
         inside = name.startswith(blocks + ".")
         home = name[len(blocks) + 1 :].split(".")[0] if inside else "outside"
         if seen.setdefault(id(parameter), home) != home:
-            raise ValueError(
-                f"{model.config.model_type} cannot be split: {name} is shared between blocks"
-            )
+            raise unsplittable(model, f"{name} is shared between blocks")

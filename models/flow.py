@@ -27,7 +27,7 @@ class Flow:
     """State of one forward of one part."""
 
     standin_BTD: Tensor
-    """All NaN, expanded from a single number."""
+    """All NaN."""
     h_BTD: Tensor | None = None
     """Activations received from the part below."""
     out_BTD: Tensor | None = None
@@ -55,9 +55,9 @@ def run_with(flow: Flow, call: Callable[[], Any]) -> Any:
 
 
 def standin(batch: int, tokens: int, width: int, like: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Return a (B, T, D) tensor of NaN that occupies one number."""
+    """Return a (B, T, D) tensor of NaN on the device of `like`."""
     device = like.device if like is not None else torch.device("cpu")
-    return torch.full((), float("nan"), dtype=dtype, device=device).expand(batch, tokens, width)
+    return torch.full((batch, tokens, width), float("nan"), dtype=dtype, device=device)
 
 
 class _Absent(nn.Module):
@@ -69,6 +69,8 @@ class _Absent(nn.Module):
         for key, value in replaced.__dict__.items():
             if key not in own and not isinstance(value, (nn.Module, Tensor)):
                 self.__dict__[key] = value
+        for key, value in _plain_properties(replaced):
+            self.__dict__.setdefault(key, value)
         self.graft_name = name
 
 
@@ -95,6 +97,11 @@ class Skip(_Absent):
 class Vacant(_Absent):
     """A module outside the blocks whose weights another part owns."""
 
+    @property
+    def weight(self) -> Tensor:
+        """NaN (D,): some models ask a layer for the type of its weight."""
+        return _FLOW.get().standin_BTD[0, 0]
+
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         flow = _FLOW.get()
         flow.calls.append(self.graft_name)
@@ -113,6 +120,20 @@ def halt_hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
     """Forward hook of a part's last block: keep its output and stop."""
     _FLOW.get().out_BTD = output[0] if isinstance(output, (tuple, list)) else output
     raise Stop
+
+
+def _plain_properties(module: nn.Module) -> list[tuple[str, Any]]:
+    """Values of the properties that a block's class defines, as far as they are plain."""
+    found = []
+    for kind in type(module).__mro__:
+        if kind is nn.Module:
+            break
+        for key, value in vars(kind).items():
+            if isinstance(value, property) and isinstance(
+                plain := getattr(module, key, None), (str, int, float, bool)
+            ):
+                found.append((key, plain))
+    return found
 
 
 def _hidden_states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

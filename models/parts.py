@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from models import anatomy as anatomy_of
-from models.anatomy import Anatomy, set_module, share_copy
+from models.anatomy import Anatomy, set_module, share_copy, weight_owners
 from models.cut import ROLES, Cut
 from models.flow import Flow, Skip, Vacant, deliver_hook, halt_hook, run_with, standin
 
@@ -147,20 +147,24 @@ def _carve(model: PreTrainedModel, role: str, own: range, anatomy: Anatomy) -> P
     """Return a copy of `model` in which everything but the role's own modules is a stand-in."""
     part = share_copy(model)
     kept = {"bottom": anatomy.below, "trunk": frozenset(), "top": anatomy.above}[role]
-    for name, module in list(part.named_modules()):
-        if not name or name.startswith(anatomy.blocks + "."):
-            continue
-        if name in anatomy.dropouts and role != "bottom":
+    if role != "bottom":
+        for name in anatomy.dropouts:
             set_module(part, name, nn.Identity())
-        elif name not in kept and any(p is not None for p in module._parameters.values()):
-            if list(module.children()):
-                for leaf in module._parameters:
-                    module._parameters[leaf] = None
-            else:
-                set_module(part, name, Vacant(module, name))
+    for name in weight_owners(part, anatomy.blocks):
+        if name not in kept:
+            set_module(part, name, Vacant(part.get_submodule(name), name))
+    _drop_aliases(part, anatomy.blocks)
     _carve_blocks(part.get_submodule(anatomy.blocks), role, own, anatomy)
     part._tied_weights_keys = None
     return part
+
+
+def _drop_aliases(part: PreTrainedModel, blocks: str) -> None:
+    """Forget weights that a module around the blocks holds: they are aliases of placed ones."""
+    for name, module in part.named_modules():
+        if not name or (blocks + ".").startswith(name + "."):
+            for leaf in module._parameters:
+                module._parameters[leaf] = None
 
 
 def _carve_blocks(blocks: nn.Module, role: str, own: range, anatomy: Anatomy) -> None:
