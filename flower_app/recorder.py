@@ -236,8 +236,8 @@ class Recorder:
 
     def _summary(self, status: str) -> dict[str, Any]:
         trained = [record for record in self._rounds if record["round"] > 0]
-        losses = [(record["evaluate"] or {}).get("loss") for record in self._rounds]
-        losses = [loss for loss in losses if loss is not None]
+        evaluated: list[float | None] = [(r["evaluate"] or {}).get("loss") for r in self._rounds]
+        losses = [loss for loss in evaluated if loss is not None]
         tokens = sum(record["tokens"] for record in trained)
         seconds = time.monotonic() - self._clock
         return {
