@@ -202,11 +202,13 @@ def parity(
 @bench.command("step")
 def bench_step(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    steps: Annotated[int, typer.Option(help="Timed steps of each kind.", min=1)] = 40,
+    wire: Annotated[str, typer.Option(help="Type on the wire: fp32, fp16 or bf16.")] = "fp32",
 ) -> None:
     """Compare a split training step, over real gRPC, with the unsplit step."""
     from simulations.benchmark import bench_step as measure
 
-    _figures(measure(), as_json)
+    _figures(measure(steps=steps, wire=wire), as_json)
 
 
 @bench.command("memory")
