@@ -1,7 +1,12 @@
 """Splitting, loading, adapting and saving transformer models. Knows nothing of Flower."""
 
+from models.adapters import merge, tune, tune_whole
+from models.checkpoint import load_client, load_part
 from models.cut import Cut
+from models.export import save_adapter, save_full
+from models.families import tested_families
 from models.parts import Part, Parts, split
+from models.scratch import build_scratch, load_whole
 from models.state import (
     client_state,
     global_name,
@@ -15,11 +20,21 @@ __all__ = [
     "Cut",
     "Part",
     "Parts",
+    "build_scratch",
     "client_state",
     "global_name",
+    "load_client",
     "load_client_state",
+    "load_part",
     "load_trainable_state",
+    "load_whole",
+    "merge",
     "named_trainable",
+    "save_adapter",
+    "save_full",
     "split",
+    "tested_families",
     "trainable_state",
+    "tune",
+    "tune_whole",
 ]

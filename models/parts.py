@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from models import anatomy as anatomy_of
 from models.anatomy import Anatomy, set_module, share_copy, weight_owners
 from models.cut import ROLES, Cut
+from models.families import require_tested
 from models.flow import Flow, Skip, Vacant, deliver_hook, halt_hook, run_with, standin
 
 
@@ -32,12 +33,16 @@ class Part(nn.Module):
         without weights. Its parameters are the original's.
     blocks : range
         Indices of the owned blocks in the whole model.
+    block_list : str
+        Name of the block list, ``model.layers`` say.
+    num_blocks_total, hidden_size : int
     """
 
     def __init__(self, model: PreTrainedModel, role: str, cut: Cut, anatomy: Anatomy) -> None:
         super().__init__()
         self.role = role
         self.cut = cut
+        self.block_list = anatomy.blocks
         self.num_blocks_total = anatomy.num_blocks
         self.blocks = cut.ranges(anatomy.num_blocks)[role]
         self.hidden_size = anatomy_of.width(model)
@@ -86,6 +91,11 @@ class Part(nn.Module):
             return output.logits
         if flow.out_BTD is None:
             raise RuntimeError(f"the {self.role} ran past its last block; this model skips blocks")
+        if flow.out_BTD.shape != (*x.shape[:2], self.hidden_size):
+            raise ValueError(
+                f"{self.config.model_type} cannot be split: its blocks hand on "
+                f"{tuple(flow.out_BTD.shape)}, not (B, T, {self.hidden_size})"
+            )
         return flow.out_BTD
 
     def _check(self, x: Tensor, attention_mask: Tensor | None) -> None:
@@ -127,7 +137,8 @@ def split(model: PreTrainedModel, cut: Cut, *, allow_untested: bool = False) -> 
         A `transformers` causal LM. It is left as it is.
     cut : Cut
     allow_untested : bool
-        Split a family that is not in the tested table.
+        Split a family that is not in the tested table, after comparing the split with the model
+        itself (logits) and with a tiny model of its config (logits and every gradient).
 
     Returns
     -------
@@ -138,6 +149,18 @@ def split(model: PreTrainedModel, cut: Cut, *, allow_untested: bool = False) -> 
     ValueError
         If the cut leaves no trunk, or the family is untested or cannot be split.
     """
+    tested = require_tested(model.config, allow_untested)
+    parts = split_unchecked(model, cut)
+    if not tested:
+        from models.verify import check_forward, check_twin  # verify itself splits
+
+        check_forward(model, parts)
+        check_twin(model.config, cut)
+    return parts
+
+
+def split_unchecked(model: PreTrainedModel, cut: Cut) -> Parts:
+    """Split a model of any family that can be carved; whether it is exact is not asked."""
     anatomy = anatomy_of.examine(model)
     bottom, trunk, top = (Part(model, role, cut, anatomy) for role in ROLES)
     return Parts(bottom, trunk, top)

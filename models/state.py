@@ -57,7 +57,7 @@ def load_trainable_state(part: nn.Module, state: Mapping[str, Tensor]) -> None:
     ValueError
         If a name is missing or unexpected, or a shape differs; nothing is copied then.
     """
-    _copy_into(named_trainable(part), state, getattr(part, "role", "model"))
+    copy_into(named_trainable(part), state, getattr(part, "role", "model"))
 
 
 def client_state(bottom: Part, top: Part) -> dict[str, Tensor]:
@@ -67,10 +67,11 @@ def client_state(bottom: Part, top: Part) -> dict[str, Tensor]:
 
 def load_client_state(bottom: Part, top: Part, state: Mapping[str, Tensor]) -> None:
     """Copy `state` into the trainable tensors of bottom and top; strict like the above."""
-    _copy_into(named_trainable(bottom, top), state, "client")
+    copy_into(named_trainable(bottom, top), state, "client")
 
 
-def _copy_into(own: Mapping[str, nn.Parameter], state: Mapping[str, Tensor], who: str) -> None:
+def copy_into(own: Mapping[str, nn.Parameter], state: Mapping[str, Tensor], who: str) -> None:
+    """Copy `state` into the parameters `own`, in place, if names and shapes are the same."""
     problems = []
     if missing := sorted(own.keys() - state.keys()):
         problems.append(f"missing {_some(missing)}")

@@ -1,0 +1,232 @@
+"""What is trained in a part: everything, LoRA adapters, or nothing.
+
+LoRA (Hu et al. 2021, arXiv:2106.09685) is peft's. Its initial values are a function of the seed
+and the tensor's name in the whole model, so that a split model, the unsplit one and every client
+start alike whatever they build first.
+
+A tied embedding is one Parameter in bottom and top: it is trained if either of them is ``full``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable, Mapping
+from typing import Protocol
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from models.cut import ROLES, Cut
+from models.parts import Part, split_unchecked
+from models.state import global_name
+
+MODES = ("full", "lora", "frozen")
+ADAPTER = "default"
+_WANTED_BY = "_graft_wanted_by"
+
+
+class Lora(Protocol):
+    """Settings of the adapters; `conf.schema.LoraSettings` is one."""
+
+    @property
+    def rank(self) -> int: ...
+    @property
+    def alpha(self) -> float: ...
+    @property
+    def dropout(self) -> float: ...
+    @property
+    def target_modules(self) -> tuple[str, ...]: ...
+
+
+def tune(part: Part, mode: str, *, lora: Lora | None = None, seed: int = 0) -> Part:
+    """Choose what is trained in a part.
+
+    Parameters
+    ----------
+    part : Part
+        Changed in place.
+    mode : str
+        ``full``: every weight. ``lora``: adapters on the linear layers of its blocks, in fp32; a
+        part without blocks gets none. ``frozen``: nothing.
+    lora : Lora, optional
+        Needed by ``lora``. Empty `target_modules`: all linear layers of the blocks.
+    seed : int
+        Of the adapters' initial values.
+
+    Returns
+    -------
+    Part
+        The same part.
+
+    Raises
+    ------
+    ValueError
+        If the mode is unknown, `lora` is absent, or a target module is in none of the blocks.
+    """
+    _check_mode(mode)
+    _want(part.parameters(), part.role, mode == "full")
+    if mode == "lora" and len(part.blocks):
+        _inject(part.model, block_linears(part), _needed(lora), seed)
+    return part
+
+
+def tune_whole(
+    model: PreTrainedModel,
+    modes: str | Mapping[str, str],
+    *,
+    cut: Cut | None = None,
+    lora: Lora | None = None,
+    seed: int = 0,
+) -> PreTrainedModel:
+    """Choose what is trained in an unsplit model, exactly as `tune` does in its parts.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        Changed in place.
+    modes : str or mapping
+        One mode for all, or one for each role, which needs `cut`.
+    cut : Cut, optional
+    lora, seed
+        As in `tune`.
+    """
+    if isinstance(modes, str):
+        modes, cut = dict.fromkeys(ROLES, modes), cut or Cut(0, 0)
+    if cut is None or set(modes) != set(ROLES):
+        raise ValueError(f"give a cut and a mode for each of {', '.join(ROLES)}")
+    linears: list[str] = []
+    for part in split_unchecked(model, cut):
+        mode = modes[part.role]
+        _check_mode(mode)
+        _want(part.parameters(), part.role, mode == "full")
+        if mode == "lora" and len(part.blocks):
+            chosen = _choose(block_linears(part), _needed(lora))
+            linears += chosen
+    if linears:
+        _inject(model, linears, _needed(lora), seed, chosen=True)
+    return model
+
+
+def merge(*modules: nn.Module) -> int:
+    """Add adapters to the weights they adapt and remove them, in place.
+
+    Parameters
+    ----------
+    *modules : Part or PreTrainedModel
+        A part of a split model changes the weights that it shares with the whole model.
+
+    Returns
+    -------
+    int
+        Adapted layers.
+
+    Raises
+    ------
+    ValueError
+        If there are none; parts of a split model have their adapters to themselves, so merging
+        the whole model would do nothing.
+    """
+    count = 0
+    for module in modules:
+        for name, layer in list(module.named_modules()):
+            if isinstance(layer, LoraLayer):
+                layer.merge(safe_merge=True)
+                parent, _, leaf = name.rpartition(".")
+                module.get_submodule(parent)._modules[leaf] = layer.get_base_layer()
+                count += 1
+    if not count:
+        raise ValueError("there are no adapters to merge; merge the parts that were tuned")
+    return count
+
+
+def block_linears(part: Part) -> list[str]:
+    """Names, as in the whole model, of the linear layers in the part's blocks."""
+    inside = tuple(f"{part.block_list}.{i}." for i in part.blocks)
+    return [
+        name
+        for name, module in part.model.named_modules()
+        if name.startswith(inside) and isinstance(module, (nn.Linear, Conv1D))
+    ]
+
+
+def initial_lora(name: str, parameter: nn.Parameter, seed: int) -> torch.Tensor:
+    """Return the initial value of a LoRA tensor: uniform for A, zero for B, fp32.
+
+    Parameters
+    ----------
+    name : str
+        As in the whole model.
+    """
+    if ".lora_A." not in name:
+        return torch.zeros(parameter.shape)
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+    value = torch.empty(parameter.shape)
+    nn.init.kaiming_uniform_(value, a=math.sqrt(5), generator=generator)
+    return value
+
+
+def _inject(
+    model: PreTrainedModel, linears: list[str], lora: Lora, seed: int, *, chosen: bool = False
+) -> None:
+    targets = linears if chosen else _choose(linears, lora)
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=targets,
+        fan_in_fan_out=isinstance(model.get_submodule(targets[0]), Conv1D),
+        bias="none",
+    )
+    frozen = {id(p): p.requires_grad for p in model.parameters()}
+    with torch.random.fork_rng(devices=[]):
+        inject_adapter_in_model(config, model, adapter_name=ADAPTER)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            value = initial_lora(global_name(model, name), parameter, seed)
+            parameter.data = value.to(parameter.device)
+            parameter.requires_grad_(True)
+        else:
+            parameter.requires_grad_(frozen[id(parameter)])
+
+
+def _choose(linears: list[str], lora: Lora) -> list[str]:
+    """Return the linears that the settings name; all of them if they name none."""
+    if not lora.target_modules:
+        return linears
+    chosen: set[str] = set()
+    for target in lora.target_modules:
+        found = {n for n in linears if n == target or n.endswith("." + target)}
+        if not found:
+            kinds = sorted({n.rpartition(".")[2] for n in linears})
+            raise ValueError(
+                f"lora.target_modules: {target!r} is no linear layer of these blocks; "
+                f"they have {', '.join(kinds)}"
+            )
+        chosen |= found
+    return [n for n in linears if n in chosen]
+
+
+def _want(parameters: Iterable[nn.Parameter], role: str, wanted: bool) -> None:
+    """Note on each parameter whether `role` trains it; a tied one is trained if any role does."""
+    for parameter in parameters:
+        roles = set(getattr(parameter, _WANTED_BY, ()))
+        roles = roles | {role} if wanted else roles - {role}
+        setattr(parameter, _WANTED_BY, frozenset(roles))
+        parameter.requires_grad_(bool(roles) and parameter.is_floating_point())
+
+
+def _check_mode(mode: str) -> None:
+    if mode not in MODES:
+        raise ValueError(f"unknown tuning {mode!r}; must be one of {', '.join(MODES)}")
+
+
+def _needed(lora: Lora | None) -> Lora:
+    if lora is None:
+        raise ValueError("tuning 'lora' needs the settings of the adapters (lora=...)")
+    return lora

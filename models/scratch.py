@@ -1,0 +1,152 @@
+"""Whole models: with random weights from a config, or read from a checkpoint."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+_DTYPES = {
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+ATTENTIONS = ("sdpa", "eager")
+
+# Keys that every config takes though its class does not list them.
+_COMMON_KEYS = {"model_type", "architectures", "dtype", "torch_dtype", "use_cache", "transformers_version"}
+
+
+def parse_dtype(name: str) -> torch.dtype:
+    """Return the torch dtype called ``fp32``, ``bfloat16`` and the like."""
+    if name not in _DTYPES:
+        raise ValueError(f"unknown dtype {name!r}; {_nearest(name, _DTYPES)}")
+    return _DTYPES[name]
+
+
+def parse_attention(name: str) -> str:
+    """Return `name` if it is an attention implementation that is tested."""
+    if name not in ATTENTIONS:
+        raise ValueError(f"unknown attention {name!r}; {_nearest(name, ATTENTIONS)}")
+    return name
+
+
+def build_scratch(
+    config: Mapping[str, Any] | PretrainedConfig,
+    seed: int,
+    *,
+    dtype: str = "float32",
+    attention: str = "sdpa",
+) -> PreTrainedModel:
+    """Build a causal LM with random weights.
+
+    Parameters
+    ----------
+    config : mapping or PretrainedConfig
+        A mapping needs ``model_type``, ``{"model_type": "llama", "hidden_size": 64}`` say.
+    seed : int
+        The weights are a function of the config and the seed; the global generator stays as it is.
+    dtype, attention : str
+
+    Returns
+    -------
+    PreTrainedModel
+        In training mode, on the CPU.
+
+    Raises
+    ------
+    ValueError
+        If the model type is not a causal LM or a key of the config is unknown.
+    """
+    built = config if isinstance(config, PretrainedConfig) else make_config(config)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(
+            built, dtype=parse_dtype(dtype), attn_implementation=parse_attention(attention)
+        )
+    return model.train()
+
+
+def make_config(settings: Mapping[str, Any]) -> PretrainedConfig:
+    """Build a `transformers` config from a mapping; a wrong type or key is refused."""
+    values = dict(settings)
+    kind = values.pop("model_type", "")
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or kind not in CONFIG_MAPPING:
+        raise ValueError(
+            f"model_type {kind!r} is not a causal language model that transformers knows; "
+            f"{_nearest(kind, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)}"
+        )
+    default = AutoConfig.for_model(kind)
+    known = {*default.to_dict(), *default.attribute_map, *_annotations(type(default)), *_COMMON_KEYS}
+    for key in values:
+        if key not in known:
+            raise ValueError(f"{kind} config has no key {key!r}; {_nearest(key, known)}")
+    try:
+        return AutoConfig.for_model(kind, **values)
+    except Exception as error:  # each config class has checks and exceptions of its own
+        raise ValueError(f"{kind} config is refused by transformers: {error}") from error
+
+
+def load_whole(
+    path_or_id: str,
+    *,
+    dtype: str = "float32",
+    attention: str = "sdpa",
+    gguf_file: str | None = None,
+) -> PreTrainedModel:
+    """Read a whole causal LM, strictly.
+
+    Parameters
+    ----------
+    path_or_id : str
+        Folder, hub id, or a ``.gguf`` file (which needs the `gguf` package).
+    dtype, attention : str
+    gguf_file : str, optional
+        Name of a GGUF file in the folder or repository.
+
+    Returns
+    -------
+    PreTrainedModel
+        In evaluation mode, on the CPU.
+
+    Raises
+    ------
+    ValueError
+        If tensors are missing, unexpected or of the wrong shape.
+    """
+    if gguf_file is None and path_or_id.endswith(".gguf"):
+        file = Path(path_or_id)
+        path_or_id, gguf_file = str(file.parent), file.name
+    extra = {"gguf_file": gguf_file} if gguf_file else {}
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            path_or_id,
+            dtype=parse_dtype(dtype),
+            attn_implementation=parse_attention(attention),
+            output_loading_info=True,
+            **extra,
+        )
+    except (OSError, RuntimeError) as error:
+        raise ValueError(f"cannot load {path_or_id}: {error}") from error
+    problems = [f"{key}: {sorted(map(str, info[key]))[:8]}" for key in info if info[key]]
+    if problems:
+        raise ValueError(f"{path_or_id} does not fit its own config; {'; '.join(problems)}")
+    return model
+
+
+def _annotations(kind: type) -> set[str]:
+    return {key for base in kind.__mro__ for key in vars(base).get("__annotations__", {})}
+
+
+def _nearest(name: str, known: Any) -> str:
+    close = difflib.get_close_matches(name, [str(k) for k in known], n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else f"one of {', '.join(sorted(known)[:12])}, ..."
