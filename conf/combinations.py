@@ -65,7 +65,7 @@ def check_data(data: DataConfig) -> None:
     if by_value and not data.partition_by and data.source != "builtin":
         raise ConfigError(
             f"data.partitioner={data.partitioner} needs data.partition_by, the column whose "
-            "values it goes by",
+            "values it goes by; or set data.partitioner=iid",
             key="data.partition_by",
         )
 

@@ -59,7 +59,7 @@ def load_config(experiment: str = "demo", overrides: str | list[str] = "") -> Co
     """
     path, name = _find(experiment)
     origins: dict[str, str] = {}
-    layers = [_read(FOLDER / "base.yaml", origins), _read(path, origins)]
+    layers = [_read(FOLDER / "base.yaml", {}), _read(path, origins)]
     if path.parent == FOLDER / "experiment" or "experiment" not in layers[1]:
         layers.append(OmegaConf.create({"experiment": name}))
     try:

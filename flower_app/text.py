@@ -43,7 +43,7 @@ class Encoded:
 def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model.
 
-    `bytes` is ByT5's: <pad>, </s>, <unk>, then one token for each UTF-8 byte (byte + 3), 259 in all.
+    `bytes` is ByT5's: <pad>, </s>, <unk>, then one token for each UTF-8 byte (byte + 3): 259.
     A tokenizer without a padding token pads with its end-of-text token: padding is masked by
     length, so the vocabulary and the results do not change.
 
