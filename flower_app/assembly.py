@@ -17,10 +17,12 @@ from models import (
     Part,
     build_scratch,
     load_client,
+    load_client_state,
     load_part,
     load_trainable_state,
     load_whole,
     merge,
+    named_trainable,
     save_adapter,
     save_full,
     split,
@@ -121,12 +123,13 @@ def assemble(config: Config, state: Mapping[str, Tensor]) -> PreTrainedModel:
     """The whole model with the trained tensors in place and adapters merged, in this process."""
     whole = _scratch(config) if config.model.scratch else _whole(config.model)
     parts = split(whole, _cut(config), allow_untested=config.model.allow_untested)
-    left = dict(state)
     for part in parts:
-        mode = getattr(config.tuning, part.role)
-        tune(part, mode, lora=config.lora, seed=config.seed)
-        load_trainable_state(part, {name: left[name] for name in list(left) if _owns(part, name)})
-    merge(whole)
+        tune(part, getattr(config.tuning, part.role), lora=config.lora, seed=config.seed)
+    of_trunk = named_trainable(parts.trunk).keys()
+    load_trainable_state(parts.trunk, {name: state[name] for name in of_trunk if name in state})
+    rest = {name: tensor for name, tensor in state.items() if name not in of_trunk}
+    load_client_state(parts.bottom, parts.top, rest)
+    merge(*parts)  # into weights that the parts share with the whole
     return whole
 
 

@@ -216,23 +216,26 @@ class SplitFed(Strategy):
         waiting = dict(self._sampled)
         answers = []
         for reply in replies:
-            key = waiting.pop(reply.metadata.src_node_id, None)
+            node = reply.metadata.src_node_id
+            key = waiting.pop(node, None)
             if key is None:
                 continue
-            answer = read_answer(key, reply)
+            answer = read_answer(key, reply, self._name(node))
             if not answer.error:
                 answer = self._checked(answer)
             if answer.error:
                 self._tally.missing[answer.client] = answer.error
             else:
-                self._names[reply.metadata.src_node_id] = answer.client
+                self._names[node] = answer.client
                 self._tally.clients.add(answer.client)
                 answers.append(answer)
         limit = self.config.federation.round_timeout
         for node in waiting:
-            name = self._names.get(node, f"node {node}")
-            self._tally.missing[name] = f"no answer within federation.round_timeout={limit:g} s"
+            self._tally.missing[self._name(node)] = f"no answer within federation.round_timeout={limit:g} s"
         return sorted(answers, key=lambda answer: (answer.client, answer.key))
+
+    def _name(self, node: int) -> str:
+        return self._names.get(node, f"node {node}")
 
     def _checked(self, answer: Answer) -> Answer:
         """Refuse an answer whose tokens are not those whose steps the trunk has applied."""
@@ -290,9 +293,8 @@ def from_arrays(arrays: ArrayRecord) -> dict[str, Tensor]:
     return {name: torch.from_numpy(array.numpy()) for name, array in arrays.items()}
 
 
-def read_answer(key: str, reply: Message) -> Answer:
+def read_answer(key: str, reply: Message, node: str) -> Answer:
     """Read one client's reply; anything that does not hold together becomes its `error`."""
-    node = f"node {reply.metadata.src_node_id}"
     if reply.has_error():
         return Answer(key=key, client=node, error=reply.error.reason or str(reply.error.code))
     content = reply.content

@@ -7,10 +7,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 
-from conf.schema import TrainConfig
+from conf.schema import LoraSettings, TrainConfig
 from flower_app import training
-from models import client_state, load_client_state, split
+from models import client_state, load_client_state, split, tune_whole
 from strategies.aggregation import weighted_mean
 from strategies.transport.link import Link, LocalLink
 from strategies.trunk import Session
@@ -128,12 +129,7 @@ def split_round(model, cohort, train, round, rounds, order, link_of=None):  # ty
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 @pytest.mark.parametrize("mode", ["full", "lora"])
 def test_splitfed_v1_equals_fedavg_of_unsplit_models(mode: str, optimizer: str) -> None:
-    model = tiny_model("llama", tie_word_embeddings=True)
-    if mode == "lora":
-        from conf.schema import LoraSettings
-        from models import tune_whole
-
-        model = tune_whole(model, "lora", lora=LoraSettings(rank=4), seed=3)
+    model = tuned_model(mode)
     whole = twin(model)
     train = settings(optimizer=optimizer, lr=1e-2 if optimizer == "adamw" else 0.3, clip=0.5)
     rounds = 2
@@ -146,17 +142,13 @@ def test_splitfed_v1_equals_fedavg_of_unsplit_models(mode: str, optimizer: str) 
         fed_avg_round(whole, cohort, train, round, rounds)
 
     assert largest_difference(model, whole) < TOLERANCE * 5
-    assert largest_difference(model, tiny_model_like(mode)) > 1e-3
+    assert largest_difference(model, tuned_model(mode)) > 1e-3
 
 
-def tiny_model_like(mode: str):  # type: ignore[no-untyped-def]
+def tuned_model(mode: str) -> PreTrainedModel:
+    """A tied model of which everything, or adapters in all blocks, is trained."""
     model = tiny_model("llama", tie_word_embeddings=True)
-    if mode == "full":
-        return model
-    from conf.schema import LoraSettings
-    from models import tune_whole
-
-    return tune_whole(model, "lora", lora=LoraSettings(rank=4), seed=3)
+    return tune_whole(model, mode, lora=LoraSettings(rank=4), seed=3)
 
 
 def test_splitfed_v1_does_not_depend_on_the_order_of_arrival() -> None:
