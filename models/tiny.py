@@ -37,6 +37,7 @@ SIZES: dict[str, Any] = {
     "num_experts": 4,
     "n_routed_experts": 4,
     "num_experts_per_tok": 2,
+    "first_k_dense_replace": 1,
     "moe_topk": 2,
     "n_group": 1,
     "topk_group": 1,
@@ -52,14 +53,77 @@ SIZES: dict[str, Any] = {
 }
 
 
+# Where a family's sizes depend on each other in a way of its own.
+CHANGES: dict[str, dict[str, Any]] = {
+    "bamba": {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "attn_layer_indices": [1]},
+    "deepseek_v4": {"hc_mult": 2},
+    "dots1": {"n_shared_experts": 1},
+    "gemma3n_text": {
+        "num_kv_shared_layers": 0,
+        "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": VOCAB,
+    },
+    "gemma4_text": {
+        "num_kv_shared_layers": 0,
+        "hidden_size_per_layer_input": 0,
+        "vocab_size_per_layer_input": VOCAB,
+        "head_dim": 8,
+    },
+    "gpt_neo": {"num_layers": 4, "attention_types": [[["global", "local"], 2]]},
+    "gpt2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+    "granitemoehybrid": {
+        "mamba_n_heads": 4,
+        "mamba_d_head": 16,
+        "mamba_d_state": 8,
+        "layer_types": ["mamba", "attention"] * 2,
+    },
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 1, "state_size": 8},
+    "reformer": {"is_decoder": True, "axial_pos_embds_dim": [16, 16], "axial_pos_shape": [8, 8]},
+    "xmod": {"default_language": "en_XX"},
+    "zaya": {"num_experts_per_tok": 1},
+    "zamba2": {"layer_types": ["mamba", "hybrid"] * 2, "num_mem_blocks": 1},
+}
+
+# Sizes that a family computes itself or keeps per layer.
+LEFT_OUT = {
+    "falcon": ("head_dim",),
+    "gemma4_text": ("head_dim", "num_key_value_heads"),
+    "gemma4_unified_text": ("head_dim", "num_key_value_heads"),
+    "gpt_neo": ("num_hidden_layers",),
+    "mamba2": ("num_attention_heads",),
+    "musicgen": ("dropout",),
+    "musicgen_melody": ("dropout",),
+    "prophetnet": ("num_hidden_layers",),
+    "xlnet": ("max_position_embeddings",),
+    "xlstm": ("head_dim", "v_head_dim"),
+}
+
+
 def tiny_config(model_type: str, **changes: Any) -> PretrainedConfig:
     """Return a config of `model_type` with sizes cut down; `changes` override them."""
     default = AutoConfig.for_model(model_type)
-    kwargs: dict[str, Any] = {k: v for k, v in SIZES.items() if hasattr(default, k)}
+    left_out = set(LEFT_OUT.get(model_type, ()))
+    if _has(default, "qk_rope_head_dim"):
+        left_out.add("head_dim")
+    kwargs: dict[str, Any] = {
+        k: v for k, v in SIZES.items() if k not in left_out and _has(default, k)
+    }
     for key in ("bos_token_id", "eos_token_id"):
-        if hasattr(default, key):
+        if _has(default, key):
             kwargs[key] = 1
+    if _has(default, "kv_lora_rank"):
+        kwargs["num_key_value_heads"] = SIZES["num_attention_heads"]
     if getattr(default, "pad_token_id", None) is not None:
         kwargs["pad_token_id"] = 0
+    kwargs.update(CHANGES.get(model_type, {}))
     kwargs.update(changes)
     return AutoConfig.for_model(model_type, **kwargs)
+
+
+def _has(config: PretrainedConfig, key: str) -> bool:
+    """Return whether a config has a key; some refuse to be asked for per-layer ones."""
+    try:
+        return hasattr(config, key)
+    except ValueError:
+        return True
