@@ -91,7 +91,7 @@ def test_a_marked_template_decides_what_is_learned() -> None:
 def test_absent_keys_that_arrow_filled_do_not_reach_the_template() -> None:
     template = "{% for m in messages %}{% if m.tool is defined %}T{% endif %}{{ m.content }}"
     tokenizer = byte_tokenizer(template + "{% endfor %}")
-    turns = [{"role": "user", "content": "x", "tool": None}, {"role": "assistant", "content": "y"}]
+    turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y", "tool": None}]
     assert learned_text(encode_chat(turns, tokenizer), tokenizer) == "y|"
 
 
