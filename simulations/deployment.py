@@ -171,6 +171,9 @@ def deployment_demo(
         wait_until(
             lambda: site.online() == len(NODES), seconds=START_SECONDS, what="the SuperNodes"
         )
+        say(
+            "both are connected; running the app (a message starts a process: it takes a while) ..."
+        )
         link = "link.tls=off" if insecure else "link.tls=on"
         outcome = site.flower.run(EXPERIMENT, f"{link} {overrides}".strip(), echo=echo)
         summary = _checked(outcome, site)

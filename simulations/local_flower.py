@@ -27,7 +27,9 @@ COMPLETED = "finished:completed"
 
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _CHATTER = re.compile(
-    r"^(INFO|WARNING|DEBUG) *:|^Successfully installed|^Using SuperLink|^\s*$|^\(raylet|^\(pid="
+    r"^(INFO|WARNING|DEBUG) *:|^\s*$|^\((raylet|pid=|ClientAppActor pid=\d+\) WARNING)"
+    r"|^Successfully (installed|started)|^Using SuperLink|^Flower configuration not found"
+    r"|^Writing model shards"
 )
 
 
