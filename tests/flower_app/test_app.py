@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Any
 
 import pytest
@@ -40,7 +41,12 @@ def _flower_task(one_thread: None, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def tiny_config(tmp_path: Path, changes: str = "", experiment: str = "demo") -> Config:
     tiny = TINY if experiment == "demo" else TINY[TINY.index("data.context") :]
-    return load_config(experiment, f"{tiny} output.folder={tmp_path} {changes}")
+    texts = tmp_path / "texts.jsonl"
+    if not texts.exists():
+        lines = [json.dumps({"text": text[:300]}) for text in list(topics.values())[:48]]
+        texts.write_text("\n".join(lines), encoding="utf-8")
+    data = f"data.source=files data.path={texts} data.partitioner=iid"
+    return load_config(experiment, f"{tiny} {data} output.folder={tmp_path} {changes}")
 
 
 def run(config: Config, grid: InProcessGrid) -> tuple[Path, list[dict[str, Any]], list[str]]:
@@ -84,13 +90,13 @@ def test_a_run_learns_and_leaves_what_it_promises(strategy: str, tmp_path: Path)
 def test_a_run_repeats_exactly(tmp_path: Path) -> None:
     """Row 29, dropout and partial participation included, whatever ids Flower gives the nodes."""
     changes = "data.context=24 model.scratch.attention_dropout=0.2 federation.fraction_train=0.5"
-    config = tiny_config(tmp_path, f"{changes} federation.min_clients=1 train.rounds=3")
+    config = tiny_config(tmp_path, f"{changes} federation.min_clients=1")
 
     curves = [losses(run(config, InProcessGrid(4, first_id=first))[1]) for first in (7, 5000)]
 
     assert curves[0] == curves[1]
     assert len({name for name, _ in curves[0]}) > 1
-    other = tiny_config(tmp_path, f"{changes} federation.min_clients=1 train.rounds=3 seed=1")
+    other = tiny_config(tmp_path, f"{changes} federation.min_clients=1 seed=1")
     assert losses(run(other, InProcessGrid(4))[1]) != curves[0]
 
 
