@@ -8,13 +8,13 @@ checkpoint keys are transformers' own.
 from __future__ import annotations
 
 import re
-from contextlib import ExitStack, contextmanager
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -29,7 +29,7 @@ from models.anatomy import examine, find_blocks
 from models.cut import ROLES, Cut
 from models.families import require_tested
 from models.parts import Part, split
-from models.scratch import load_whole, parse_attention, parse_dtype
+from models.scratch import load_whole, parse_attention, parse_dtype, read_config
 from models.shards import Checkpoint
 from models.verify import check_twin
 
@@ -118,11 +118,9 @@ def _outline(
     path_or_id: str, cut: Cut, dtype: str, attention: str, allow_untested: bool
 ) -> tuple[PreTrainedModel, Checkpoint]:
     """Return the whole model on the meta device, and the checkpoint it would be read from."""
-    kind, how = parse_dtype(dtype), parse_attention(attention)
-    try:
-        config = AutoConfig.from_pretrained(path_or_id)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read the config of {path_or_id}: {error}") from error
+    kind = parse_dtype(dtype)
+    config = read_config(path_or_id)
+    how = parse_attention(attention, config)
     if getattr(config, "quantization_config", None):
         raise ValueError(f"{path_or_id} is quantized; split an unquantized checkpoint")
     if not require_tested(config, allow_untested):

@@ -48,7 +48,7 @@ class Cut:
             )
         below, above = self.bottom, num_blocks - self.top
         return {
-            "bottom": range(0, below),
+            "bottom": range(below),
             "trunk": range(below, above),
             "top": range(above, num_blocks),
         }

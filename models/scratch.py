@@ -10,7 +10,10 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+)
 
 _DTYPES = {
     "fp32": torch.float32,
@@ -23,7 +26,14 @@ _DTYPES = {
 ATTENTIONS = ("sdpa", "eager")
 
 # Keys that every config takes though its class does not list them.
-_COMMON_KEYS = {"model_type", "architectures", "dtype", "torch_dtype", "use_cache", "transformers_version"}
+_COMMON_KEYS = {
+    "model_type",
+    "architectures",
+    "dtype",
+    "torch_dtype",
+    "use_cache",
+    "transformers_version",
+}
 
 
 def parse_dtype(name: str) -> torch.dtype:
@@ -33,11 +43,19 @@ def parse_dtype(name: str) -> torch.dtype:
     return _DTYPES[name]
 
 
-def parse_attention(name: str) -> str:
-    """Return `name` if it is an attention implementation that is tested."""
+def parse_attention(name: str, config: PretrainedConfig) -> str:
+    """Return `name` if it is a tested attention implementation that the family has."""
     if name not in ATTENTIONS:
         raise ValueError(f"unknown attention {name!r}; {_nearest(name, ATTENTIONS)}")
+    if name == "sdpa" and not has_sdpa(config):
+        raise ValueError(f"{config.model_type} has no sdpa attention; set attention to eager")
     return name
+
+
+def has_sdpa(config: PretrainedConfig) -> bool:
+    """Return whether transformers implements sdpa attention for the family."""
+    kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    return bool(getattr(kind, "_supports_sdpa", False))
 
 
 def build_scratch(
@@ -71,7 +89,7 @@ def build_scratch(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(
-            built, dtype=parse_dtype(dtype), attn_implementation=parse_attention(attention)
+            built, dtype=parse_dtype(dtype), attn_implementation=parse_attention(attention, built)
         )
     return model.train()
 
@@ -86,7 +104,12 @@ def make_config(settings: Mapping[str, Any]) -> PretrainedConfig:
             f"{_nearest(kind, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)}"
         )
     default = AutoConfig.for_model(kind)
-    known = {*default.to_dict(), *default.attribute_map, *_annotations(type(default)), *_COMMON_KEYS}
+    known = {
+        *default.to_dict(),
+        *default.attribute_map,
+        *_annotations(type(default)),
+        *_COMMON_KEYS,
+    }
     for key in values:
         if key not in known:
             raise ValueError(f"{kind} config has no key {key!r}; {_nearest(key, known)}")
@@ -94,6 +117,22 @@ def make_config(settings: Mapping[str, Any]) -> PretrainedConfig:
         return AutoConfig.for_model(kind, **values)
     except Exception as error:  # each config class has checks and exceptions of its own
         raise ValueError(f"{kind} config is refused by transformers: {error}") from error
+
+
+def read_config(path_or_id: str, gguf_file: str | None = None) -> PretrainedConfig:
+    """Read the config of a checkpoint; say in words what is wrong with it."""
+    extra = {"gguf_file": gguf_file} if gguf_file else {}
+    try:
+        return AutoConfig.from_pretrained(path_or_id, **extra)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read the config of {path_or_id}: {error}") from error
+
+
+def split_gguf(path_or_id: str) -> tuple[str, str | None]:
+    """Return folder and file name of a ``.gguf`` path; any other path as it is, and None."""
+    if not path_or_id.endswith(".gguf"):
+        return path_or_id, None
+    return str(Path(path_or_id).parent), Path(path_or_id).name
 
 
 def load_whole(
@@ -123,15 +162,16 @@ def load_whole(
     ValueError
         If tensors are missing, unexpected or of the wrong shape.
     """
-    if gguf_file is None and path_or_id.endswith(".gguf"):
-        file = Path(path_or_id)
-        path_or_id, gguf_file = str(file.parent), file.name
+    if gguf_file is None:
+        path_or_id, gguf_file = split_gguf(path_or_id)
     extra = {"gguf_file": gguf_file} if gguf_file else {}
+    kind = parse_dtype(dtype)
+    how = parse_attention(attention, read_config(path_or_id, gguf_file))
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             path_or_id,
-            dtype=parse_dtype(dtype),
-            attn_implementation=parse_attention(attention),
+            dtype=kind,
+            attn_implementation=how,
             output_loading_info=True,
             **extra,
         )
@@ -149,4 +189,6 @@ def _annotations(kind: type) -> set[str]:
 
 def _nearest(name: str, known: Any) -> str:
     close = difflib.get_close_matches(name, [str(k) for k in known], n=1, cutoff=0.5)
-    return f"did you mean {close[0]!r}?" if close else f"one of {', '.join(sorted(known)[:12])}, ..."
+    return (
+        f"did you mean {close[0]!r}?" if close else f"one of {', '.join(sorted(known)[:12])}, ..."
+    )

@@ -46,7 +46,7 @@ class Checkpoint:
                 "from safetensors: load the model with transformers and call save_pretrained once"
             )
         with _opened(single) as opened:
-            checkpoint.shard_of = {key: SINGLE for key in opened.keys()}  # noqa: SIM118
+            checkpoint.shard_of = dict.fromkeys(opened.keys(), SINGLE)
         return checkpoint
 
     def file(self, name: str) -> Path | None:

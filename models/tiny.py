@@ -55,7 +55,12 @@ SIZES: dict[str, Any] = {
 
 # Where a family's sizes depend on each other in a way of its own.
 CHANGES: dict[str, dict[str, Any]] = {
-    "bamba": {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "attn_layer_indices": [1]},
+    "bamba": {
+        "mamba_n_heads": 4,
+        "mamba_d_head": 16,
+        "mamba_d_state": 8,
+        "attn_layer_indices": [1],
+    },
     "deepseek_v4": {"hc_mult": 2},
     "dots1": {"n_shared_experts": 1},
     "gemma3n_text": {

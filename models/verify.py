@@ -37,8 +37,9 @@ class Difference:
         return self.logits <= tolerance and self.gradient <= tolerance
 
 
-def example(config: PretrainedConfig, padding: str, *, batch: int = 2, tokens: int = 12,
-            seed: int = 0) -> tuple[Tensor, Tensor | None]:
+def example(
+    config: PretrainedConfig, padding: str, *, batch: int = 2, tokens: int = 12, seed: int = 0
+) -> tuple[Tensor, Tensor | None]:
     """Return random ids (B, T) and their mask (B, T), None for padding ``none``.
 
     Row r has r + 2 pads; padded positions hold the pad token, as a tokenizer would leave them.
@@ -53,7 +54,9 @@ def example(config: PretrainedConfig, padding: str, *, batch: int = 2, tokens: i
         pads = slice(0, row + 2) if padding == "left" else slice(tokens - row - 2, tokens)
         mask_BT[row, pads] = 0
     pad = getattr(text, "pad_token_id", None)
-    return ids_BT.masked_fill(mask_BT == 0, pad if isinstance(pad, int) and pad >= 0 else 0), mask_BT
+    return ids_BT.masked_fill(
+        mask_BT == 0, pad if isinstance(pad, int) and pad >= 0 else 0
+    ), mask_BT
 
 
 def compare(
@@ -179,7 +182,7 @@ def _largest(a: Tensor, b: Tensor, mask_BT: Tensor | None = None) -> float:
         return math.inf
     if mask_BT is not None:
         a, b = a[mask_BT.bool()], b[mask_BT.bool()]
-    gap = (a.float() - b.float()).abs()
+    gap = (a.detach().float() - b.detach().float()).abs()
     return math.inf if bool(torch.isnan(gap).any()) else float(gap.max()) if gap.numel() else 0.0
 
 
