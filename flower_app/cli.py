@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -60,6 +61,7 @@ def configure(
     ] = False,
 ) -> None:
     """Set up logging, which only entry points do."""
+    os.environ.setdefault("TQDM_DISABLE", "1")  # no progress bars among the results
     level = logging.INFO if verbose else logging.WARNING
     logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
 
@@ -182,6 +184,7 @@ def parity(
     families: Annotated[
         bool, typer.Option("--families", help="A tiny model of every named family.")
     ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Compare a split model with the unsplit one: logits and every gradient, padded and not."""
     if families == bool(model):
@@ -194,7 +197,7 @@ def parity(
         report = tool.run_families(attention=attention)
     else:
         report = tool.run_parity(model, cuts, attention, allow_untested)
-    typer.echo(tool.render(report))
+    typer.echo(json.dumps(report.as_dict(), indent=2) if as_json else tool.render(report))
     if not report.ok:
         raise typer.Exit(1)
 
@@ -239,10 +242,19 @@ def _figures(result: dict[str, Any], as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(result, indent=2))
         return
+    rows = {key: value for key, value in result.items() if isinstance(value, dict)}
     width = max(len(key) for key in result)
     for key, value in result.items():
-        shown = f"{value:.4g}" if isinstance(value, float) else value
-        typer.echo(f"{key:<{width}}  {shown}")
+        if key not in rows:
+            typer.echo(f"{key:<{width}}  {_short(value)}")
+    if rows:
+        columns = list(next(iter(rows.values())))
+        cells = [[key, *(_short(row[name]) for name in columns)] for key, row in rows.items()]
+        _table(["", *columns], cells)
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _number(value: float | None) -> str:

@@ -29,7 +29,6 @@ _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _CHATTER = re.compile(
     r"^(INFO|WARNING|DEBUG) *:|^\s*$|^\((raylet|pid=|ClientAppActor pid=\d+\) WARNING)"
     r"|^Successfully (installed|started)|^Using SuperLink|^Flower configuration not found"
-    r"|^Writing model shards"
 )
 
 
@@ -233,6 +232,7 @@ def flower_env(home: Path) -> dict[str, str]:
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # silences a warning of Ray
         "PYTHONUNBUFFERED": "1",
+        "TQDM_DISABLE": "1",
     }
 
 
