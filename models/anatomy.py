@@ -137,7 +137,7 @@ def set_module(root: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def weight_owners(model: nn.Module, blocks: str) -> list[str]:
-    """Outermost modules with parameters of their own that neither hold the blocks nor are in them."""
+    """Return the outermost modules with parameters of their own, apart from the blocks."""
     found: list[str] = []
     for name, module in model.named_modules(remove_duplicate=False):
         if (blocks + ".").startswith(name + ".") or not name or name.startswith(blocks + "."):

@@ -8,8 +8,7 @@ checkpoint keys are transformers' own.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -23,13 +22,12 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 from transformers.modeling_utils import LoadStateDictConfig
-from transformers.utils import logging as hf_logging
 
 from models.anatomy import examine, find_blocks
 from models.cut import ROLES, Cut
 from models.families import require_tested
 from models.parts import Part, split
-from models.scratch import load_whole, parse_attention, parse_dtype, read_config
+from models.scratch import load_whole, no_progress_bar, parse_attention, parse_dtype, read_config
 from models.shards import Checkpoint
 from models.verify import check_twin
 
@@ -147,7 +145,7 @@ def _fill(
     plan = LoadStateDictConfig(
         dtype=dtype, dtype_plan=hollow._get_dtype_plan(dtype), weight_mapping=mapping
     )
-    with ExitStack() as stack, _quiet(), torch.random.fork_rng(devices=[]):
+    with ExitStack() as stack, no_progress_bar(), torch.random.fork_rng(devices=[]):
         slices = checkpoint.slices(set(wanted.values()), stack)
         state = {key: slices[source] for key, source in wanted.items()}
         info, _ = convert_and_load_state_dict_in_model(model, state, plan)
@@ -173,7 +171,7 @@ def _wanted_keys(
     ignored = getattr(hollow, "_keys_to_ignore_on_load_unexpected", None) or []
     wanted, strangers = {}, []
     for key in checkpoint.shard_of:
-        name, converted = rename_source_key(key, renamings, converters, prefix, whole_names)
+        name, _ = rename_source_key(key, renamings, converters, prefix, whole_names)
         if name not in whole_names and key in whole_names:
             name = key
         if name in own:
@@ -259,15 +257,3 @@ def _make_buffers(model: PreTrainedModel, outside: str | None = None) -> None:
         for key in set(absent) & set(module._non_persistent_buffers_set):
             if torch.isnan(module._buffers[key]).any():
                 raise ValueError(f"cannot compute the buffer {name}.{key}; load the model whole")
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Hide transformers' progress bar: it is about one part."""
-    shown = hf_logging.is_progress_bar_enabled()
-    hf_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            hf_logging.enable_progress_bar()

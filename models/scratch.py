@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
 )
+from transformers.utils import logging as hf_logging
 
 _DTYPES = {
     "fp32": torch.float32,
@@ -43,11 +45,11 @@ def parse_dtype(name: str) -> torch.dtype:
     return _DTYPES[name]
 
 
-def parse_attention(name: str, config: PretrainedConfig) -> str:
+def parse_attention(name: str, config: PretrainedConfig | None = None) -> str:
     """Return `name` if it is a tested attention implementation that the family has."""
     if name not in ATTENTIONS:
         raise ValueError(f"unknown attention {name!r}; {_nearest(name, ATTENTIONS)}")
-    if name == "sdpa" and not has_sdpa(config):
+    if config is not None and name == "sdpa" and not has_sdpa(config):
         raise ValueError(f"{config.model_type} has no sdpa attention; set attention to eager")
     return name
 
@@ -119,20 +121,24 @@ def make_config(settings: Mapping[str, Any]) -> PretrainedConfig:
         raise ValueError(f"{kind} config is refused by transformers: {error}") from error
 
 
-def read_config(path_or_id: str, gguf_file: str | None = None) -> PretrainedConfig:
+def read_config(path_or_id: str) -> PretrainedConfig:
     """Read the config of a checkpoint; say in words what is wrong with it."""
-    extra = {"gguf_file": gguf_file} if gguf_file else {}
     try:
-        return AutoConfig.from_pretrained(path_or_id, **extra)
+        return AutoConfig.from_pretrained(path_or_id)
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot read the config of {path_or_id}: {error}") from error
 
 
-def split_gguf(path_or_id: str) -> tuple[str, str | None]:
-    """Return folder and file name of a ``.gguf`` path; any other path as it is, and None."""
-    if not path_or_id.endswith(".gguf"):
-        return path_or_id, None
-    return str(Path(path_or_id).parent), Path(path_or_id).name
+@contextmanager
+def no_progress_bar() -> Iterator[None]:
+    """Hide transformers' progress bars while weights are read."""
+    shown = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            hf_logging.enable_progress_bar()
 
 
 def load_whole(
@@ -162,19 +168,21 @@ def load_whole(
     ValueError
         If tensors are missing, unexpected or of the wrong shape.
     """
-    if gguf_file is None:
-        path_or_id, gguf_file = split_gguf(path_or_id)
+    if gguf_file is None and path_or_id.endswith(".gguf"):
+        path_or_id, gguf_file = str(Path(path_or_id).parent), Path(path_or_id).name
     extra = {"gguf_file": gguf_file} if gguf_file else {}
     kind = parse_dtype(dtype)
-    how = parse_attention(attention, read_config(path_or_id, gguf_file))
+    # A GGUF config takes as long to read as the weights.
+    how = parse_attention(attention, None if gguf_file else read_config(path_or_id))
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            path_or_id,
-            dtype=kind,
-            attn_implementation=how,
-            output_loading_info=True,
-            **extra,
-        )
+        with no_progress_bar():
+            model, info = AutoModelForCausalLM.from_pretrained(
+                path_or_id,
+                dtype=kind,
+                attn_implementation=how,
+                output_loading_info=True,
+                **extra,
+            )
     except (OSError, RuntimeError) as error:
         raise ValueError(f"cannot load {path_or_id}: {error}") from error
     problems = [f"{key}: {sorted(map(str, info[key]))[:8]}" for key in info if info[key]]

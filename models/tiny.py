@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import AutoConfig, PretrainedConfig
+import torch
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 BLOCKS = 4
 VOCAB = 96
@@ -49,6 +50,7 @@ SIZES: dict[str, Any] = {
     "word_embed_proj_dim": 16,
     "embedding_size": 32,
     "rotary_dim": 4,
+    "index_topk": 4,
     "dropout": 0.0,
 }
 
@@ -63,6 +65,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     },
     "deepseek_v4": {"hc_mult": 2},
     "dots1": {"n_shared_experts": 1},
+    "gemma3_text": {"layer_types": ["sliding_attention", "full_attention"] * 2},
     "gemma3n_text": {
         "num_kv_shared_layers": 0,
         "hidden_size_per_layer_input": 8,
@@ -84,6 +87,8 @@ CHANGES: dict[str, dict[str, Any]] = {
     },
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 1, "state_size": 8},
+    "qwen2": {"use_sliding_window": True, "max_window_layers": 2},
+    "qwen3": {"use_sliding_window": True, "max_window_layers": 2},
     "reformer": {"is_decoder": True, "axial_pos_embds_dim": [16, 16], "axial_pos_shape": [8, 8]},
     "xmod": {"default_language": "en_XX"},
     "zaya": {"num_experts_per_tok": 1},
@@ -103,6 +108,16 @@ LEFT_OUT = {
     "xlnet": ("max_position_embeddings",),
     "xlstm": ("head_dim", "v_head_dim"),
 }
+
+
+def roughen(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
+    """Add noise to every weight: fresh biases are 0 and norms 1, which would hide errors."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.is_floating_point():
+                parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+    return model
 
 
 def tiny_config(model_type: str, **changes: Any) -> PretrainedConfig:

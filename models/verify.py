@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from models.cut import Cut
 from models.parts import Parts, split_unchecked
-from models.tiny import SIZES, tiny_config
+from models.tiny import SIZES, roughen, tiny_config
 
 TOLERANCE = 1e-5
 PADDINGS = ("none", "left", "right")
@@ -157,11 +157,12 @@ def _build_twin(config: PretrainedConfig, cut: Cut) -> tuple[PreTrainedModel, Cu
                 small, cut = tiny_config(config.model_type), Cut(1, 1)
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
-                twin = AutoModelForCausalLM.from_config(small, attn_implementation="eager").eval()
+                twin = AutoModelForCausalLM.from_config(small, attn_implementation="eager")
+                roughen(twin).eval()
                 with torch.no_grad():
                     twin(input_ids=example(small, "none")[0], use_cache=False)
             return twin, cut
-        except Exception as error:  # configs and models raise what they like
+        except Exception as error:  # noqa: BLE001 - configs and models raise what they like
             why = str(error)
     raise ValueError(
         f"{config.model_type} cannot be checked: no tiny model of it can be built ({why}); "

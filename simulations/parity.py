@@ -19,8 +19,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from models import Cut, Part, Parts, build_scratch, global_name, load_client, load_part, split
 from models.families import NAMED
-from models.scratch import ATTENTIONS, has_sdpa, load_whole, read_config, split_gguf
-from models.tiny import tiny_config
+from models.scratch import ATTENTIONS, has_sdpa, load_whole, read_config
+from models.tiny import roughen, tiny_config
 from models.verify import PADDINGS, TOLERANCE, compare, example
 
 log = logging.getLogger(__name__)
@@ -88,7 +88,7 @@ def run_parity(
         Shape of the random ids.
     """
     report = ParityReport()
-    config = read_config(*split_gguf(model))
+    config = None if model.endswith(".gguf") else read_config(model)
     for how in _attentions(attention, config):
         whole = load_whole(model, attention=how).eval()
         for cut in _cuts(whole, cuts):
@@ -108,7 +108,7 @@ def run_families(
     for family in families:
         config = tiny_config(family)
         for how in _attentions(attention, config):
-            whole = build_scratch(config, 0, attention=how).eval()
+            whole = roughen(build_scratch(config, 0, attention=how)).eval()
             for cut in all_cuts(count_blocks(whole)):
                 parts = split(whole, cut)
                 report.rows += _rows(family, whole, parts, how, cut, batch, tokens, "not tried")
@@ -193,9 +193,9 @@ def _first_difference(own: Part, want: Part) -> str:
     return ""
 
 
-def _attentions(name: str, config: PretrainedConfig) -> tuple[str, ...]:
+def _attentions(name: str, config: PretrainedConfig | None) -> tuple[str, ...]:
     if name == "both":
-        return ATTENTIONS if has_sdpa(config) else ("eager",)
+        return ATTENTIONS if config is None or has_sdpa(config) else ("eager",)
     if name not in ATTENTIONS:
         raise ValueError(f"unknown attention {name!r}; must be sdpa, eager or both")
     return (name,)
