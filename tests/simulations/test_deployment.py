@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -155,8 +156,11 @@ def test_unknown_and_unencrypted_supernodes_are_refused() -> None:
         data = write_data(site.folder, NODES)
         site.add_node("known", data[0])
         wait_until(lambda: site.online() == 1, seconds=90, what="the known SuperNode")
+        plain = replace(site, tls=None).add_node("plain", data[1])
         stranger = site.add_node("stranger", data[1], registered=False)
         wait_until(lambda: not stranger.running, seconds=60, what="the stranger to be refused")
         assert "Failed to activate SuperNode" in stranger.tail(40)
         assert stranger.process.returncode != 0
         assert site.online() == 1
+        assert "SuperNode ID" in site.started[1].tail(40)
+        assert "SuperNode ID" not in plain.tail(200)
