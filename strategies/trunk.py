@@ -344,6 +344,7 @@ class Session:
                 for parameter in self._lane.parameters:
                     parameter.grad = None
             self._finish_step()
+            self._lane.optimizer = None  # a replica waits for the round's end without its moments
 
     @contextmanager
     def _working(self) -> Iterator[None]:

@@ -16,12 +16,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from conf.load import load_config
 from conf.schema import Config
 from flower_app.assembly import resolve_model
-from flower_app.data import batches, load_client_data
+from flower_app.data import Batch, batches, load_client_data, num_steps, steps
 from flower_app.recorder import Recorder
 from flower_app.server_app import run_experiment
 from flower_app.text import load_tokenizer
 from flower_app.training import token_loss
+from models import build_scratch
+from strategies.optim import derive_seed
 from tests.flower_app.grid import InProcessGrid
+from tests.strategies.helpers import fed_avg_round, largest_difference
 
 TINY = (
     "model.scratch='{model_type: llama, vocab_size: 259, hidden_size: 16, intermediate_size: 32, "
@@ -121,6 +124,55 @@ def test_the_saved_model_is_the_one_that_was_evaluated(modes: str, tmp_path: Pat
     assert abs(evaluated[-1] - evaluated[0]) > 1e-3
     assert not lora_names(model)
     assert AutoTokenizer.from_pretrained(folder / "model")("é")["input_ids"]
+
+
+def test_the_app_equals_fedavg_of_unsplit_models(tmp_path: Path) -> None:
+    """Invariant 2 from configuration to saved model: three clients of unequal size, two rounds."""
+    config = tiny_config(
+        tmp_path, "train.lr=0.01 train.schedule=cosine train.local_steps=0 data.max_examples=0"
+    )
+    grid = InProcessGrid(clients=3)
+    for number in range(3):
+        own = tmp_path / f"{number}.jsonl"
+        lines = (tmp_path / "texts.jsonl").read_text(encoding="utf-8").splitlines()
+        own.write_text("\n".join(lines[6 * number : 7 * number + 2]), encoding="utf-8")
+        grid.node_configs[number] = {"data-path": str(own), "name": f"site-{number}"}
+
+    folder, metrics, _ = run(config, grid)
+
+    whole = build_scratch(config.model.scratch, config.seed)
+    for round in (1, 2):
+        cohort = [
+            site_steps(config, str(grid.node_configs[number]["data-path"]), f"site-{number}", round)
+            for number in range(3)
+        ]
+        assert len({len(steps) for steps in cohort}) > 1, "clients must be of unequal size"
+        fed_avg_round(whole, cohort, config.train, round, 2)
+    saved = AutoModelForCausalLM.from_pretrained(folder / "model")
+    assert largest_difference(saved, whole) < 1e-4
+    start = build_scratch(config.model.scratch, config.seed)
+    assert largest_difference(saved, start) > 1e-2
+
+
+def site_steps(config: Config, path: str, client: str, round: int) -> list[list[Batch]]:
+    """The micro-batches that a client trains on in a round."""
+    tokenizer = load_tokenizer(config.model)
+    data = load_client_data(
+        config.data, tokenizer, partition=0, partitions=1, data_path=path, seed=config.seed
+    )
+    order = torch.Generator().manual_seed(derive_seed(config.seed, round, client, "order"))
+    train = config.train
+    count = num_steps(len(data.train), train)
+    return list(
+        steps(
+            data.train,
+            batch_size=train.batch_size,
+            accumulate=train.accumulate,
+            steps=count,
+            pad_id=0,
+            generator=order,
+        )
+    )
 
 
 def held_out_loss(model: torch.nn.Module, config: Config, partitions: int = 2) -> float:

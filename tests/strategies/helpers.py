@@ -150,6 +150,25 @@ def train_whole(
     return losses, all_tokens
 
 
+def fed_avg_round(
+    whole: PreTrainedModel,
+    cohort: Sequence[Sequence[Sequence[Batch]]],
+    train: TrainConfig,
+    round: int,
+    rounds: int,
+) -> None:
+    """Plain FedAvg over unsplit copies, weighted by tokens."""
+    copies, weights = [], []
+    for steps in cohort:
+        copy = twin(whole)
+        weights.append(train_whole(copy, steps, train, round, rounds)[1])
+        copies.append(dict(copy.named_parameters()))
+    with torch.no_grad():
+        for name, parameter in whole.named_parameters():
+            mean = sum(w * c[name] for w, c in zip(weights, copies, strict=True)) / sum(weights)
+            parameter.copy_(mean)
+
+
 def largest_difference(one: torch.nn.Module, other: torch.nn.Module) -> float:
     """Largest absolute difference of two models' parameters, name by name."""
     left, right = dict(one.named_parameters()), dict(other.named_parameters())

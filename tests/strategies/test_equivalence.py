@@ -19,6 +19,7 @@ from tests.strategies.helpers import (
     CUT,
     connect,
     engine_for,
+    fed_avg_round,
     largest_difference,
     place,
     random_steps,
@@ -92,19 +93,6 @@ def test_a_dropped_mask_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     train_whole(whole, steps, train)
 
     assert largest_difference(model, whole) > 100 * TOLERANCE
-
-
-def fed_avg_round(whole, cohort, train, round, rounds):  # type: ignore[no-untyped-def]
-    """Plain FedAvg over unsplit copies, weighted by tokens."""
-    copies, weights = [], []
-    for steps in cohort:
-        copy = twin(whole)
-        weights.append(train_whole(copy, steps, train, round, rounds)[1])
-        copies.append(dict(copy.named_parameters()))
-    with torch.no_grad():
-        for name, parameter in whole.named_parameters():
-            mean = sum(w * c[name] for w, c in zip(weights, copies, strict=True)) / sum(weights)
-            parameter.copy_(mean)
 
 
 def split_round(model, cohort, train, round, rounds, order, link_of=None):  # type: ignore[no-untyped-def]
