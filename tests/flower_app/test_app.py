@@ -129,7 +129,7 @@ def test_the_saved_model_is_the_one_that_was_evaluated(modes: str, tmp_path: Pat
 def test_the_app_equals_fedavg_of_unsplit_models(tmp_path: Path) -> None:
     """Invariant 2 from configuration to saved model: three clients of unequal size, two rounds."""
     config = tiny_config(
-        tmp_path, "train.lr=0.01 train.schedule=cosine train.local_steps=0 data.max_examples=0"
+        tmp_path, "train.lr=0.01 train.warmup=0 train.local_steps=0 data.max_examples=0"
     )
     grid = InProcessGrid(clients=3)
     for number in range(3):
