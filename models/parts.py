@@ -48,6 +48,7 @@ class Part(nn.Module):
         self.hidden_size = anatomy_of.width(model)
         self.model = _carve(model, role, self.blocks, anatomy)
         self.config = self.model.config
+        self.training = model.training
 
     @property
     def dtype(self) -> torch.dtype:
