@@ -12,6 +12,9 @@ from simulations.local_flower import Outcome, local_superlink, worth_reading
 FALL_NATS = 2.0
 """By how much the held-out loss of the demo must fall."""
 
+RAY_LATE = "The current node timed out during startup"
+"""Ray gives its own processes 30 seconds to start, which a busy machine with a cold disk may miss."""
+
 
 def run_experiment(
     experiment: str,
@@ -51,6 +54,9 @@ def run_experiment(
     say(f"starting Flower and its simulated clients for experiment '{experiment}' ...")
     with local_superlink() as flower:
         outcome = flower.run(experiment, overrides, federation=federation, echo=echo)
+        if not outcome.completed and any(RAY_LATE in line for line in outcome.lines):
+            say("Ray, which runs the simulated clients, did not come up in time; once more ...")
+            outcome = flower.run(experiment, overrides, federation=federation, echo=echo)
     if not outcome.completed:
         raise RuntimeError(f"the run did not complete: {outcome.details} ({outcome.status})")
     outcome.summary()
