@@ -1,0 +1,187 @@
+"""Try every decoder family that transformers can build tiny, and write the support table.
+
+A family that splits without a refusal and is not exact fails the test; so does a family of the
+tested table that is not exact here. ``GRAFT_FAMILIES=mamba,bloom`` tries only some.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import warnings
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+import transformers
+from models import Cut, load_client, load_part, tested_families
+from models.anatomy import examine
+from models.cut import ROLES
+from models.parts import Part, split_unchecked
+from models.scratch import has_sdpa
+from models.tiny import roughen, tiny_config
+from models.verify import PADDINGS, compare, example
+from simulations.parity import all_cuts
+
+MOST_PARAMETERS = 30_000_000
+TOLERANCE = 1e-5
+
+
+@dataclass(frozen=True)
+class Outcome:
+    family: str
+    verdict: str
+    """exact, refused, not buildable, or WRONG."""
+    detail: str = ""
+    loads: str = ""
+
+
+def build(family: str, attention: str) -> PreTrainedModel:
+    config = tiny_config(family)
+    with torch.device("meta"):
+        size = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+    if size > MOST_PARAMETERS:
+        raise ValueError(f"the tiny config still has {size / 1e6:.0f}M parameters")
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    model = roughen(model).eval()
+    for padding in PADDINGS:
+        ids_BT, mask_BT = example(model.config, padding)
+        logits = model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False).logits
+        if not torch.isfinite(logits[torch.ones_like(ids_BT).bool() if mask_BT is None
+                                     else mask_BT.bool()]).all():
+            raise ValueError(f"its own logits are not finite (padding {padding})")
+    return model
+
+
+def worst_difference(model: PreTrainedModel, thorough: bool) -> tuple[float, str]:
+    """Every cut, with one padding each and a few with all; or those few only."""
+    worst, where = 0.0, ""
+    anatomy = examine(model)
+    for number, cut in enumerate(all_cuts(4)):
+        in_full = cut in (Cut(0, 0), Cut(2, 1))
+        if not (thorough or in_full):
+            continue
+        parts = [Part(model, role, cut, anatomy) for role in ROLES]
+        for padding in PADDINGS if in_full else [PADDINGS[number % 3]]:
+            gap = compare(model, parts, *example(model.config, padding))
+            for size, what in ((gap.logits, "logits"), (gap.gradient, gap.parameter)):
+                if not size <= worst:
+                    worst, where = size, f"{what}, cut {cut}, padding {padding}"
+    return worst, where
+
+
+def loads_like_split(model: PreTrainedModel, folder: str) -> str:
+    """Save, load each role by itself, compare bitwise; say in a word how it went."""
+    cut = Cut(1, 1)
+    try:
+        model.save_pretrained(folder)
+        whole = AutoModelForCausalLM.from_pretrained(folder)
+        bottom, top = load_client(folder, cut, attention="eager", allow_untested=True)
+        trunk = load_part("trunk", folder, cut, attention="eager", allow_untested=True)
+    except Exception as error:
+        return f"refused: {one_line(error)}"
+    for own, want in zip((bottom, trunk, top), split_unchecked(whole, cut), strict=True):
+        mine, other = own.state_dict(), want.state_dict()
+        buffers, same = dict(own.named_buffers()), dict(want.named_buffers())
+        for left, right in ((mine, other), (buffers, same)):
+            if left.keys() != right.keys():
+                return f"WRONG: {sorted(left.keys() ^ right.keys())[0]}"
+            for name in left:
+                if not torch.equal(left[name], right[name]):
+                    return f"WRONG: {name}"
+    return "yes"
+
+
+def try_family(family: str) -> Outcome:
+    try:
+        model = build(family, "eager")
+    except Exception as error:
+        return Outcome(family, "not buildable", one_line(error))
+    try:
+        worst, where = worst_difference(model, thorough=True)
+        if worst <= TOLERANCE and has_sdpa(model.config):
+            worst, where = worst_difference(build(family, "sdpa"), thorough=False)
+    except ValueError as error:
+        if "cannot be split" in str(error):
+            return Outcome(family, "refused", one_line(error))
+        return Outcome(family, "WRONG", f"no refusal in words: {one_line(error)}")
+    except Exception as error:
+        # Loud, not silent; split(..., allow_untested=True) turns it into a refusal.
+        return Outcome(family, "refused", f"the split does not run: {one_line(error)}")
+    if not worst <= TOLERANCE:
+        return Outcome(family, "inexact", f"differs by {worst:.2g} ({where})")
+    with tempfile.TemporaryDirectory() as folder:
+        return Outcome(family, "exact", loads=loads_like_split(model, folder))
+
+
+def one_line(error: Exception) -> str:
+    text = " ".join(f"{error}".split()) or type(error).__name__
+    text = text.replace("|", "/").replace("`", "'")
+    return text if len(text) <= 160 else text[:157] + "..."
+
+
+def write_table(outcomes: list[Outcome], path: Path) -> None:
+    counts = Counter(outcome.verdict for outcome in outcomes)
+    built = len(outcomes) - counts["not buildable"]
+    table = set(tested_families())
+    lines = [
+        "# Model families",
+        "",
+        "Written by `pytest -m slow tests/models/test_every_family.py`; do not edit. Every decoder",
+        f"family of transformers {transformers.__version__} is built with four tiny blocks and random",
+        "weights, split at every legal cut, and compared with itself unsplit: logits and every",
+        "gradient, unpadded, left- and right-padded, eager and (where there is one) sdpa, fp32,",
+        f"tolerance {TOLERANCE:g}. *Tested* families split without further ado; the others only with",
+        "`allow-untested`, which runs the same comparison on the spot and refuses what differs.",
+        "*load_part* tells whether roles loaded one by one hold bitwise the same tensors.",
+        "",
+        f"{counts['exact']} of {built} families that can be built tiny are exact; "
+        f"{built - counts['exact']} are refused; {counts['not buildable']} cannot be built tiny.",
+        "",
+        "| family | split | tested | load_part | remark |",
+        "|---|---|---|---|---|",
+    ]
+    order = {"exact": 0, "inexact": 1, "refused": 1, "not buildable": 2}
+    for o in sorted(outcomes, key=lambda o: (order.get(o.verdict, 0), o.family)):
+        verdict = "refused" if o.verdict == "inexact" else o.verdict
+        loads = "refused" if o.loads.startswith("refused") else o.loads
+        remark = o.detail or (o.loads if loads == "refused" else "")
+        tested = "yes" if o.family in table else ""
+        lines.append(f"| {o.family} | {verdict} | {tested} | {loads} | {remark} |")
+    path.write_text("\n".join(lines) + "\n")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.filterwarnings("ignore")
+def test_no_family_splits_wrongly_in_silence(project: Path) -> None:
+    only = [name for name in os.environ.get("GRAFT_FAMILIES", "").split(",") if name]
+    outcomes = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for family in only or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
+            outcomes.append(try_family(family))
+            print(*vars(outcomes[-1]).values(), sep=" | ", flush=True)
+    if not only:
+        write_table(outcomes, project / "docs" / "families.md")
+    exact = {o.family for o in outcomes if o.verdict == "exact"}
+    assert not [o for o in outcomes if o.verdict == "WRONG" or o.loads.startswith("WRONG")]
+    assert not [o for o in outcomes if o.family in tested_families() and o.family not in exact]
+    for outcome in outcomes:
+        if outcome.verdict == "inexact":
+            refuses(outcome.family)
+    assert only or len(exact) >= 120
+
+
+def refuses(family: str) -> None:
+    """A family that is not exact must be refused even by someone who allows untested ones."""
+    from models import split
+
+    with pytest.raises(ValueError, match="cannot be split"):
+        split(build(family, "eager"), Cut(1, 1), allow_untested=True)
