@@ -104,7 +104,7 @@ def export_model(
         Where to; created.
     """
     modes = {config.tuning.bottom, config.tuning.trunk, config.tuning.top}
-    if "full" not in modes and config.model.path and not config.model.path.endswith(".gguf"):
+    if "full" not in modes and config.model.path:
         save_adapter(folder, dict(state), base=config.model.path, lora=config.lora)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)

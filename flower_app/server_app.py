@@ -6,6 +6,7 @@ from pathlib import Path
 
 from flwr.app import ArrayRecord, Context
 from flwr.serverapp import Grid, ServerApp
+from safetensors.torch import save_file
 
 from conf.load import load_config
 from conf.schema import Config
@@ -69,5 +70,14 @@ def run_experiment(config: Config, grid: Grid, recorder: Recorder) -> Path | Non
 
 
 def _save(config: Config, trunk: Part, arrays: ArrayRecord, folder: Path) -> Path:
+    """Export what was trained; if that fails, keep the tensors themselves."""
     state = {**from_arrays(arrays), **trainable_state(trunk)}
-    return export_model(config, state, load_tokenizer(config.model), folder / "model")
+    try:
+        return export_model(config, state, load_tokenizer(config.model), folder / "model")
+    except (ValueError, OSError, RuntimeError) as error:
+        rescue = folder / "trained.safetensors"
+        save_file({name: tensor.contiguous() for name, tensor in state.items()}, rescue)
+        raise RuntimeError(
+            f"the run is complete, but its model could not be exported: {error}. The trained "
+            f"tensors of all parts are in {rescue}"
+        ) from error

@@ -188,7 +188,18 @@ def load_whole(
     problems = [f"{key}: {sorted(map(str, info[key]))[:8]}" for key in info if info[key]]
     if problems:
         raise ValueError(f"{path_or_id} does not fit its own config; {'; '.join(problems)}")
+    if gguf_file is not None:
+        _forget_quantization(model)
     return model
+
+
+def _forget_quantization(model: PreTrainedModel) -> None:
+    """A GGUF file is read into ordinary weights; `transformers` still calls the model quantized, and
+    would refuse to save it."""
+    model.hf_quantizer = None
+    model.is_quantized = False
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
 
 
 def _annotations(kind: type) -> set[str]:

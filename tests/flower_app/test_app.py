@@ -11,6 +11,7 @@ import pytest
 import torch
 from flwr.supercore.task_identity import TaskIdentity
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conf.load import load_config
@@ -244,6 +245,20 @@ def test_a_round_in_which_all_fail_ends_the_run_with_every_reason(tmp_path: Path
 
     with pytest.raises(RuntimeError, match=r"site-0: .*/nowhere/0.*site-1: .*/nowhere/1"):
         run(tiny_config(tmp_path), grid)
+
+
+def test_a_failing_export_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full_disk(*args: Any, **kwargs: Any) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("flower_app.assembly.save_full", full_disk)
+
+    with pytest.raises(RuntimeError, match="no space left on device.*trained.safetensors"):
+        run(tiny_config(tmp_path, "train.rounds=1"), InProcessGrid(clients=2))
+
+    saved = load_file(next(tmp_path.glob("*/trained.safetensors")))
+    names = dict(build_scratch(tiny_config(tmp_path).model.scratch, 0).named_parameters())
+    assert saved.keys() == names.keys()
 
 
 def test_a_node_without_data_is_told_how_to_name_them(tmp_path: Path) -> None:
