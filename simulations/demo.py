@@ -13,7 +13,7 @@ FALL_NATS = 2.0
 """By how much the held-out loss of the demo must fall."""
 
 RAY_LATE = "The current node timed out during startup"
-"""Ray gives its own processes 30 seconds to start, which a busy machine with a cold disk may miss."""
+"""Ray gives its processes 30 seconds to start, which a busy machine may miss."""
 
 
 def run_experiment(
