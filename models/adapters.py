@@ -123,13 +123,13 @@ def merge(*modules: nn.Module) -> int:
     Returns
     -------
     int
-        Adapted layers.
+        Adapted layers; parts may have none.
 
     Raises
     ------
     ValueError
-        If there are none; parts of a split model have their adapters to themselves, so merging
-        the whole model would do nothing.
+        If a whole model has none: parts of a split model have their adapters to themselves, so
+        merging the whole would do nothing.
     """
     count = 0
     for module in modules:
@@ -139,7 +139,7 @@ def merge(*modules: nn.Module) -> int:
                 parent, _, leaf = name.rpartition(".")
                 module.get_submodule(parent)._modules[leaf] = layer.get_base_layer()
                 count += 1
-    if not count:
+    if not count and not all(isinstance(module, Part) for module in modules):
         raise ValueError("there are no adapters to merge; merge the parts that were tuned")
     return count
 

@@ -51,6 +51,14 @@ SIZES: dict[str, Any] = {
     "embedding_size": 32,
     "rotary_dim": 4,
     "index_topk": 4,
+    "chunk_size": 8,
+    "linear_head_dim": 8,
+    "linear_num_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "moe_shared_expert_intermediate_size": 16,
     "dropout": 0.0,
 }
 
@@ -65,6 +73,13 @@ CHANGES: dict[str, dict[str, Any]] = {
     },
     "deepseek_v4": {"hc_mult": 2},
     "dots1": {"n_shared_experts": 1},
+    "falcon_h1": {
+        "mamba_d_ssm": 32,
+        "mamba_n_heads": 4,
+        "mamba_d_head": 8,
+        "mamba_d_state": 8,
+        "mamba_chunk_size": 8,
+    },
     "gemma3_text": {"layer_types": ["sliding_attention", "full_attention"] * 2},
     "gemma3n_text": {
         "num_kv_shared_layers": 0,
@@ -87,6 +102,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     },
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 1, "state_size": 8},
+    "nemotron_h": {"mamba_num_heads": 4, "mamba_head_dim": 8, "ssm_state_size": 8},
     "qwen2": {"use_sliding_window": True, "max_window_layers": 2},
     "qwen3": {"use_sliding_window": True, "max_window_layers": 2},
     "reformer": {"is_decoder": True, "axial_pos_embds_dim": [16, 16], "axial_pos_shape": [8, 8]},

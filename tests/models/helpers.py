@@ -29,7 +29,9 @@ def tiny(family: str, attention: str = "eager", **changes: Any) -> PreTrainedMod
     return roughen(build_scratch(tiny_config(family, **changes), 0, attention=attention)).eval()
 
 
-def saved(folder: Path, family: str = "llama", shard: str = "20KB", **changes: Any) -> PreTrainedModel:
+def saved(
+    folder: Path, family: str = "llama", shard: str = "20KB", **changes: Any
+) -> PreTrainedModel:
     """A tiny model that is also saved in `folder`, in several shards."""
     model = tiny(family, **changes)
     model.save_pretrained(folder, max_shard_size=shard)
@@ -42,7 +44,9 @@ def differences(model: PreTrainedModel, parts: Iterable[Callable[..., Tensor]]) 
     return [compare(model, own, *example(model.config, padding)) for padding in PADDINGS]
 
 
-def assert_exact(model: PreTrainedModel, parts: Iterable[Callable[..., Tensor]], why: object) -> None:
+def assert_exact(
+    model: PreTrainedModel, parts: Iterable[Callable[..., Tensor]], why: object
+) -> None:
     for padding, gap in zip(PADDINGS, differences(model, parts), strict=True):
         assert gap.within(1e-5), f"{why}, padding {padding}: {gap}"
 

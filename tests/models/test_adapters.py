@@ -1,4 +1,4 @@
-"""LoRA, full and frozen parts; one PEFT folder and one `from_pretrained` folder out of three parts."""
+"""LoRA, full and frozen parts, and the one standard folder that three parts are saved in."""
 
 from __future__ import annotations
 
@@ -77,12 +77,16 @@ def test_lora_trains_and_leaves_the_base_alone(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("modes", [
-    ALL_LORA,
-    {"bottom": "frozen", "trunk": "lora", "top": "frozen"},
-    {"bottom": "full", "trunk": "lora", "top": "frozen"},
-    {"bottom": "lora", "trunk": "full", "top": "full"},
-], ids=["lora", "trunk only", "bottom full", "trunk and top full"])
+@pytest.mark.parametrize(
+    "modes",
+    [
+        ALL_LORA,
+        {"bottom": "frozen", "trunk": "lora", "top": "frozen"},
+        {"bottom": "full", "trunk": "lora", "top": "frozen"},
+        {"bottom": "lora", "trunk": "full", "top": "full"},
+    ],
+    ids=["lora", "trunk only", "bottom full", "trunk and top full"],
+)
 def test_split_and_unsplit_start_and_learn_alike(family: str, modes: dict[str, str]) -> None:
     whole = tune_whole(tiny(family), modes, cut=CUT, lora=LORA, seed=7)
     parts = tuned(tiny(family), modes)
@@ -109,15 +113,19 @@ def test_initial_adapters_depend_on_seed_and_name_alone() -> None:
     other_cut = trainable_state(trunk)
     assert all(torch.equal(t, first[n]) for n, t in other_cut.items())
     tune(trunk := split(tiny("llama"), Cut(0, 1)).trunk, "lora", lora=LORA, seed=8)
-    assert all(not torch.equal(t, first[n])
-               for n, t in trainable_state(trunk).items() if "lora_A" in n)
+    assert all(
+        not torch.equal(t, first[n]) for n, t in trainable_state(trunk).items() if "lora_A" in n
+    )
     values = [t for n, t in first.items() if "lora_A" in n and t.shape == (3, 32)]
     assert len({tuple(v.flatten().tolist()) for v in values}) == len(values)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("modes", [ALL_LORA, {"bottom": "frozen", "trunk": "lora", "top": "frozen"}],
-                         ids=["all", "trunk"])
+@pytest.mark.parametrize(
+    "modes",
+    [ALL_LORA, {"bottom": "frozen", "trunk": "lora", "top": "frozen"}],
+    ids=["all", "trunk"],
+)
 def test_one_peft_folder_gives_the_same_logits(
     family: str, modes: dict[str, str], tmp_path: Path
 ) -> None:
@@ -126,7 +134,9 @@ def test_one_peft_folder_gives_the_same_logits(
     train(parts)
     folder = save_adapter(tmp_path / "adapter", states(parts), str(tmp_path / "base"), LORA)
     assert sorted(f.name for f in folder.iterdir() if "README" not in f.name) == [
-        "adapter_config.json", "adapter_model.safetensors"]
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", attn_implementation="eager")
     peft = PeftModel.from_pretrained(base, str(folder)).eval()
     loaded = {n for n, _ in peft.named_parameters() if "lora_" in n}
@@ -175,16 +185,15 @@ def test_state_reloads_bit_equal_and_strictly() -> None:
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "opt", "gemma"])
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_fully_trained_model_saves_as_one_folder(
-    family: str, tied: bool, tmp_path: Path
-) -> None:
+def test_a_fully_trained_model_saves_as_one_folder(family: str, tied: bool, tmp_path: Path) -> None:
     model = tiny(family, tie_word_embeddings=tied)
     parts = tuned(model, dict.fromkeys(ALL_LORA, "full"))
     train(parts)
     save_full(tmp_path, model.config, states(parts))
     again = load_whole(str(tmp_path), attention="eager").eval()
-    assert all(torch.equal(p, dict(again.named_parameters())[n])
-               for n, p in model.named_parameters())
+    assert all(
+        torch.equal(p, dict(again.named_parameters())[n]) for n, p in model.named_parameters()
+    )
     torch.testing.assert_close(again(ids()).logits, run(parts, ids()), rtol=0, atol=1e-5)
     short = states(parts)
     short.pop(sorted(short)[0])
@@ -218,14 +227,20 @@ def test_frozen_trains_nothing_and_full_everything() -> None:
 
 
 def test_targets_are_chosen_by_name_and_wrong_ones_refused() -> None:
-    trunk = tune(split(tiny("gpt2"), CUT).trunk, "lora",
-                 lora=LoraSettings(rank=2, target_modules=("attn.c_proj", "c_fc")))
+    trunk = tune(
+        split(tiny("gpt2"), CUT).trunk,
+        "lora",
+        lora=LoraSettings(rank=2, target_modules=("attn.c_proj", "c_fc")),
+    )
     layers = {n.partition(".lora_")[0] for n in trainable_state(trunk)}
     assert layers == {f"transformer.h.{i}.{n}" for i in (1, 2) for n in ("attn.c_proj", "mlp.c_fc")}
     for wrong in ("q_proj", "lm_head", "wte"):
         with pytest.raises(ValueError, match=rf"'{wrong}'.*c_attn, c_fc, c_proj"):
-            tune(split(tiny("gpt2"), CUT).trunk, "lora",
-                 lora=LoraSettings(rank=2, target_modules=(wrong,)))
+            tune(
+                split(tiny("gpt2"), CUT).trunk,
+                "lora",
+                lora=LoraSettings(rank=2, target_modules=(wrong,)),
+            )
     with pytest.raises(ValueError, match="unknown tuning"):
         tune(trunk, "some")
     with pytest.raises(ValueError, match="needs the settings"):

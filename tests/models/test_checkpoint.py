@@ -90,15 +90,18 @@ def test_dtype(dtype: str, kind: torch.dtype, tmp_path: Path) -> None:
     assert_same_logits(run((bottom, part, top), ids()), whole(ids()).logits)
 
 
-@pytest.mark.parametrize("role,name", [
-    ("bottom", "model.embed_tokens.weight"),
-    ("bottom", "model.layers.0.self_attn.q_proj.weight"),
-    ("trunk", "model.layers.1.mlp.up_proj.weight"),
-    ("trunk", "model.layers.2.input_layernorm.weight"),
-    ("top", "model.layers.3.self_attn.o_proj.weight"),
-    ("top", "model.norm.weight"),
-    ("top", "lm_head.weight"),
-])
+@pytest.mark.parametrize(
+    "role,name",
+    [
+        ("bottom", "model.embed_tokens.weight"),
+        ("bottom", "model.layers.0.self_attn.q_proj.weight"),
+        ("trunk", "model.layers.1.mlp.up_proj.weight"),
+        ("trunk", "model.layers.2.input_layernorm.weight"),
+        ("top", "model.layers.3.self_attn.o_proj.weight"),
+        ("top", "model.norm.weight"),
+        ("top", "lm_head.weight"),
+    ],
+)
 def test_a_missing_tensor_raises_in_its_role_alone(role: str, name: str, tmp_path: Path) -> None:
     saved(tmp_path)
     rewrite(tmp_path, without(name))
@@ -157,8 +160,11 @@ def test_a_role_reads_its_own_tensors_alone(
 def test_the_shards_of_others_need_not_exist(role: str, tmp_path: Path) -> None:
     saved(tmp_path, shard="8KB")
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
-    mine = {"bottom": ("embed", "layers.0."), "trunk": ("layers.1.", "layers.2."),
-            "top": ("layers.3.", "model.norm", "lm_head")}[role]
+    mine = {
+        "bottom": ("embed", "layers.0."),
+        "trunk": ("layers.1.", "layers.2."),
+        "top": ("layers.3.", "model.norm", "lm_head"),
+    }[role]
     needed = {file for name, file in index.items() if any(m in name for m in mine)}
     for file in tmp_path.glob("*.safetensors"):
         if file.name not in needed:
@@ -195,7 +201,9 @@ def test_expert_weights_stored_one_by_one_are_fused(tmp_path: Path) -> None:
     model = saved(tmp_path, "mixtral")
     stored = {k for file in tmp_path.glob("*.safetensors") for k in load_file(file)}
     assert any(".experts.0." in name for name in stored)
-    parts = [load_part(r, str(tmp_path), CUT, attention="eager", allow_untested=True) for r in ROLES]
+    parts = [
+        load_part(r, str(tmp_path), CUT, attention="eager", allow_untested=True) for r in ROLES
+    ]
     ids_BT, mask_BT = example(model.config, "none")
     assert_same_logits(run(parts, ids_BT, mask_BT), model(ids_BT).logits)
 

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-import transformers
 from models import Cut, load_client, load_part, tested_families
 from models.anatomy import examine
 from models.cut import ROLES
@@ -53,8 +53,9 @@ def build(family: str, attention: str) -> PreTrainedModel:
     for padding in PADDINGS:
         ids_BT, mask_BT = example(model.config, padding)
         logits = model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False).logits
-        if not torch.isfinite(logits[torch.ones_like(ids_BT).bool() if mask_BT is None
-                                     else mask_BT.bool()]).all():
+        if not torch.isfinite(
+            logits[torch.ones_like(ids_BT).bool() if mask_BT is None else mask_BT.bool()]
+        ).all():
             raise ValueError(f"its own logits are not finite (padding {padding})")
     return model
 
@@ -134,11 +135,11 @@ def write_table(outcomes: list[Outcome], path: Path) -> None:
         "# Model families",
         "",
         "Written by `pytest -m slow tests/models/test_every_family.py`; do not edit. Every decoder",
-        f"family of transformers {transformers.__version__} is built with four tiny blocks and random",
-        "weights, split at every legal cut, and compared with itself unsplit: logits and every",
+        f"family of transformers {transformers.__version__} is built with four tiny blocks and",
+        "random weights, split at every legal cut, and compared with itself unsplit: logits and every",
         "gradient, unpadded, left- and right-padded, eager and (where there is one) sdpa, fp32,",
-        f"tolerance {TOLERANCE:g}. *Tested* families split without further ado; the others only with",
-        "`allow-untested`, which runs the same comparison on the spot and refuses what differs.",
+        f"tolerance {TOLERANCE:g}. *Tested* families split without further ado; the others only",
+        "with `allow-untested`, which runs the same comparison on the spot and refuses what differs.",
         "*load_part* tells whether roles loaded one by one hold bitwise the same tensors.",
         "",
         f"{counts['exact']} of {built} families that can be built tiny are exact; "

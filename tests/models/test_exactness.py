@@ -48,8 +48,17 @@ def test_windows_shorter_than_the_text(family: str, window: int) -> None:
         ("gpt_neox", {"use_parallel_residual": False}),
         ("llama", {"attention_bias": True, "mlp_bias": True}),
         ("gemma3_text", {"final_logit_softcapping": 5.0, "layer_types": ["full_attention"] * 4}),
-        ("qwen2", {"layer_types": ["full_attention", "sliding_attention", "sliding_attention",
-                                   "full_attention"]}),
+        (
+            "qwen2",
+            {
+                "layer_types": [
+                    "full_attention",
+                    "sliding_attention",
+                    "sliding_attention",
+                    "full_attention",
+                ]
+            },
+        ),
     ],
 )
 def test_quirks(family: str, changes: dict[str, object]) -> None:

@@ -80,12 +80,13 @@ def test_layer_types_off_by_one_are_caught() -> None:
 
 def test_a_block_too_few_is_caught() -> None:
     model = tiny("llama")
-    bottom, trunk, top = split(model, Cut(2, 1))
+    _, trunk, top = split(model, Cut(2, 1))
     gaps = differences(model, [split(model, Cut(1, 1)).bottom, trunk, top])
     assert all(not gap.within() for gap in gaps)
     with pytest.raises(ValueError, match="not exact"):
-        check_forward(model, type(split(model, Cut(2, 1)))(
-            split(model, Cut(1, 1)).bottom, trunk, top))
+        check_forward(
+            model, type(split(model, Cut(2, 1)))(split(model, Cut(1, 1)).bottom, trunk, top)
+        )
 
 
 def test_what_comes_from_a_stand_in_is_never_a_number() -> None:
