@@ -55,8 +55,8 @@ bench: $(STAMP)  ## split step against unsplit step, and memory by role
 parity: $(STAMP)  ## split = unsplit on every family in the tested table
 	$(BIN)/graft parity --families
 
-proto: $(STAMP)  ## generate the gRPC code again after a change of trunk.proto
-	$(BIN)/python -m grpc_tools.protoc -I . --python_out=. --grpc_python_out=. \
+proto: $(STAMP)  ## generate the protobuf code again after a change of trunk.proto
+	$(BIN)/python -m grpc_tools.protoc -I . --python_out=. --pyi_out=. \
 	  strategies/transport/trunk.proto
 
 clean:  ## remove caches and builds; the environment and the runs stay

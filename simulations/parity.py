@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -101,11 +101,17 @@ def run_parity(
 
 
 def run_families(
-    families: Iterable[str] = NAMED, *, attention: str = "both", batch: int = 2, tokens: int = 12
+    families: Iterable[str] = NAMED,
+    *,
+    attention: str = "both",
+    batch: int = 2,
+    tokens: int = 12,
+    say: Callable[[str], None] = lambda line: None,
 ) -> ParityReport:
-    """Compare a tiny random model of each family, at every legal cut."""
+    """Compare a tiny random model of each family, at every legal cut; `say` hears of each."""
     report = ParityReport()
     for family in families:
+        say(f"{family} ...")
         config = tiny_config(family)
         for how in _attentions(attention, config):
             whole = roughen(build_scratch(config, 0, attention=how)).eval()
@@ -130,24 +136,44 @@ def count_blocks(model: PreTrainedModel) -> int:
     return int(model.config.get_text_config(decoder=True).num_hidden_layers)
 
 
-def render(report: ParityReport, most: int = 40) -> str:
-    """Return a table of the largest differences, worst first, and the verdict."""
-    table = Table(title="Largest differences, split against unsplit")
-    for name in ("model", "attention", "cut", "padding", "logits", "gradient", "of", "load_part"):
-        table.add_column(name, overflow="fold")
-    rows = sorted(report.rows, key=lambda row: (row.ok, -max(row.logits, row.gradient)))
-    for row in rows[:most]:
-        figures = (f"{row.logits:.2e}", f"{row.gradient:.2e}", row.parameter, row.loaded)
-        table.add_row(row.model, row.attention, row.cut, row.padding, *figures)
+def render(report: ParityReport, most: int = 20) -> str:
+    """Return a table with the largest differences of each model, each failure, and the verdict."""
     stream = io.StringIO()
     console = Console(file=stream, width=120)
-    console.print(table)
-    if len(rows) > most:
-        console.print(f"{len(rows) - most} more rows with smaller differences")
-    bad = sum(not row.ok for row in rows)
-    verdict = f"{bad} NOT EQUAL" if bad else "all equal" if rows else "nothing compared"
-    console.print(f"{len(rows)} comparisons, tolerance {TOLERANCE:g}: {verdict}")
+    console.print(_summary_table(report))
+    failures = [row for row in report.rows if not row.ok]
+    for row in failures[:most]:
+        console.print(
+            f"NOT EQUAL: {row.model}, {row.attention}, cut {row.cut}, padding {row.padding}: logits "
+            f"{row.logits:.2e}, gradient {row.gradient:.2e} of {row.parameter}, "
+            f"load_part {row.loaded}"
+        )
+    if len(failures) > most:
+        console.print(f"and {len(failures) - most} more")
+    total = len(report.rows)
+    verdict = f"{len(failures)} NOT EQUAL" if failures else "all equal" if total else "nothing tried"
+    console.print(f"{total} comparisons, tolerance {TOLERANCE:g}: {verdict}")
     return stream.getvalue()
+
+
+def _summary_table(report: ParityReport) -> Table:
+    groups: dict[tuple[str, str], list[ParityRow]] = {}
+    for row in report.rows:
+        groups.setdefault((row.model, row.attention), []).append(row)
+    table = Table(title="Split against unsplit: the largest absolute differences")
+    for name in ("model", "attention", "cuts", "comparisons", "logits", "gradients", "load_part"):
+        table.add_column(name, overflow="fold")
+    for (model, attention), rows in groups.items():
+        table.add_row(
+            model,
+            attention,
+            str(len({row.cut for row in rows})),
+            str(len(rows)),
+            f"{max(row.logits for row in rows):.2e}",
+            f"{max(row.gradient for row in rows):.2e}",
+            ", ".join(sorted({row.loaded.partition(":")[0] for row in rows})),
+        )
+    return table
 
 
 def _rows(
