@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import logging
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -44,7 +45,8 @@ class ParityRow:
     @property
     def ok(self) -> bool:
         """Whether everything is within the tolerance; NaN is not."""
-        return max(self.logits, self.gradient) <= TOLERANCE and not self.loaded.startswith("differ")
+        close = self.logits <= TOLERANCE and self.gradient <= TOLERANCE
+        return close and not self.loaded.startswith("differ")
 
 
 @dataclass
@@ -169,11 +171,16 @@ def _summary_table(report: ParityReport) -> Table:
             attention,
             str(len({row.cut for row in rows})),
             str(len(rows)),
-            f"{max(row.logits for row in rows):.2e}",
-            f"{max(row.gradient for row in rows):.2e}",
+            f"{_worst(row.logits for row in rows):.2e}",
+            f"{_worst(row.gradient for row in rows):.2e}",
             ", ".join(sorted({row.loaded.partition(":")[0] for row in rows})),
         )
     return table
+
+
+def _worst(values: Iterable[float]) -> float:
+    """The largest value; NaN, which `max` may drop, counts as the largest."""
+    return max(values, key=lambda value: (math.isnan(value), value))
 
 
 def _rows(
