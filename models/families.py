@@ -26,8 +26,28 @@ NAMED = (
 )
 """Checked in full by the default test suite and by `graft parity --families`."""
 
-ALSO: tuple[str, ...] = ()
-"""Checked by the slow test, which fails if one of them is not exact."""
+ALSO = tuple(
+    """
+    afmoe apertus arcee aria_text axk1 axk2 bailing_hybrid bamba beam bert bert-generation
+    biogpt bitnet bloom camembert codegen cohere cohere2 cohere2_moe ctrl cwm data2vec-text
+    decoder deepseek_v2 deepseek_v3 diffllama doge dots1 electra ernie ernie4_5 ernie4_5_moe
+    exaone4 exaone_moe falcon falcon_mamba flex_olmo flint glm glm4 glm4_moe glm4_moe_lite
+    gpt-sw3 gpt_bigcode gpt_neo gpt_neox_japanese gpt_oss gptj granite granite_swa granitemoe
+    granitemoe_swa granitemoehybrid granitemoeshared helium hunyuan_v1_dense hunyuan_v1_moe
+    hy_v3 hyperclovax inkling_text internlm3 iquestcoder jais2 jamba jetmoe kimi_linear kolibri1
+    laguna lfm2 lfm2_moe lfm3 llama4_text mamba mamba2 megatron-bert mellum mimo_v2_flash
+    minicpm3 minimax minimax_m2 minimax_m3_vl_text ministral ministral3 mixtral modernbert-
+    moshi mpt nanochat nemotron nemotron_h olmo olmo3 olmo_hybrid olmoe persimmon phi phimoe
+    prelayernorm qwen2_moe qwen3_5_moe_text qwen3_5_text qwen3_moe qwen3_next rembert roberta
+    roberta- roc_bert seed_oss smollm3 solar_open stablelm starcoder2 trocr vaultgemma whisper
+    xglm xlm-roberta xlm-roberta-xl xlstm youtu
+    """.split()
+)
+"""Checked by the slow test, which fails if one of them is not exact.
+
+Left out though exact there: families with a config flag that lets a block reuse what another has
+computed (deepseek_v32, glm_moe_dsa), and those whose parts `load_part` cannot load by itself.
+"""
 
 
 def tested_families() -> tuple[str, ...]:

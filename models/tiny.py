@@ -102,7 +102,12 @@ CHANGES: dict[str, dict[str, Any]] = {
     },
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 1, "state_size": 8},
-    "nemotron_h": {"mamba_num_heads": 4, "mamba_head_dim": 8, "ssm_state_size": 8},
+    "nemotron_h": {
+        "mamba_num_heads": 4,
+        "mamba_head_dim": 8,
+        "ssm_state_size": 8,
+        "n_groups": 1,
+    },
     "qwen2": {"use_sliding_window": True, "max_window_layers": 2},
     "qwen3": {"use_sliding_window": True, "max_window_layers": 2},
     "reformer": {"is_decoder": True, "axial_pos_embds_dim": [16, 16], "axial_pos_shape": [8, 8]},
@@ -140,15 +145,15 @@ def tiny_config(model_type: str, **changes: Any) -> PretrainedConfig:
     """Return a config of `model_type` with sizes cut down; `changes` override them."""
     default = AutoConfig.for_model(model_type)
     left_out = set(LEFT_OUT.get(model_type, ()))
-    if _has(default, "qk_rope_head_dim"):
+    if has_key(default, "qk_rope_head_dim"):
         left_out.add("head_dim")
     kwargs: dict[str, Any] = {
-        k: v for k, v in SIZES.items() if k not in left_out and _has(default, k)
+        k: v for k, v in SIZES.items() if k not in left_out and has_key(default, k)
     }
     for key in ("bos_token_id", "eos_token_id"):
-        if _has(default, key):
+        if has_key(default, key):
             kwargs[key] = 1
-    if _has(default, "kv_lora_rank"):
+    if has_key(default, "kv_lora_rank"):
         kwargs["num_key_value_heads"] = SIZES["num_attention_heads"]
     if getattr(default, "pad_token_id", None) is not None:
         kwargs["pad_token_id"] = 0
@@ -157,7 +162,7 @@ def tiny_config(model_type: str, **changes: Any) -> PretrainedConfig:
     return AutoConfig.for_model(model_type, **kwargs)
 
 
-def _has(config: PretrainedConfig, key: str) -> bool:
+def has_key(config: PretrainedConfig, key: str) -> bool:
     """Return whether a config has a key; some refuse to be asked for per-layer ones."""
     try:
         return hasattr(config, key)

@@ -153,7 +153,9 @@ def render(report: ParityReport, most: int = 20) -> str:
     if len(failures) > most:
         console.print(f"and {len(failures) - most} more")
     total = len(report.rows)
-    verdict = f"{len(failures)} NOT EQUAL" if failures else "all equal" if total else "nothing tried"
+    verdict = (
+        f"{len(failures)} NOT EQUAL" if failures else "all equal" if total else "nothing tried"
+    )
     console.print(f"{total} comparisons, tolerance {TOLERANCE:g}: {verdict}")
     return stream.getvalue()
 

@@ -136,10 +136,10 @@ def write_table(outcomes: list[Outcome], path: Path) -> None:
         "",
         "Written by `pytest -m slow tests/models/test_every_family.py`; do not edit. Every decoder",
         f"family of transformers {transformers.__version__} is built with four tiny blocks and",
-        "random weights, split at every legal cut, and compared with itself unsplit: logits and every",
-        "gradient, unpadded, left- and right-padded, eager and (where there is one) sdpa, fp32,",
+        "random weights, split at every legal cut, and compared with itself unsplit: logits and",
+        "every gradient, unpadded, left- and right-padded, eager and (where it exists) sdpa, fp32,",
         f"tolerance {TOLERANCE:g}. *Tested* families split without further ado; the others only",
-        "with `allow-untested`, which runs the same comparison on the spot and refuses what differs.",
+        "with `allow-untested`, which makes that comparison on the spot and refuses what differs.",
         "*load_part* tells whether roles loaded one by one hold bitwise the same tensors.",
         "",
         f"{counts['exact']} of {built} families that can be built tiny are exact; "
