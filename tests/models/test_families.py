@@ -36,18 +36,18 @@ def test_an_untested_family_is_refused_with_the_remedy() -> None:
 
 
 def test_an_untested_family_that_is_exact_may_be_split() -> None:
-    model = tiny("ctrl", resid_pdrop=0.0, embd_pdrop=0.0)
-    assert_exact(model, split(model, CUT, allow_untested=True), "ctrl")
+    model = tiny("deepseek_v32")
+    assert_exact(model, split(model, CUT, allow_untested=True), "deepseek_v32")
 
 
 def test_modes_and_weights_survive_the_check() -> None:
-    model = tiny("ctrl").train()
-    model.transformer.h[1].eval()
+    model = tiny("deepseek_v32").train()
+    model.model.layers[1].eval()
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     parts = split(model, CUT, allow_untested=True)
     assert model.training
     assert parts.trunk.training
-    assert not model.transformer.h[1].training
+    assert not model.model.layers[1].training
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
     assert all(p.grad is None for p in model.parameters())
 
@@ -122,7 +122,7 @@ def test_a_weight_that_no_part_uses_is_found() -> None:
 def test_loading_checks_a_twin_of_the_config(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    saved(tmp_path, "ctrl")
+    saved(tmp_path, "deepseek_v32")
     with pytest.raises(ValueError, match="allow-untested"):
         load_part("trunk", str(tmp_path), CUT, attention="eager")
     load_part("trunk", str(tmp_path), CUT, attention="eager", allow_untested=True)
