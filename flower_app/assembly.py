@@ -135,9 +135,7 @@ def assemble(config: Config, state: Mapping[str, Tensor]) -> PreTrainedModel:
 
 def _scratch(config: Config) -> PreTrainedModel:
     model = config.model
-    return build_scratch(
-        model.scratch, config.seed, dtype=model.dtype, attention=model.attention
-    )
+    return build_scratch(model.scratch, config.seed, dtype=model.dtype, attention=model.attention)
 
 
 def _whole(model: ModelConfig) -> PreTrainedModel:

@@ -194,9 +194,7 @@ def parity(
     from simulations import parity as tool
 
     if families:
-        report = tool.run_families(
-            attention=attention, say=lambda line: typer.echo(line, err=True)
-        )
+        report = tool.run_families(attention=attention, say=lambda line: typer.echo(line, err=True))
     else:
         report = tool.run_parity(model, cuts, attention, allow_untested)
     typer.echo(json.dumps(report.as_dict(), indent=2) if as_json else tool.render(report))

@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Callable
 
 import torch
-from flwr.app import Context, Message, MetricRecord, RecordDict
 from flwr.app import ConfigRecord as Record
+from flwr.app import Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from transformers import PreTrainedTokenizerBase
 

@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 from conf.load import load_config
 from conf.schema import Config
 from flower_app.assembly import build_trunk, export_model, resolve_model, set_threads
-from flower_app.text import load_tokenizer
 from flower_app.recorder import Recorder
+from flower_app.text import load_tokenizer
 from models import Part, trainable_state
 from strategies.splitfed import SplitFed, from_arrays
 from strategies.transport.service import TrunkService
@@ -66,7 +66,9 @@ def run_experiment(config: Config, grid: Grid, recorder: Recorder) -> Path | Non
         )
     finally:
         service.stop()
-    return _save(config, trunk, result.arrays, recorder.folder) if config.output.save_model else None
+    return (
+        _save(config, trunk, result.arrays, recorder.folder) if config.output.save_model else None
+    )
 
 
 def _save(config: Config, trunk: Part, arrays: ArrayRecord, folder: Path) -> Path:

@@ -147,7 +147,9 @@ def evaluate(
             raise ValueError(f"held-out batch {position} has a loss of {float(loss)}")
         total, tokens = total + float(loss), tokens + count
     if tokens == 0:
-        raise ValueError("no held-out token to evaluate on; raise data.heldout or data.max_examples")
+        raise ValueError(
+            "no held-out token to evaluate on; raise data.heldout or data.max_examples"
+        )
     return Outcome(loss=total / tokens, tokens=tokens)
 
 

@@ -194,8 +194,7 @@ def load_whole(
 
 
 def _forget_quantization(model: PreTrainedModel) -> None:
-    """A GGUF file is read into ordinary weights; `transformers` still calls the model quantized, and
-    would refuse to save it."""
+    """Let `transformers` save a model read from GGUF: its weights are ordinary by now."""
     model.hf_quantizer = None
     model.is_quantized = False
     if hasattr(model.config, "quantization_config"):

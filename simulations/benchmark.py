@@ -111,7 +111,13 @@ class _SplitStep:
     """The client's side of the split step: what `training.train` does, a step a call."""
 
     def __init__(
-        self, train: TrainConfig, link: LinkConfig, batch: Batch, address: str, token: str, total: int
+        self,
+        train: TrainConfig,
+        link: LinkConfig,
+        batch: Batch,
+        address: str,
+        token: str,
+        total: int,
     ) -> None:
         parts = split(_model(), CUT)
         self.link = GrpcLink(address, token, client="bench", steps=total, config=link)
@@ -149,9 +155,7 @@ def _batch() -> Batch:
 
 
 @contextmanager
-def _trunk_process(
-    train: TrainConfig, link: LinkConfig, steps: int
-) -> Iterator[tuple[str, str]]:
+def _trunk_process(train: TrainConfig, link: LinkConfig, steps: int) -> Iterator[tuple[str, str]]:
     """A process that serves the trunk; yields its address and a token."""
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()

@@ -18,7 +18,7 @@ from torch import nn
 from conf.schema import TrainConfig
 
 CLIP_EPSILON = 1e-6
-"""As in `torch.nn.utils.clip_grad_norm_`, so that a clipped split step equals a clipped whole one."""
+"""As in `torch.nn.utils.clip_grad_norm_`, so that a clipped split step equals a whole one."""
 
 
 @dataclass(frozen=True, kw_only=True)

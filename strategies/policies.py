@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -156,7 +156,10 @@ class SplitFedV2:
         """Nothing to fold: every step has moved the one trunk already."""
 
 
-POLICIES = {"splitfed-v1": SplitFedV1, "splitfed-v2": SplitFedV2}
+POLICIES: dict[str, Callable[[nn.Module, TrainConfig], Policy]] = {
+    "splitfed-v1": SplitFedV1,
+    "splitfed-v2": SplitFedV2,
+}
 
 
 def build_policy(trunk: nn.Module, train: TrainConfig) -> Policy:

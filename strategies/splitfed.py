@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from logging import INFO
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.app import (
+    Array,
+    ArrayRecord,
+    ConfigRecord,
+    Message,
+    MessageType,
+    MetricRecord,
+    RecordDict,
+)
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 from flwr.supercore import log
@@ -31,11 +39,13 @@ ARRAYS, CONFIG, TICKET, METRICS, OUTCOME = "arrays", "config", "ticket", "metric
 class Observer(Protocol):
     """Who is told of the run's progress."""
 
-    def step(self, **record: Any) -> None:
-        """One applied optimizer step."""
+    @property
+    def step(self) -> Callable[..., None]:
+        """Called with the fields of an applied optimizer step."""
 
-    def round(self, **record: Any) -> None:
-        """One ended round; round 0 is the evaluation before training."""
+    @property
+    def round(self) -> Callable[..., None]:
+        """Called with the fields of an ended round; round 0 is the evaluation before training."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,7 +241,9 @@ class SplitFed(Strategy):
                 answers.append(answer)
         limit = self.config.federation.round_timeout
         for node in waiting:
-            self._tally.missing[self._name(node)] = f"no answer within federation.round_timeout={limit:g} s"
+            self._tally.missing[self._name(node)] = (
+                f"no answer within federation.round_timeout={limit:g} s"
+            )
         return sorted(answers, key=lambda answer: (answer.client, answer.key))
 
     def _name(self, node: int) -> str:

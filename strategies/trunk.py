@@ -297,7 +297,8 @@ class Session:
             ) from None
 
     def apply(self, step: int, *, client_square_norm: float, tokens: int) -> StepResult:
-        """Clip by the norm over all parts and take the optimizer step. Idempotent for the last step.
+        """Clip by the norm over all parts and take the optimizer step; a repeated call repeats the
+        result only.
 
         Parameters
         ----------

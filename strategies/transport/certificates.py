@@ -35,7 +35,7 @@ def self_signed(host: str, days: int = 30) -> tuple[bytes, bytes]:
         alternative: x509.GeneralName = x509.IPAddress(ipaddress.ip_address(host.strip("[]")))
     except ValueError:
         alternative = x509.DNSName(host)
-    now = datetime.datetime.now(datetime.timezone.utc)
+    now = datetime.datetime.now(datetime.UTC)
     certificate = (
         x509.CertificateBuilder()
         .subject_name(name)

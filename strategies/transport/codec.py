@@ -16,12 +16,13 @@ WIRE_VERSION = 1
 
 MAX_DIMENSIONS = 4
 
-_DTYPES: dict[int, torch.dtype] = {
+_DTYPES: dict[pb.DType, torch.dtype] = {
     pb.FLOAT32: torch.float32,
     pb.FLOAT16: torch.float16,
     pb.BFLOAT16: torch.bfloat16,
     pb.BOOL: torch.bool,
 }
+_WIRE = {dtype: wire for wire, dtype in _DTYPES.items()}
 _CODECS = {
     pb.FLOAT32: (pb.RAW,),
     pb.FLOAT16: (pb.RAW, pb.SCALED),
@@ -45,7 +46,7 @@ def encode(tensor: Tensor, dtype: torch.dtype) -> pb.Tensor:
     tensor = tensor.to("cpu", dtype).contiguous()
     return pb.Tensor(
         version=WIRE_VERSION,
-        dtype=next(wire for wire, known in _DTYPES.items() if known == dtype),
+        dtype=_WIRE[dtype],
         shape=tensor.shape,
         codec=codec,
         scale=scale,

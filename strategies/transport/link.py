@@ -250,9 +250,11 @@ class GrpcLink:
                 self._inbox.put(raw)
             reason, kind = "it closed the stream", "closed"
         except grpc.RpcError as error:
-            code = getattr(error, "code", lambda: None)()
-            reason = getattr(error, "details", lambda: str(error))() or str(code)
-            kind = "refused" if code == grpc.StatusCode.UNAUTHENTICATED else "closed"
+            # The error of a stream is its call, which has both; other errors have neither.
+            is_call = isinstance(error, grpc.Call)
+            reason = (error.details() if is_call else "") or str(error)
+            refused = is_call and error.code() == grpc.StatusCode.UNAUTHENTICATED
+            kind = "refused" if refused else "closed"
         self._inbox.put(TrunkError(f"the trunk at {self._address}: {reason}", kind=kind))
 
 

@@ -16,8 +16,8 @@ from flower_app.client_app import app
 class InProcessGrid(Grid):
     """Runs each message's client in turn.
 
-    `absent` nodes never answer; `broken` ones meet an exception outside Graft's code; `meanwhile` is
-    called before each message is delivered.
+    `absent` nodes never answer; `broken` ones meet an exception outside Graft's code; `meanwhile`
+    is called before each message is delivered.
     """
 
     clients: int = 2

@@ -87,7 +87,8 @@ def test_a_run_learns_and_leaves_what_it_promises(strategy: str, tmp_path: Path)
     assert all(set(m["seconds"]) == {"bottom", "network", "trunk", "top"} for m in steps)
     assert (folder / "loss.png").stat().st_size > 5000
     assert (folder / "config.yaml").exists()
-    assert str(folder) in lines[0] and str(folder) in lines[-1]
+    assert str(folder) in lines[0]
+    assert str(folder) in lines[-1]
     assert any("client-0, client-1" in line for line in lines)
 
 
@@ -139,7 +140,7 @@ def test_the_app_equals_fedavg_of_unsplit_models(tmp_path: Path) -> None:
         own.write_text("\n".join(lines[6 * number : 7 * number + 2]), encoding="utf-8")
         grid.node_configs[number] = {"data-path": str(own), "name": f"site-{number}"}
 
-    folder, metrics, _ = run(config, grid)
+    folder, _, _ = run(config, grid)
 
     whole = build_scratch(config.model.scratch, config.seed)
     for round in (1, 2):

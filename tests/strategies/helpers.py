@@ -50,7 +50,10 @@ def random_steps(
 ) -> list[list[Batch]]:
     """Micro-batches of unequal size for `count` steps."""
     return [
-        [random_batch(seed + 100 * s + m, 2 + (s + m) % 2, 8 + m, padding) for m in range(accumulate)]
+        [
+            random_batch(seed + 100 * s + m, 2 + (s + m) % 2, 8 + m, padding)
+            for m in range(accumulate)
+        ]
         for s in range(count)
     ]
 
@@ -94,7 +97,7 @@ def train_split(
     train: TrainConfig,
     cut: Cut = CUT,
 ) -> training.Outcome:
-    """One client, one round, in this process; `model` (shared with its parts) is trained in place."""
+    """One client, one round, in this process; `model` shares its weights with its parts."""
     parts = split(model, cut)
     engine = engine_for(parts.trunk, train)
     engine.open_round(1, 1, training=True)

@@ -251,7 +251,8 @@ def test_dropout_repeats_for_the_same_client_and_step_only() -> None:
 
     one, two, other = outputs("one"), outputs("one"), outputs("other")
 
-    assert torch.equal(one[0], two[0]) and torch.equal(one[1], two[1])
+    assert torch.equal(one[0], two[0])
+    assert torch.equal(one[1], two[1])
     assert not torch.equal(one[0], one[1])
     assert not torch.equal(one[0], other[0])
 

@@ -6,7 +6,6 @@ import itertools
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-import torch
 from transformers import PreTrainedModel
 
 from conf.schema import LoraSettings, TrainConfig

@@ -160,7 +160,8 @@ def test_a_session_cannot_reach_anothers_gradients() -> None:
         ),
         (
             pb.ClientFrame(
-                version=1, compute=pb.Compute(activations=encode(torch.ones(2, 3, 9), torch.float32))
+                version=1,
+                compute=pb.Compute(activations=encode(torch.ones(2, 3, 9), torch.float32)),
             ).SerializeToString(),
             r"\(2, 3, 9\); the trunk takes \(B, T, 32\)",
         ),
@@ -350,12 +351,12 @@ def tap(monkeypatch: pytest.MonkeyPatch) -> Tap:
 def leaves(message: Message, path: str = "") -> dict[str, list[Any]]:
     """All values of a message by the path of their field."""
     found: dict[str, list[Any]] = {}
-    for field, value in message.ListFields():
-        name = f"{path}{field.name}"
+    for described, value in message.ListFields():
+        name = f"{path}{described.name}"
         if isinstance(value, Message):
             found.update(leaves(value, f"{name}."))
         else:
-            found[name] = list(value) if field.is_repeated else [value]
+            found[name] = list(value) if described.is_repeated else [value]
     return found
 
 
