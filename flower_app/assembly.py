@@ -81,6 +81,15 @@ def build_trunk(config: Config) -> Part:
     return trunk
 
 
+def describe(part: Part) -> str:
+    """What a part was cut from, and where: alike for parts that fit together."""
+    text = part.config.get_text_config(decoder=True)
+    return (
+        f"{part.config.model_type} of {part.num_blocks_total} blocks x {part.hidden_size}, "
+        f"vocabulary {text.vocab_size}, cut {part.cut}"
+    )
+
+
 def export_model(
     config: Config,
     state: Mapping[str, Tensor],

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from conf.load import from_json
 from conf.schema import Config
 from flower_app import training
-from flower_app.assembly import build_client, set_threads
+from flower_app.assembly import build_client, describe, set_threads
 from flower_app.data import ClientData, batches, load_client_data, num_steps, steps
 from flower_app.text import load_tokenizer
 from models import Part, client_state, load_client_state
@@ -124,6 +124,12 @@ class Site:
     def parts(self) -> tuple[Part, Part]:
         """Bottom and top with the federation's current tensors; the initial ones in round 1."""
         bottom, top = build_client(self.config)
+        mine, trunk = describe(bottom), str(self._ticket["model"])
+        if mine != trunk:
+            raise ValueError(
+                f"this node's model is {mine}; the trunk was cut from {trunk}. Give both the same "
+                "model.path, or this node's copy of it as model-path in --node-config"
+            )
         if self._arrays:
             load_client_state(bottom, top, from_arrays(self._arrays))
         return bottom, top

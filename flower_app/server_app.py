@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from conf.load import load_config
 from conf.schema import Config
-from flower_app.assembly import build_trunk, export_model, resolve_model, set_threads
+from flower_app.assembly import build_trunk, describe, export_model, resolve_model, set_threads
 from flower_app.recorder import Recorder
 from flower_app.text import load_tokenizer
 from models import Part, trainable_state
@@ -54,7 +54,7 @@ def run_experiment(config: Config, grid: Grid, recorder: Recorder) -> Path | Non
         timeout=config.link.timeout,
     )
     service = TrunkService(engine, config.link)
-    strategy = SplitFed(engine, service, config, recorder)
+    strategy = SplitFed(engine, service, config, recorder, model=describe(trunk))
     service.on_step = strategy.on_step
     service.start()
     try:

@@ -90,6 +90,8 @@ class SplitFed(Strategy):
         The run's configuration, which travels to the clients.
     observer : Observer
         Told of every step and round.
+    model : str
+        What the trunk was cut from, in words; a client with another model refuses to train.
 
     Raises
     ------
@@ -98,8 +100,15 @@ class SplitFed(Strategy):
     """
 
     def __init__(
-        self, engine: TrunkEngine, service: TrunkService, config: Config, observer: Observer
+        self,
+        engine: TrunkEngine,
+        service: TrunkService,
+        config: Config,
+        observer: Observer,
+        *,
+        model: str = "",
     ) -> None:
+        self.model = model
         self.engine, self.service, self.config, self.observer = engine, service, config, observer
         self._rounds = config.train.rounds
         self._sampled: dict[int, str] = {}
@@ -216,6 +225,7 @@ class SplitFed(Strategy):
                 "address": self.service.address,
                 "token": self.service.admit(key),
                 "certificate": self.service.certificate,
+                "model": self.model,
                 "round": server_round,
                 "rounds": self._rounds,
             }

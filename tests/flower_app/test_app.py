@@ -269,6 +269,26 @@ def test_a_node_without_data_is_told_how_to_name_them(tmp_path: Path) -> None:
         run(tiny_config(tmp_path, "federation.min_clients=1"), grid)
 
 
+def test_a_node_with_another_model_refuses_to_train(tmp_path: Path) -> None:
+    """Of the same width, it would fit the trunk and learn nonsense without a word."""
+    base, _, _ = run(tiny_config(tmp_path), InProcessGrid(clients=2))
+    wrong = build_scratch({**tiny_config(tmp_path).model.scratch, "num_hidden_layers": 5}, seed=0)
+    wrong.save_pretrained(tmp_path / "wrong")
+    grid = InProcessGrid(clients=2)
+    grid.node_configs[1] = {
+        "model-path": str(tmp_path / "wrong"),
+        "partition-id": 1,
+        "num-partitions": 2,
+    }
+
+    _, metrics, _ = run(tiny_config(tmp_path, experiment="lora"), grid)
+
+    assert base
+    assert metrics[-1]["clients"] == ["client-0"]
+    assert "of 5 blocks x 16" in metrics[-1]["missing"]["client-1"]
+    assert "cut from llama of 4 blocks" in metrics[-1]["missing"]["client-1"]
+
+
 def test_nothing_of_a_client_but_parts_and_counters_is_in_its_reply(tmp_path: Path) -> None:
     """Row 32 on the control plane: no ids, no labels, no texts."""
     replies = []
