@@ -193,9 +193,13 @@ class SplitFed(Strategy):
     def _sample(self, grid: Grid, server_round: int, fraction: float) -> list[int]:
         """Draw the cohort, alike in every run of the same seed once clients' names are known."""
         least = self.config.federation.min_clients
+        waited = 0
         while len(nodes := list(grid.get_node_ids())) < least:
-            log(INFO, "waiting for clients: %d connected, %d required", len(nodes), least)
+            if waited % 10 == 0:
+                text = "waiting for clients: %d connected, federation.min_clients=%d required"
+                log(INFO, text, len(nodes), least)
             time.sleep(1)
+            waited += 1
         nodes.sort(key=lambda node: (self._names.get(node, ""), node))
         count = min(len(nodes), max(least, round(fraction * len(nodes))))
         seed = derive_seed(self.config.seed, server_round, "sample")
