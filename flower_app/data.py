@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from conf.schema import DataConfig, TrainConfig
 from flower_app.partition import take_partition
-from flower_app.sources import load_rows
+from flower_app.sources import DataError, load_rows, reason
 from flower_app.text import IGNORED, Example, cut, encode, load_tokenizer
 
 __all__ = [
@@ -88,11 +88,32 @@ def load_client_data(
 
     Raises
     ------
-    ValueError
-        If the data is missing, unreadable, cannot be divided, or gives this client no example.
+    DataError
+        If the data is missing, unreadable, cannot be divided, or gives this client no example. It
+        quotes none of the data: it travels to the server. What else goes wrong is in this log.
     """
-    rows = load_rows(config, data_path)
     where = data_path or config.path or "the built-in text"
+    try:
+        return _load(config, tokenizer, where, partition, partitions, data_path, seed)
+    except DataError:
+        raise
+    except Exception as error:
+        logger.exception("%s cannot be used", where)
+        raise DataError(
+            f"{where} cannot be used: {reason(error)} (the client's own log has the details)"
+        ) from None
+
+
+def _load(
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    where: str,
+    partition: int,
+    partitions: int,
+    data_path: str,
+    seed: int,
+) -> ClientData:
+    rows = load_rows(config, data_path)
     name = where
     if not data_path:
         rows = take_partition(rows, config, partition=partition, partitions=partitions, seed=seed)
@@ -100,7 +121,10 @@ def load_client_data(
     documents: list[list[Example]] = []
     skipped = examples = 0
     for index, row in enumerate(rows):
-        encoded = encode(row, config, tokenizer)
+        try:
+            encoded = encode(row, config, tokenizer)
+        except DataError as error:
+            raise DataError(f"document {index} of {name}: {error}") from None
         found = cut(encoded, config, f"document {index} of {name}") if encoded else []
         if config.max_examples:
             found = found[: config.max_examples - examples]
@@ -111,7 +135,7 @@ def load_client_data(
             break
     if not documents:
         column = config.messages_column or config.completion_column or config.text_column
-        raise ValueError(
+        raise DataError(
             f"{name} has no example: {len(rows)} documents, {skipped} of them empty in column "
             f"{column!r} or without anything to learn in data.context={config.context} tokens"
         )

@@ -10,7 +10,7 @@ from datasets import Dataset
 from flwr_datasets import partitioner as flower
 
 from conf.schema import DataConfig
-from flower_app.sources import quiet
+from flower_app.sources import DataError, quiet
 
 _CLIENT = "__client__"
 
@@ -29,13 +29,13 @@ def take_partition(
 
     Raises
     ------
-    ValueError
+    DataError
         If the rows cannot be divided among so many clients as configured.
     """
     if not 0 <= partition < partitions:
-        raise ValueError(f"partition {partition} is not in 0..{partitions - 1}")
+        raise DataError(f"partition {partition} is not in 0..{partitions - 1}")
     if partitions > len(rows):
-        raise ValueError(f"{len(rows)} documents cannot be divided among {partitions} clients")
+        raise DataError(f"{len(rows)} documents cannot be divided among {partitions} clients")
     with quiet():
         return _divided(rows, config, partition, partitions, seed)
 
@@ -49,7 +49,7 @@ def _divided(
     if config.partitioner in ("natural", "dirichlet"):
         values = shuffled[by]
         if any(value is None for value in values):
-            raise ValueError(f"{what}: column {by!r} has rows without a value")
+            raise DataError(f"{what}: column {by!r} has rows without a value")
         if config.partitioner == "natural":
             shuffled = _deal_values(shuffled, by, partitions, seed)
     try:
@@ -59,11 +59,11 @@ def _divided(
             maker = _partitioner(config, by, partitions, seed)
             maker.dataset = shuffled
             return maker.load_partition(partition)
-    except ValueError as error:
-        raise ValueError(
-            f"{what} cannot divide {len(rows)} documents among {partitions} clients: {error} "
-            "(fewer clients, more data, a larger data.alpha, or data.partitioner=iid)"
-        ) from error
+    except ValueError:
+        raise DataError(
+            f"{what} cannot divide {len(rows)} documents among {partitions} clients: "
+            "take fewer clients, more data, a larger data.alpha, or data.partitioner=iid"
+        ) from None
 
 
 def _partitioner(config: DataConfig, by: str, partitions: int, seed: int) -> flower.Partitioner:
@@ -90,9 +90,9 @@ def _deal_values(rows: Dataset, by: str, partitions: int, seed: int) -> Dataset:
     """
     values = sorted({str(value) for value in rows[by]})
     if len(values) < partitions:
-        raise ValueError(
-            f"data.partitioner=natural: column {by!r} has {len(values)} values "
-            f"({', '.join(values[:5])}...), too few for {partitions} clients"
+        raise DataError(
+            f"data.partitioner=natural: column {by!r} has {len(values)} values, "
+            f"too few for {partitions} clients"
         )
     order = np.random.default_rng(seed).permutation(len(values))
     owner = {values[value]: place % partitions for place, value in enumerate(order)}

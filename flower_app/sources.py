@@ -1,4 +1,8 @@
-"""Where documents come from: the text that ships with Python, files, the hub."""
+"""Where documents come from: the text that ships with Python, files, the hub.
+
+A client's error travels to the server, and what a library says of bad data may quote it. So errors
+are `DataError`s: they name paths, lines, columns, types and lengths, never what a cell holds.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ import csv
 import difflib
 import json
 import pydoc_data.topics
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +24,22 @@ from conf.schema import DataConfig
 PASSAGE = 2000
 """Characters of a passage of running text, at least; long contexts get eight per token."""
 FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "txt"}
+
+# Library messages that may be passed on: as a whole, they leave no room for content.
+_SAFE = re.compile(
+    r"(Error tokenizing data\. C error: )?"
+    r"(Expected \d+ fields in line \d+, saw \d+|EOF inside string starting at row \d+)"
+    r"|No columns to parse from file"
+    r'|Instruction "train" corresponds to no data!'
+    r"|Parquet magic bytes not found in footer\. Either the file is corrupted or this is not a "
+    r"parquet file\."
+)
+# A CSV without a header has its first row for names, so only what looks like a name is shown.
+_NAME = re.compile(r"[^\W\d][\w.-]{0,31}")
+
+
+class DataError(ValueError):
+    """Data that cannot be used, in words that quote none of it."""
 
 
 def load_rows(config: DataConfig, data_path: str = "") -> Dataset:
@@ -39,13 +60,13 @@ def load_rows(config: DataConfig, data_path: str = "") -> Dataset:
 
     Raises
     ------
-    ValueError
+    DataError
         If the source is missing, empty or unreadable, or lacks a configured column.
     """
     if data_path or config.source == "files":
         path = data_path or config.path
         if not path:
-            raise ValueError(
+            raise DataError(
                 "data.source=files needs a file: set data.path, or give each node its own with "
                 '--node-config "data-path=..."'
             )
@@ -55,7 +76,7 @@ def load_rows(config: DataConfig, data_path: str = "") -> Dataset:
     else:
         rows, where = _load_builtin(config), "the built-in text"
     if len(rows) == 0:
-        raise ValueError(f"{where} holds no documents")
+        raise DataError(f"{where} holds no documents")
     return rows.select_columns(_columns(rows, config, where, partitioned=not data_path))
 
 
@@ -95,7 +116,7 @@ def passages(text: str, size: int) -> list[str]:
 
 def _load_files(path: Path, config: DataConfig) -> Dataset:
     if not path.exists():
-        raise ValueError(
+        raise DataError(
             f"no data at {path.absolute()}: a relative path starts at the process's folder, which "
             "Flower chooses; give an absolute one"
         )
@@ -103,14 +124,14 @@ def _load_files(path: Path, config: DataConfig) -> Dataset:
     found = {suffix: [f for f in files if f.suffix.lower() == suffix] for suffix in FORMATS}
     kinds = {FORMATS[suffix] for suffix, those in found.items() if those}
     if len(kinds) != 1:
-        raise ValueError(
+        raise DataError(
             f"{path.absolute()} must hold files of one of the formats "
             f"{', '.join(FORMATS)}, got {', '.join(sorted(kinds)) or 'none of them'}"
         )
     kind, chosen = kinds.pop(), [f for those in found.values() for f in those]
     chosen = sorted(file for file in chosen if file.stat().st_size)
     if not chosen:
-        raise ValueError(f"{path.absolute()} is empty")
+        raise DataError(f"{path.absolute()} is empty")
     if kind == "txt":
         root = path if path.is_dir() else path.parent
         texts = {str(file.relative_to(root)): _read_text(file) for file in chosen}
@@ -122,59 +143,99 @@ def _read_text(file: Path) -> str:
     try:
         return file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not UTF-8 text: {error}") from error
+        line = error.object[: error.start].count(b"\n") + 1
+        raise DataError(f"{file} is not UTF-8 text, in line {line}") from None
 
 
 def _load_tables(kind: str, files: list[Path]) -> Dataset:
     options: dict[str, Any] = {}
-    if kind == "csv":
-        # As text: pandas would turn 007 into 7 and the word NA into nothing.
-        with files[0].open(encoding="utf-8-sig", newline="") as file:
-            header = next(csv.reader(file))
-        options = {"features": Features({name: Value("string") for name in header}),
-                   "keep_default_na": False}  # fmt: skip
     try:
+        if kind == "csv":
+            # As text: pandas would turn 007 into 7 and the word NA into nothing.
+            with files[0].open(encoding="utf-8-sig", newline="") as file:
+                header = next(csv.reader(file), [])
+            options = {"features": Features({name: Value("string") for name in header}),
+                       "keep_default_na": False}  # fmt: skip
         with quiet():
             return datasets.load_dataset(
                 kind, data_files=[str(file) for file in files], split="train", **options
             )
-    except (datasets.exceptions.DatasetGenerationError, ValueError, OSError) as error:
-        if kind == "json":
-            for path in files:
-                _find_bad_line(path)
-        cause = str(error.__cause__ or error).strip().splitlines()[0]
-        raise ValueError(
-            f"{', '.join(map(str, files))} cannot be read as {kind}: {cause}"
-        ) from error
+    except Exception as error:  # noqa: BLE001 - its text may quote data
+        for path in files if kind != "parquet" else []:
+            text = _read_text(path)
+            if kind == "json":
+                _find_bad_json(path, text)
+        names = ", ".join(map(str, files))
+        raise DataError(f"{names} cannot be read as {kind}: {reason(error)}") from None
 
 
-def _find_bad_line(path: Path) -> None:
-    """Raise ValueError at the first line of a jsonl file that is no JSON object."""
-    if path.suffix.lower() != ".jsonl":
-        return
-    for number, line in enumerate(_read_text(path).split("\n"), start=1):
+def reason(error: Exception) -> str:
+    """Return why a library failed, in words that cannot hold data: its own if they are known."""
+    cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
+    if isinstance(cause, OSError) and cause.errno and cause.strerror:
+        return cause.strerror
+    words = str(cause).strip()
+    return words if _SAFE.fullmatch(words) else type(cause).__name__
+
+
+def _find_bad_json(path: Path, text: str) -> None:
+    """Raise DataError at the first place that is not JSON, or is no object."""
+    if path.suffix.lower() == ".json":
+        try:
+            value = json.loads(text)
+        except json.JSONDecodeError as error:
+            if error.msg != "Extra data":
+                where = f"{path}, line {error.lineno}, column {error.colno}"
+                raise DataError(f"{where} is not JSON: {_words(error)}") from None
+        else:
+            for number, row in enumerate(value if isinstance(value, list) else [value], start=1):
+                if not isinstance(row, dict):
+                    kind = type(row).__name__
+                    raise DataError(f"{path}, entry {number} is not a JSON object, got {kind}")
+            return
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:
             value = json.loads(line)
         except json.JSONDecodeError as error:
-            raise ValueError(
-                f"{path}, line {number} is not JSON: {error.msg}: {line[:60]!r}"
+            raise DataError(
+                f"{path}, line {number} is not JSON: {_words(error)} at character {error.colno} "
+                f"of {len(line)}"
             ) from None
         if not isinstance(value, dict):
-            raise ValueError(f"{path}, line {number} is not a JSON object: {line[:60]!r}")
+            kind = type(value).__name__
+            raise DataError(f"{path}, line {number} is not a JSON object, got {kind}")
+
+
+def _words(error: json.JSONDecodeError) -> str:
+    # After a colon, or in quotes, it may show a character of the text.
+    return re.split(r"[:'\"]", error.msg)[0].strip().removesuffix(" at")
 
 
 def _load_hub(config: DataConfig) -> Dataset:
     try:
         with quiet():
             return datasets.load_dataset(config.path, config.name or None, split=config.split)
-    except (datasets.exceptions.DatasetsError, ValueError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(
+    except Exception as error:  # noqa: BLE001 - its text may quote data
+        raise DataError(
             f"data set {config.path!r} (data.name={config.name!r}, data.split={config.split!r}) "
-            f"cannot be loaded: {reason}"
-        ) from error
+            f"cannot be loaded: {_hub_reason(error)}"
+        ) from None
+
+
+def _hub_reason(error: Exception) -> str:
+    """Return why a data set is not there, in the library's words; of its content, only `reason`."""
+    absent = (
+        datasets.exceptions.DatasetNotFoundError,
+        datasets.exceptions.DataFilesNotFoundError,
+        ConnectionError,
+    )
+    unknown = ("Unknown split", "BuilderConfig", "Config name is missing")
+    line = (str(error).strip().splitlines() or [""])[0]
+    if isinstance(error, absent) or (type(error) is ValueError and line.startswith(unknown)):
+        return line
+    return reason(error)
 
 
 @contextmanager
@@ -205,8 +266,16 @@ def _columns(rows: Dataset, config: DataConfig, where: str, *, partitioned: bool
         if column not in rows.column_names:
             near = difflib.get_close_matches(column, rows.column_names, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(
+            raise DataError(
                 f"{where} has no column {column!r} (data.{key}); it has "
-                f"{', '.join(rows.column_names)}{hint}"
+                f"{_names(rows.column_names)}{hint}"
             )
     return sorted(set(wanted.values()))
+
+
+def _names(columns: list[str]) -> str:
+    """List the columns; those that do not look like names are counted."""
+    shown = [name for name in columns if _NAME.fullmatch(name)]
+    if odd := len(columns) - len(shown):
+        shown.append(f"{odd} whose {'name' if odd == 1 else 'names'} may be data (not shown)")
+    return ", ".join(shown)

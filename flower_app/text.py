@@ -6,18 +6,20 @@ Labels stand at the position of their own token (the loss shifts them); -100 doe
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import torch
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerBase
 
 from conf.schema import DataConfig, ModelConfig
+from flower_app.sources import DataError
 
 IGNORED = -100
+_ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,7 +89,7 @@ def encode(
 
     Raises
     ------
-    ValueError
+    DataError
         If a column holds something else than text, or messages cannot be rendered.
     """
     if config.messages_column:
@@ -128,20 +130,25 @@ def encode_chat(messages: Any, tokenizer: PreTrainedTokenizerBase) -> Encoded:
 
     Raises
     ------
-    ValueError
+    DataError
         If there is no template, the messages do not suit it, or it rewrites earlier turns.
     """
     if not tokenizer.chat_template:
-        raise ValueError(
+        raise DataError(
             "data.messages_column needs a tokenizer with a chat template, and this one has none: "
             "take an instruct model's tokenizer, or data.prompt_column and data.completion_column"
         )
-    if not isinstance(messages, Sequence) or not all(
-        isinstance(turn, Mapping) and "role" in turn for turn in messages
-    ):
-        raise ValueError(
-            f"chat messages must be a list of {{role, content}}, got {str(messages)[:80]!r}"
+    if not isinstance(messages, Sequence) or isinstance(messages, str):
+        raise DataError(
+            f"chat messages must be a list of {{role, content}}, got {type(messages).__name__}"
         )
+    for number, turn in enumerate(messages, start=1):
+        if not isinstance(turn, Mapping) or "role" not in turn:
+            what = "no role" if isinstance(turn, Mapping) else f"a {type(turn).__name__}"
+            raise DataError(
+                "chat messages must be a list of {role, content}, got one with "
+                f"{what} (message {number} of {len(messages)})"
+            )
     # Arrow gives every message the union of all keys, absent ones as None.
     turns = [{key: value for key, value in turn.items() if value is not None} for turn in messages]
     template = tokenizer.get_chat_template()
@@ -162,12 +169,12 @@ def cut(encoded: Encoded, config: DataConfig, where: str) -> list[Example]:
 
     Raises
     ------
-    ValueError
+    DataError
         If the document is longer than the context and `config.overlong` is `refuse`.
     """
     size = config.context
     if len(encoded.ids) > size and config.overlong == "refuse":
-        raise ValueError(
+        raise DataError(
             f"{where} has {len(encoded.ids)} tokens, more than data.context={size}, and "
             "data.overlong=refuse: raise the context, or let texts be cut with "
             "data.overlong=chunk or truncate"
@@ -193,9 +200,7 @@ def _text(row: Mapping[str, Any], column: str) -> str:
         return ""
     if isinstance(value, str | int | float):
         return str(value)
-    raise ValueError(
-        f"column {column!r} must hold text, got {type(value).__name__}: {str(value)[:60]!r}"
-    )
+    raise DataError(f"column {column!r} must hold text, got {type(value).__name__}")
 
 
 def _ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -215,11 +220,20 @@ def _with_end(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
 def _render(turns: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, **options: Any) -> Any:
     try:
         return tokenizer.apply_chat_template(turns, **options)
-    except jinja2.TemplateError as error:
-        roles = [turn["role"] for turn in turns]
-        raise ValueError(
-            f"the chat template refuses a conversation with the roles {roles}: {error}"
-        ) from error
+    except Exception as error:  # noqa: BLE001 - its text may quote data
+        roles = [turn["role"] if turn.get("role") in _ROLES else "(other)" for turn in turns]
+        raise DataError(
+            f"the chat template refuses a conversation with the roles {roles}: "
+            f"{_template_reason(error, tokenizer)}"
+        ) from None
+
+
+def _template_reason(error: Exception, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the error's words if they stand in the template, where no message gets into them."""
+    words = str(error)
+    literal = rf"raise_exception\(\s*(['\"]){re.escape(words)}\1\s*\)"
+    found = re.search(literal, tokenizer.get_chat_template())
+    return words if words and found else type(error).__name__
 
 
 def _assistant_spans(
@@ -236,7 +250,7 @@ def _assistant_spans(
             before = _render(turns[:index], tokenizer, tokenize=False, add_generation_prompt=True)
         upto = _render(turns[: index + 1], tokenizer, tokenize=False)
         if not (text.startswith(upto) and upto.startswith(before)):
-            raise ValueError(
+            raise DataError(
                 "the chat template rewrites earlier turns, so that what the assistant said cannot "
                 f"be told from the rest (turn {index + 1} of {len(turns)}): give the tokenizer a "
                 "template with {% generation %} marks, or end each conversation at its first answer"
