@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import ipaddress
 from typing import TYPE_CHECKING
 
-from conf.rules import ConfigError
+from conf.rules import ConfigError, split_address
 
 if TYPE_CHECKING:
     from conf.schema import Config, DataConfig, LinkConfig, ModelConfig, TrainConfig, TuningConfig
@@ -114,3 +115,68 @@ def check_config(config: Config) -> None:
                 f"({limit}): lower one or raise the other",
                 key="data.context",
             )
+    _check_trained(config)
+    _check_reachable(config.link)
+
+
+def _check_trained(config: Config) -> None:
+    modes = {role: getattr(config.tuning, role) for role in ("bottom", "trunk", "top")}
+    # LoRA adapts the linear layers of blocks; the trunk always has some.
+    empty = [
+        role
+        for role, blocks in (("bottom", config.cut.bottom), ("top", config.cut.top))
+        if modes[role] == "lora" and blocks == 0
+    ]
+    if empty and all(mode == "frozen" for role, mode in modes.items() if role not in empty):
+        raise ConfigError(
+            "nothing would be trained: "
+            + " and ".join(f"tuning.{role}=lora with cut.{role}=0" for role in empty)
+            + " has no blocks to adapt, and the rest is frozen; give it blocks "
+            + f"(cut.{empty[0]}=1), or make another part lora or full",
+            key=f"cut.{empty[0]}",
+        )
+    full = [role for role, mode in modes.items() if mode == "full"]
+    if config.model.dtype == "fp16" and full:
+        raise ConfigError(
+            f"model.dtype=fp16 cannot be trained as a whole ({_assigned('tuning', full, 'full')}): "
+            "small updates, and adamw's eps, are zero in fp16; set model.dtype=bf16 or "
+            "model.dtype=fp32, or tune with lora, whose adapters are fp32",
+            key="model.dtype",
+        )
+
+
+def _assigned(section: str, names: list[str], value: str) -> str:
+    return ", ".join(f"{section}.{name}={value}" for name in names)
+
+
+def _check_reachable(link: LinkConfig) -> None:
+    host, port = split_address(link.bind)
+    if link.advertise and _is_wildcard(split_address(link.advertise)[0]):
+        raise ConfigError(
+            f"link.advertise ({link.advertise!r}) is no address to connect to: set it to the name "
+            "by which clients reach the trunk",
+            key="link.advertise",
+        )
+    if link.advertise and port == 0:
+        raise ConfigError(
+            f"link.bind ({link.bind!r}) takes any free port, which nobody can forward "
+            f"link.advertise ({link.advertise!r}) to: give link.bind a port, or clear "
+            "link.advertise",
+            key="link.bind",
+        )
+    if _is_wildcard(host) and not link.advertise:
+        raise ConfigError(
+            f"link.bind ({link.bind!r}) listens on every interface, and clients would be told "
+            f"{link.bind.rpartition(':')[0]}:{port or 'PORT'}; set link.advertise to the name "
+            "by which they reach it" + ("" if port else ", and give link.bind a port"),
+            key="link.bind",
+        )
+
+
+def _is_wildcard(host: str) -> bool:
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return host in ("*", "0")
+    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
+    return address.is_unspecified or (mapped is not None and mapped.is_unspecified)

@@ -285,7 +285,8 @@ class Config:
         Raises
         ------
         ConfigError
-            If no model is named, or its position table is shorter than `data.context`.
+            If no model is named, its position table is shorter than `data.context`, nothing would
+            be trained, or clients could not reach the trunk.
         """
         combinations.check_config(self)
         return self

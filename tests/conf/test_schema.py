@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Any
 
 import pytest
 
-from conf.load import load_config
+from conf.load import FOLDER, load_config
 from conf.rules import ConfigError, split_address
 from conf.schema import (
     Config,
@@ -58,6 +59,7 @@ from conf.schema import (
         (FederationConfig, {"round_timeout": 0}),
         (LinkConfig, {"bind": "localhost"}),
         (LinkConfig, {"bind": "localhost:70000"}),
+        (LinkConfig, {"bind": ":9393"}),
         (LinkConfig, {"advertise": "trunk.example.org:0"}),
         (LinkConfig, {"tls": "maybe"}),
         (LinkConfig, {"dtype": "int8"}),
@@ -141,6 +143,80 @@ def test_a_bare_config_exists_but_does_not_pass_the_check(tmp_path: Any) -> None
         load_config("demo", "data.context=600")
     with pytest.raises(ConfigError, match="no model"):
         load_config("lora", "model.path=")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (
+            "tuning.bottom=frozen tuning.trunk=frozen tuning.top=frozen",
+            r"all frozen: nothing would be trained; make one of them",
+        ),
+        (
+            "tuning.bottom=lora tuning.trunk=frozen tuning.top=frozen cut.bottom=0",
+            r"nothing would be trained: tuning\.bottom=lora with cut\.bottom=0 .*\(cut\.bottom=1\)",
+        ),
+        (
+            "tuning.bottom=frozen tuning.trunk=frozen tuning.top=lora cut.top=0",
+            r"nothing would be trained: tuning\.top=lora with cut\.top=0 .*\(from override 'cut\.",
+        ),
+        (
+            "tuning.bottom=lora tuning.trunk=frozen tuning.top=lora cut.bottom=0 cut.top=0",
+            r"tuning\.bottom=lora with cut\.bottom=0 and tuning\.top=lora with cut\.top=0",
+        ),
+        ("model.dtype=fp16", r"\(tuning\.bottom=full, .*\).*eps.*dtype=bf16 or .*fp32.*lora"),
+        (
+            "model.dtype=fp16 tuning.bottom=lora tuning.trunk=frozen",
+            r"model\.dtype=fp16 cannot be trained as a whole \(tuning\.top=full\)",
+        ),
+        (
+            "link.bind=0.0.0.0:9393",
+            r"clients would be told 0\.0\.0\.0:9393; set link\.advertise to the name by which "
+            r"they reach it \(from override",
+        ),
+        ("link.bind=0.0.0.0:0", r"told 0\.0\.0\.0:PORT; .*and give link\.bind a port"),
+        ("link.bind=[::]:9393", r"clients would be told \[::\]:9393; set link\.advertise"),
+        ("link.bind=[0:0::0]:9393", "clients would be told"),
+        ("link.bind=[::ffff:0.0.0.0]:9393", "clients would be told"),
+        ("link.bind=:9393", r"link\.bind must be host:port"),
+        ("link.bind=0.0.0.0:9393 link.advertise=0.0.0.0:9393", "no address to connect to"),
+        ("link.bind=10.0.0.1:9393 link.advertise=x.org:0", "a port from 1 to 65535"),
+        (
+            "link.bind=0.0.0.0:0 link.advertise=x.org:9393",
+            "any free port, which nobody can forward",
+        ),
+        ("link.advertise=x.org:9393", "any free port, which nobody can forward"),
+    ],
+)
+def test_a_run_that_cannot_work_is_refused_with_the_remedy(overrides: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        load_config("demo", overrides)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        "tuning.bottom=lora tuning.trunk=lora tuning.top=lora cut.bottom=0 cut.top=0",
+        "tuning.bottom=full tuning.trunk=frozen tuning.top=frozen cut.bottom=0",
+        "tuning.bottom=lora tuning.trunk=frozen tuning.top=lora cut.bottom=0",
+        "model.dtype=fp16 tuning.bottom=lora tuning.trunk=lora tuning.top=frozen",
+        "model.dtype=bf16",
+        "link.bind=0.0.0.0:9393 link.advertise=trunk.example.org:9393",
+        "link.bind=[::]:9393 link.advertise=[2001:db8::1]:443",
+        "link.bind=10.0.0.1:9393",
+        "link.bind=[::1]:0",
+    ],
+)
+def test_a_run_that_can_work_is_accepted(overrides: str) -> None:
+    load_config("demo", overrides)
+
+
+def test_the_commands_of_the_deployment_guide_are_accepted() -> None:
+    text = (FOLDER.parent / "docs" / "deployment.md").read_text(encoding="utf-8")
+    found = re.findall(r"experiment='(\w+)' overrides='([^']*)'", text)
+    assert found
+    for experiment, overrides in found:
+        load_config(experiment, overrides)
 
 
 @pytest.mark.parametrize("text", ["host", ":80", "host:", "host:x", "::1:80", "h:99999", "[h]:1"])
