@@ -122,28 +122,27 @@ def config(
 def runs(
     folder: Annotated[str, typer.Option(help="Parent of the run folders.")] = "",
 ) -> None:
-    """List the runs that have ended, the newest last."""
-    from flower_app.runs import read_summaries, runs_folder
+    """List the runs, the newest last; `unfinished` is one that was stopped or is still going."""
+    from flower_app.runs import UNFINISHED, read_summaries, runs_folder, unfinished_runs
 
-    found = read_summaries(folder)
-    if not found:
+    rows = [
+        [
+            path.name,
+            summary["status"],
+            summary["rounds"],
+            summary["clients"],
+            f"{_number(summary['eval_loss_first'])} -> {_number(summary['eval_loss_last'])}",
+            f"{summary['tokens_per_second']:,.0f}",
+            f"{summary['seconds']:.0f}",
+        ]
+        for path, summary in read_summaries(folder)
+    ]
+    rows += [[path.name, UNFINISHED, *"-----"] for path in unfinished_runs(folder)]
+    if not rows:
         typer.echo(f"no run has ended under {runs_folder(folder)}; `graft demo` makes one")
         return
-    _table(
-        ["run", "status", "rounds", "clients", "held-out loss", "tokens/s", "seconds"],
-        [
-            [
-                path.name,
-                summary["status"],
-                summary["rounds"],
-                summary["clients"],
-                f"{_number(summary['eval_loss_first'])} -> {_number(summary['eval_loss_last'])}",
-                f"{summary['tokens_per_second']:,.0f}",
-                f"{summary['seconds']:.0f}",
-            ]
-            for path, summary in found
-        ],
-    )
+    columns = ["run", "status", "rounds", "clients", "held-out loss", "tokens/s", "seconds"]
+    _table(columns, sorted(rows, key=lambda row: row[0]))
     typer.echo(f"under {runs_folder(folder)}")
 
 

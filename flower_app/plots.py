@@ -60,7 +60,7 @@ def plot_loss(folder: Path) -> Path:
     axes.set_title(folder.name, fontsize=10)
     axes.grid(alpha=0.25)
     if train or evaluated:
-        axes.legend(fontsize=8, frameon=False)
+        axes.legend(title=_smoothing(train), fontsize=8, title_fontsize=8, frameon=False)
     figure.savefig(folder / "loss.png", dpi=150)
     return folder / "loss.png"
 
@@ -82,12 +82,26 @@ def _curves(folder: Path) -> tuple[dict[str, list[float]], list[tuple[int, float
 def _draw_client(axes: Any, index: int, client: str, losses: list[float]) -> None:
     steps = range(1, len(losses) + 1)
     label = f"training, {client}" if index < NAMED_CLIENTS else None
-    window = max(1, len(losses) // 40)
+    window = _window(losses)
     if window == 1:
         axes.plot(steps, losses, color=f"C{index % 10}", linewidth=1.2, label=label)
         return
     axes.plot(steps, losses, color=f"C{index % 10}", linewidth=0.6, alpha=0.3)
     axes.plot(steps, _smooth(losses, window), color=f"C{index % 10}", linewidth=1.4, label=label)
+
+
+def _window(losses: list[float]) -> int:
+    """Return over how many steps a client's loss is smoothed."""
+    return max(1, len(losses) // 40)
+
+
+def _smoothing(train: dict[str, list[float]]) -> str | None:
+    """Return what the bold and the faint lines are, if there are faint ones."""
+    windows = sorted({_window(losses) for losses in train.values()} - {1})
+    if not windows:
+        return None
+    span = "-".join(dict.fromkeys((str(windows[0]), str(windows[-1]))))
+    return f"smoothed over {span} steps; raw values faint"
 
 
 def _smooth(losses: list[float], window: int) -> list[float]:

@@ -17,6 +17,7 @@ from typing import Any
 
 from conf.load import to_yaml
 from conf.schema import Config
+from flower_app.lines import finished_line, perplexity, round_line, step_line
 from flower_app.plots import plot_loss
 from flower_app.runs import FAILED, FINISHED, find_last_run, new_folder, runs_folder
 
@@ -54,6 +55,7 @@ class Recorder:
         self._lock = threading.Lock()
         self._metrics = (self.folder / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
         self._rounds: list[dict[str, Any]] = []
+        self._empty = True
         self._started = datetime.now().astimezone()
         self._clock = time.monotonic()
 
@@ -112,11 +114,7 @@ class Recorder:
         every = max(1, self.config.output.log_every)
         line = ""
         if step % every == 0 or step == steps:
-            line = (
-                f"  round {round}/{self.config.train.rounds}  {client}  step {step:>4}/{steps}"
-                f"  loss {loss:.4f}  |g| {grad_norm:.3g}  lr {lr:.2g}"
-                f"  {_rate(tokens, sum(seconds.values()))}"
-            )
+            line = step_line(record, self.config.train.rounds)
         self._write(record, line)
 
     def round(
@@ -164,7 +162,7 @@ class Recorder:
             "seconds": seconds,
         }
         self._rounds.append(record)
-        self._write(record, self._round_line(record))
+        self._write(record, round_line(record, self.config.train.rounds))
 
     def finish(self, model_folder: str | Path | None = None) -> dict[str, Any]:
         """Write the summary and the plot, and print where everything is.
@@ -182,13 +180,7 @@ class Recorder:
         summary = self._summary(FINISHED)
         summary["model"] = None if model_folder is None else str(Path(model_folder).resolve())
         self._close(summary)
-        first, last = summary["eval_loss_first"], summary["eval_loss_last"]
-        if first is not None and last is not None:
-            self._say(
-                f"finished: held-out loss {first:.4f} -> {last:.4f}, {summary['tokens']:,} tokens, "
-                f"{_megabytes(summary['bytes_up'])} up, {_megabytes(summary['bytes_down'])} down, "
-                f"{summary['seconds']:.0f} s"
-            )
+        self._say(finished_line(summary))
         self._say(f"run folder: {self.folder}")
         return summary
 
@@ -213,33 +205,13 @@ class Recorder:
         self._say(f"run folder: {self.folder}")
         return summary
 
-    def _round_line(self, record: dict[str, Any]) -> str:
-        who = ", ".join(record["clients"]) or "nobody"
-        parts = [f"round {record['round']}/{self.config.train.rounds}"]
-        if record["round"] == 0:
-            parts = ["before training"]
-        for name, key in (("train", "train"), ("held-out", "evaluate")):
-            loss = (record[key] or {}).get("loss")
-            if loss is not None:
-                parts.append(f"{name} loss {loss:.4f} (perplexity {_perplexity(loss):.4g})")
-        if record["tokens"]:
-            parts.append(_rate(record["tokens"], record["seconds"]))
-        parts.append(
-            f"{_megabytes(record['bytes_up'])} up, {_megabytes(record['bytes_down'])} down"
-        )
-        parts.append(f"{record['seconds']:.1f} s")
-        parts.append(f"clients: {who}")
-        if record["missing"]:
-            reasons = (f"{name} ({why})" for name, why in sorted(record["missing"].items()))
-            parts.append(f"missing: {', '.join(reasons)}")
-        return " | ".join(parts)
-
     def _summary(self, status: str) -> dict[str, Any]:
         trained = [record for record in self._rounds if record["round"] > 0]
         evaluated: list[float | None] = [(r["evaluate"] or {}).get("loss") for r in self._rounds]
         losses = [loss for loss in evaluated if loss is not None]
         tokens = sum(record["tokens"] for record in trained)
         seconds = time.monotonic() - self._clock
+        missing = self._rounds[-1]["missing"] if self._rounds else {}
         return {
             "status": status,
             "experiment": self.config.experiment,
@@ -248,7 +220,7 @@ class Recorder:
             "strategy": self.config.train.strategy,
             "eval_loss_first": losses[0] if losses else None,
             "eval_loss_last": losses[-1] if losses else None,
-            "eval_perplexity_last": _perplexity(losses[-1]) if losses else None,
+            "eval_perplexity_last": perplexity(losses[-1]) if losses else None,
             "tokens": tokens,
             "bytes_up": sum(record["bytes_up"] for record in self._rounds),
             "bytes_down": sum(record["bytes_down"] for record in self._rounds),
@@ -256,18 +228,20 @@ class Recorder:
             "tokens_per_second": round(tokens / seconds, 3) if seconds else 0.0,
             "started": self._started.isoformat(),
             "finished": datetime.now().astimezone().isoformat(),
-        }
+        } | ({"missing": missing} if missing else {})
 
     def _write(self, record: dict[str, Any], line: str) -> None:
         with self._lock:
             self._metrics.write(_dumps(record) + "\n")
+            self._empty = False
             if line:
                 self._say(line)
 
     def _close(self, summary: dict[str, Any]) -> None:
         with self._lock:
             self._metrics.close()
-        plot_loss(self.folder)
+        if not self._empty:
+            plot_loss(self.folder)
         _write_whole(self.folder / "summary.json", _dumps(summary, indent=2) + "\n")
 
 
@@ -291,18 +265,6 @@ def _finite(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     return value
-
-
-def _perplexity(loss: float) -> float:
-    return math.exp(min(loss, 700.0))
-
-
-def _rate(tokens: int, seconds: float) -> str:
-    return f"{tokens / seconds:,.0f} tokens/s" if seconds > 0 else "- tokens/s"
-
-
-def _megabytes(count: int) -> str:
-    return f"{count / 1e6:.1f} MB"
 
 
 def _print(line: str) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-FINISHED, FAILED = "finished", "failed"
+FINISHED, FAILED, UNFINISHED = "finished", "failed", "unfinished"
 
 
 def runs_folder(folder: str | Path = "") -> Path:
@@ -58,6 +59,23 @@ def read_summaries(folder: str | Path = "") -> list[tuple[Path, dict[str, Any]]]
     return sorted(found, key=lambda run: (run[1].get("finished", ""), run[0].name))
 
 
+def unfinished_runs(folder: str | Path = "") -> list[Path]:
+    """Return the run folders under `folder` without a summary: stopped, killed or still going.
+
+    Parameters
+    ----------
+    folder : str or Path
+        As in `runs_folder`.
+
+    Returns
+    -------
+    list of Path
+        Run folders, the oldest first.
+    """
+    begun = (path.parent for path in runs_folder(folder).glob("*/metrics.jsonl"))
+    return sorted(path for path in begun if not (path / "summary.json").exists())
+
+
 def find_last_run(experiment: str, folder: str | Path = "") -> Path:
     """Return the model of the newest finished run, which is what `last:NAME` means.
 
@@ -86,6 +104,25 @@ def find_last_run(experiment: str, folder: str | Path = "") -> Path:
     )
 
 
+def make_parent(parent: Path) -> None:
+    """Make the parent of the run folders; a ValueError if nothing can be written there.
+
+    Parameters
+    ----------
+    parent : Path
+        What `runs_folder` returns.
+    """
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=parent) as probe:
+            probe.write(b" ")
+    except OSError as error:
+        raise ValueError(
+            f"output.folder {parent} cannot be written: {error.strerror or error}; "
+            "choose another one (output.folder, or GRAFT_HOME)"
+        ) from error
+
+
 def new_folder(parent: Path, experiment: str) -> Path:
     """Make a run folder; two runs that start in the same second get two.
 
@@ -102,7 +139,7 @@ def new_folder(parent: Path, experiment: str) -> Path:
         A new, empty folder.
     """
     stem = f"{datetime.now():%Y%m%d-%H%M%S}-{experiment}"
-    parent.mkdir(parents=True, exist_ok=True)
+    make_parent(parent)
     for attempt in range(1, 1000):
         folder = parent / (stem if attempt == 1 else f"{stem}-{attempt}")
         try:

@@ -7,7 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from simulations.local_flower import Outcome, local_superlink, worth_reading
+from simulations.console import Console
+from simulations.local_flower import Outcome, local_superlink
+from simulations.preflight import check_run
 
 FALL_NATS = 2.0
 """By how much the held-out loss of the demo must fall."""
@@ -42,21 +44,20 @@ def run_experiment(
     Outcome
         A completed run. Any other end raises a RuntimeError.
     """
-    from conf.load import load_config
-
-    load_config(experiment, overrides)
+    check_run(experiment, overrides)
     federation = f"num-supernodes={clients}" if clients else ""
-
-    def echo(line: str) -> None:
-        if verbose or worth_reading(line):
-            say(line)
-
+    echo = Console(say, verbose)
     say(f"starting Flower and its simulated clients for experiment '{experiment}' ...")
-    with local_superlink() as flower:
-        outcome = flower.run(experiment, overrides, federation=federation, echo=echo)
-        if not outcome.completed and any(RAY_LATE in line for line in outcome.lines):
-            say("Ray, which runs the simulated clients, did not come up in time; once more ...")
+    try:
+        with local_superlink() as flower:
             outcome = flower.run(experiment, overrides, federation=federation, echo=echo)
+            if not outcome.completed and any(RAY_LATE in line for line in outcome.lines):
+                say("Ray, which runs the simulated clients, did not come up in time; once more ...")
+                outcome = flower.run(experiment, overrides, federation=federation, echo=echo)
+    except (KeyboardInterrupt, SystemExit):
+        if echo.folder is not None:
+            say(f"stopped; what there is: {echo.folder}")
+        raise
     if not outcome.completed:
         raise RuntimeError(f"the run did not complete: {outcome.details} ({outcome.status})")
     outcome.summary()

@@ -83,3 +83,12 @@ def test_runs_and_plot_show_what_was_run() -> None:
     assert Path(drawn.output.strip()) == recorder.folder / "loss.png"
     assert (recorder.folder / "loss.png").exists()
     assert json.loads((recorder.folder / "summary.json").read_text())["status"] == "finished"
+
+
+def test_runs_lists_what_was_stopped_as_unfinished() -> None:
+    recorder = Recorder(Config(), say=lambda line: None)
+    ended = Recorder(Config(), say=lambda line: None)
+    ended.finish()
+    rows = {line.split()[0]: line.split()[1] for line in _graft("runs").output.splitlines()}
+    assert rows[recorder.folder.name] == "unfinished"
+    assert rows[ended.folder.name] == "finished"

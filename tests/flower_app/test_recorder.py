@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from conf.schema import Config, OutputConfig
-from flower_app.plots import plot_loss, read_metrics
+from flower_app.plots import _smoothing, plot_loss, read_metrics
 from flower_app.recorder import Recorder
-from flower_app.runs import find_last_run, read_summaries, runs_folder
+from flower_app.runs import find_last_run, new_folder, read_summaries, runs_folder
 
 SUMMARY_KEYS = {
     "rounds",
@@ -94,6 +94,7 @@ def test_finished_run_leaves_everything(config: Config, tmp_path: Path) -> None:
     }
     assert json.loads((recorder.folder / "summary.json").read_text()) == summary
     assert set(summary) >= SUMMARY_KEYS
+    assert summary["missing"] == {"c": "no answer within 60 s"}
     assert (summary["rounds"], summary["clients"], summary["tokens"]) == (1, 2, 200)
     assert (summary["eval_loss_first"], summary["eval_loss_last"]) == (5.5, 3.0)
     assert summary["eval_perplexity_last"] == pytest.approx(math.exp(3.0))
@@ -124,6 +125,34 @@ def test_console_lines_say_what_matters(config: Config) -> None:
         "missing: c (no answer within 60 s)",
     ):
         assert part in lines[2]
+
+
+def test_run_without_evaluation_says_that_it_finished(config: Config) -> None:
+    lines: list[str] = []
+    recorder = Recorder(config, say=lines.append)
+    _round(recorder, evaluate=None, missing={"c": "late"})
+    _round(recorder, round=2, evaluate=None)
+    assert "missing" not in recorder.finish(), "everybody was there in the last round"
+    assert lines[-2].startswith("finished: not evaluated, 400 tokens, 2.0 MB up, 4.0 MB down")
+
+
+def test_run_that_failed_at_once_leaves_no_empty_plot(config: Config) -> None:
+    recorder = Recorder(config, say=lambda line: None)
+    recorder.fail("no such model")
+    assert not (recorder.folder / "loss.png").exists()
+
+
+def test_folder_that_cannot_be_written_is_named(config: Config, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"output.folder .*file/runs cannot be written: Not a dir"):
+        new_folder(tmp_path / "file" / "runs", "demo")
+
+
+def test_legend_says_what_the_faint_lines_are() -> None:
+    assert _smoothing({"a": [1.0] * 79}) is None
+    words = "smoothed over {} steps; raw values faint"
+    assert _smoothing({"a": [1.0] * 120, "b": [1.0]}) == words.format(3)
+    assert _smoothing({"a": [1.0] * 120, "b": [1.0] * 80}) == words.format("2-3")
 
 
 def test_two_runs_in_one_second_get_two_folders(config: Config) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from conf.rules import ConfigError
 from simulations import demo as tool
+from simulations.console import Console
 from simulations.local_flower import COMPLETED, Outcome
 
 
@@ -97,3 +98,104 @@ def test_wrong_configuration_starts_nothing(monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(ConfigError, match="did you mean"):
         tool.run_experiment("demo", "train.lrr=1", say=lambda line: None)
     assert flower.runs == 0
+
+
+@pytest.mark.parametrize(
+    ("experiment", "overrides", "words"),
+    [
+        ("lora", "", "no finished run of experiment 'demo'.*make demo"),
+        ("demo", "cut.bottom=3 cut.top=3", "the model has 6 blocks, bottom=3 . top=3"),
+        ("lora", "model.path=/no/such/model", "cannot read the config of /no/such/model"),
+        ("demo", "data.source=files data.partitioner=iid", "needs data.path in a simulation"),
+        ("deployment", "data.path=here.txt", "data.path is the relative path 'here.txt'"),
+        ("deployment", "data.path=/no/such/file.txt", "data.path /no/such/file.txt does not exist"),
+        ("demo", "output.folder=/dev/null/runs", "output.folder /dev/null/runs cannot be written"),
+    ],
+)
+def test_mistake_is_found_before_flower_is_started(
+    monkeypatch: pytest.MonkeyPatch, experiment: str, overrides: str, words: str
+) -> None:
+    flower, lines = _bring(monkeypatch), list[str]()
+    with pytest.raises(ValueError, match=words):
+        tool.run_experiment(experiment, overrides, say=lines.append)
+    assert (flower.runs, lines) == (0, [])
+
+
+def test_cut_is_checked_against_a_checkpoint(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    _bring(monkeypatch)
+    config = {"model_type": "llama", "num_hidden_layers": 3}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="the model has 3 blocks"):
+        tool.run_experiment("lora", f"model.path={tmp_path} cut.bottom=2", say=lambda line: None)
+
+
+@pytest.mark.parametrize("end", [KeyboardInterrupt, SystemExit])
+def test_stopped_run_says_what_there_is(
+    monkeypatch: pytest.MonkeyPatch, end: type[BaseException]
+) -> None:
+    class Stopped(_Flower):
+        def run(self, *arguments: Any, **options: Any) -> Outcome:
+            options["echo"]("run folder: /runs/x")
+            raise end
+
+    @contextlib.contextmanager
+    def superlink() -> Iterator[_Flower]:
+        yield Stopped([])
+
+    monkeypatch.setattr(tool, "local_superlink", superlink)
+    lines: list[str] = []
+    with pytest.raises(end):
+        tool.run_experiment("demo", say=lines.append)
+    assert lines[-1] == "stopped; what there is: /runs/x"
+
+
+FAILED_RUN = """\
+run folder: /runs/x
+Traceback (most recent call last):
+  File "a.py", line 1, in run
+    result = strategy.start(
+             ^^^^^^^^^^^^^^^
+  round 1/3  client-0  step   10/40  loss 3.4
+round 1/3 | train loss 3.4
+    raise RuntimeError(
+RuntimeError: never said elsewhere
+failed: ValueError: no data at /x
+2026-11-23 17:40:01,123\tERROR services.py:1350 -- Failed to start the dashboard
+ERROR :     Simulation raised an exception
+(ClientAppActor pid=12) Traceback (most recent call last):
+(ClientAppActor pid=12)   File "b.py", line 2, in train
+ray::ClientAppActor.run() (pid=12, ip=127.0.0.1)
+  File "c.py", line 3, in run
+
+The above exception was the direct cause of the following exception:
+
+Traceback (most recent call last):
+  File "d.py", line 4, in main
+ValueError: no data at /x
+ERROR :     Exit Code: 700
+An unhandled exception occurred when running the simulation.
+For more information, visit: <https://flower.ai/docs/700.html>"""
+
+
+def test_failure_stands_out_of_its_tracebacks() -> None:
+    shown: list[str] = []
+    console = Console(shown.append)
+    for line in FAILED_RUN.splitlines():
+        console(line)
+    assert shown == [
+        "run folder: /runs/x",
+        "  round 1/3  client-0  step   10/40  loss 3.4",
+        "round 1/3 | train loss 3.4",
+        "RuntimeError: never said elsewhere",
+        "failed: ValueError: no data at /x",
+    ]
+    assert console.folder == Path("/runs/x")
+
+
+def test_verbose_console_shows_everything() -> None:
+    shown: list[str] = []
+    for line in FAILED_RUN.splitlines():
+        Console(shown.append, verbose=True)(line)
+    assert shown == FAILED_RUN.splitlines()

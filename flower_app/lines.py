@@ -1,0 +1,107 @@
+"""What a run tells the console: one line per step, round and end."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+
+def step_line(record: Mapping[str, Any], rounds: int) -> str:
+    """Return the line of a step; its rate counts the step's compute and network.
+
+    Parameters
+    ----------
+    record : mapping
+        A step, as in `metrics.jsonl`.
+    rounds : int
+        Rounds of the run.
+
+    Returns
+    -------
+    str
+        Indented below its round.
+    """
+    return (
+        f"  round {record['round']}/{rounds}  {record['client']}"
+        f"  step {record['step']:>4}/{record['steps']}"
+        f"  loss {record['loss']:.4f}  |g| {record['grad_norm']:.3g}  lr {record['lr']:.2g}"
+        f"  {_rate(record['tokens'], sum(record['seconds'].values()))}"
+    )
+
+
+def round_line(record: Mapping[str, Any], rounds: int) -> str:
+    """Return the line of a round; its rate counts all of the round, evaluation too.
+
+    Parameters
+    ----------
+    record : mapping
+        A round, as in `metrics.jsonl`.
+    rounds : int
+        Rounds of the run.
+
+    Returns
+    -------
+    str
+        Losses, rate, traffic, time, and who took part.
+    """
+    who = ", ".join(record["clients"]) or "nobody"
+    parts = [f"round {record['round']}/{rounds}" if record["round"] else "before training"]
+    for name, key in (("train", "train"), ("held-out", "evaluate")):
+        loss = (record[key] or {}).get("loss")
+        if loss is not None:
+            parts.append(f"{name} loss {loss:.4f} (perplexity {perplexity(loss):.4g})")
+    if record["tokens"]:
+        parts.append(_rate(record["tokens"], record["seconds"]))
+    parts.append(_traffic(record))
+    parts.append(f"{record['seconds']:.1f} s")
+    parts.append(f"clients: {who}")
+    if record["missing"]:
+        reasons = (f"{name} ({why})" for name, why in sorted(record["missing"].items()))
+        parts.append(f"missing: {', '.join(reasons)}")
+    return " | ".join(parts)
+
+
+def finished_line(summary: Mapping[str, Any]) -> str:
+    """Return the line of a finished run.
+
+    Parameters
+    ----------
+    summary : mapping
+        As in `summary.json`.
+
+    Returns
+    -------
+    str
+        Held-out loss, tokens, traffic and time.
+    """
+    first, last = summary["eval_loss_first"], summary["eval_loss_last"]
+    loss = "not evaluated" if last is None else f"held-out loss {first:.4f} -> {last:.4f}"
+    return (
+        f"finished: {loss}, {summary['tokens']:,} tokens, {_traffic(summary)}, "
+        f"{summary['seconds']:.0f} s"
+    )
+
+
+def perplexity(loss: float) -> float:
+    """Return e to the loss, and no overflow.
+
+    Parameters
+    ----------
+    loss : float
+        Nats per token.
+
+    Returns
+    -------
+    float
+        The perplexity.
+    """
+    return math.exp(min(loss, 700.0))
+
+
+def _rate(tokens: int, seconds: float) -> str:
+    return f"{tokens / seconds:,.0f} tokens/s" if seconds > 0 else "- tokens/s"
+
+
+def _traffic(record: Mapping[str, Any]) -> str:
+    return f"{record['bytes_up'] / 1e6:.1f} MB up, {record['bytes_down'] / 1e6:.1f} MB down"
