@@ -28,6 +28,7 @@ from models import (
     split,
     tune,
 )
+from models.scratch import parse_dtype
 
 LAST = "last:"
 
@@ -119,6 +120,8 @@ def export_model(
             tokenizer.save_pretrained(folder)
         return folder
     if modes == {"full"} and config.model.scratch:
+        kind = parse_dtype(config.model.dtype)  # bf16 travels to the server as fp32
+        state = {name: tensor.to(kind) for name, tensor in state.items()}
         save_full(folder, _scratch(config).config, dict(state), tokenizer=tokenizer)
         return folder
     whole = assemble(config, state)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Sequence
 
 import torch
 from flwr.app import ConfigRecord as Record
@@ -16,12 +17,14 @@ from conf.schema import Config
 from flower_app import training
 from flower_app.assembly import build_client, describe, set_threads
 from flower_app.data import ClientData, batches, load_client_data, num_steps, steps
-from flower_app.text import load_tokenizer
+from flower_app.text import Example, load_tokenizer
 from models import Part, client_state, load_client_state
+from strategies.answers import ARRAYS, CONFIG, METRICS, OUTCOME, TICKET, from_arrays, to_arrays
 from strategies.errors import TrunkError
 from strategies.optim import derive_seed
-from strategies.splitfed import ARRAYS, CONFIG, METRICS, OUTCOME, TICKET, from_arrays, to_arrays
 from strategies.transport.link import GrpcLink
+
+logger = logging.getLogger(__name__)
 
 app = ClientApp()
 
@@ -38,10 +41,18 @@ def evaluate(message: Message, context: Context) -> Message:
     return _answer(_evaluate, message, context)
 
 
+@app.query()
+def name(message: Message, context: Context) -> Message:
+    """Tell this client's name."""
+    outcome = Record({"client": client_name(context), "error": ""})
+    return Message(content=RecordDict({OUTCOME: outcome}), reply_to=message)
+
+
 def _train(site: Site) -> RecordDict:
     config, place = site.config, site.place
     data, tokenizer = site.data()
     bottom, top = site.parts()
+    check_fit(bottom, data.train, config.data.context)
     count = num_steps(len(data.train), config.train)
     order = torch.Generator().manual_seed(
         derive_seed(config.seed, place.round, place.client, "order")
@@ -68,6 +79,7 @@ def _train(site: Site) -> RecordDict:
 def _evaluate(site: Site) -> RecordDict:
     data, tokenizer = site.data()
     bottom, top = site.parts()
+    check_fit(bottom, data.heldout, site.config.data.context)
     held_out = batches(
         data.heldout,
         site.config.train.batch_size,
@@ -148,6 +160,22 @@ class Site:
         )
 
 
+def check_fit(bottom: Part, examples: Sequence[Example], context: int) -> None:
+    """Refuse texts that the model cannot embed, which torch would answer with an IndexError."""
+    config = bottom.config.get_text_config(decoder=True)
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions and context > positions:
+        raise ValueError(
+            f"data.context={context} exceeds the {positions} positions of this model; lower it"
+        )
+    largest = max((int(example.input_ids.max()) for example in examples), default=0)
+    if largest >= config.vocab_size:
+        raise ValueError(
+            f"the tokenizer gave id {largest}, the model embeds {config.vocab_size}; set "
+            "model.tokenizer to the model's own, or leave it empty"
+        )
+
+
 def client_name(context: Context) -> str:
     """A name that stays the same from run to run: the node's `name`, its partition, or its id."""
     node = context.node_config
@@ -165,6 +193,10 @@ def _answer(work: Callable[[Site], RecordDict], message: Message, context: Conte
         content = work(Site(message, context))
     except (TrunkError, ValueError, OSError) as error:
         outcome["error"] = f"{error}"
+        content = RecordDict()
+    except Exception as error:  # a bug of ours or a library's: named, not dumped
+        logger.exception("%s failed", outcome["client"])
+        outcome["error"] = f"{type(error).__name__}: {error}"
         content = RecordDict()
     content[OUTCOME] = outcome
     return Message(content=content, reply_to=message)

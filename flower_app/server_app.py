@@ -14,8 +14,9 @@ from flower_app.assembly import build_trunk, describe, export_model, resolve_mod
 from flower_app.recorder import Recorder
 from flower_app.text import load_tokenizer
 from models import Part, trainable_state
-from strategies.splitfed import SplitFed, from_arrays
-from strategies.transport.service import TrunkService
+from strategies.answers import from_arrays
+from strategies.splitfed import SplitFed
+from strategies.transport.service import TURN_SHARE, TrunkService
 from strategies.trunk import TrunkEngine
 
 app = ServerApp()
@@ -51,7 +52,9 @@ def run_experiment(config: Config, grid: Grid, recorder: Recorder) -> Path | Non
         hidden_size=trunk.hidden_size,
         train=config.train,
         seed=config.seed,
-        timeout=config.link.timeout,
+        timeout=config.link.timeout * TURN_SHARE,
+        max_sequences=config.train.batch_size,
+        max_tokens=config.data.context,
     )
     service = TrunkService(engine, config.link)
     strategy = SplitFed(engine, service, config, recorder, model=describe(trunk))

@@ -43,6 +43,10 @@ class Turn:
                 )
             self._holder = holder
 
+    def held_by(self, holder: object) -> bool:
+        """Whether `holder` has the turn."""
+        return self._holder is holder
+
     def release(self, holder: object) -> None:
         """Give the turn to whoever waits, if `holder` has it."""
         with self._free:

@@ -9,10 +9,7 @@ from dataclasses import dataclass, field
 from logging import INFO
 from typing import Any, Protocol
 
-import numpy as np
-import torch
 from flwr.app import (
-    Array,
     ArrayRecord,
     ConfigRecord,
     Message,
@@ -28,12 +25,20 @@ from torch import Tensor
 from conf.load import to_json
 from conf.schema import Config
 from strategies.aggregation import weighted_mean
+from strategies.answers import (
+    ARRAYS,
+    CONFIG,
+    OUTCOME,
+    TICKET,
+    Answer,
+    from_arrays,
+    mismatches,
+    read_answer,
+    to_arrays,
+)
 from strategies.optim import derive_seed
 from strategies.transport.service import StepReport, TrunkService
 from strategies.trunk import TrunkEngine
-
-ARRAYS, CONFIG, TICKET, METRICS, OUTCOME = "arrays", "config", "ticket", "metrics", "outcome"
-"""Names of the records in a message and its reply."""
 
 
 class Observer(Protocol):
@@ -46,17 +51,6 @@ class Observer(Protocol):
     @property
     def round(self) -> Callable[..., None]:
         """Called with the fields of an ended round; round 0 is the evaluation before training."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Answer:
-    """What one client answered: its tensors and metrics, or the reason why there are none."""
-
-    key: str
-    client: str
-    state: dict[str, Tensor] = field(default_factory=dict)
-    metrics: dict[str, float] = field(default_factory=dict)
-    error: str = ""
 
 
 @dataclass(kw_only=True)
@@ -113,6 +107,7 @@ class SplitFed(Strategy):
         self._rounds = config.train.rounds
         self._sampled: dict[int, str] = {}
         self._names: dict[int, str] = {}
+        self._sent: dict[str, Tensor] = {}
         self._tally = _Tally()
 
     def summary(self) -> None:
@@ -139,6 +134,7 @@ class SplitFed(Strategy):
     ) -> Iterable[Message]:
         """Open a training round and make a message with a ticket for each client of the cohort."""
         self._tally = _Tally()
+        self._sent = from_arrays(arrays)
         nodes = self._sample(grid, server_round, self.config.federation.fraction_train)
         return self._open(server_round, arrays, nodes, training=True)
 
@@ -146,7 +142,13 @@ class SplitFed(Strategy):
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Average the clients' tensors and the trunk by the tokens each client trained on."""
-        answers = self._collect(replies)
+        answers = self._collect(replies, self._train_error)
+        odd = mismatches(answers, self._sent)
+        for answer in answers:
+            if answer.key in odd:
+                self._tally.missing[answer.client] = odd[answer.key]
+        answers = [answer for answer in answers if answer.key not in odd]
+        self._tally.clients = {answer.client for answer in answers}
         weights = {answer.key: answer.metrics["num-tokens"] for answer in answers}
         self.service.end_round()
         self.engine.close_round(weights)
@@ -175,7 +177,9 @@ class SplitFed(Strategy):
         """Mean held-out loss over all tokens of all clients; reports the round."""
         metrics = None
         if self._sampled:
-            answers = self._collect(replies)
+            answers = self._collect(replies, lambda answer: "")
+            if server_round == 0:
+                self._tally.clients = {answer.client for answer in answers}
             self.service.end_round()
             self.engine.close_round({})
             if not answers:
@@ -200,10 +204,23 @@ class SplitFed(Strategy):
                 log(INFO, text, len(nodes), least)
             time.sleep(1)
             waited += 1
-        nodes.sort(key=lambda node: (self._names.get(node, ""), node))
         count = min(len(nodes), max(least, round(fraction * len(nodes))))
+        if count == len(nodes):
+            return sorted(nodes)
+        self._learn_names(grid, nodes)
+        nodes.sort(key=lambda node: (self._name(node), node))
         seed = derive_seed(self.config.seed, server_round, "sample")
         return sorted(random.Random(seed).sample(nodes, count))
+
+    def _learn_names(self, grid: Grid, nodes: Sequence[int]) -> None:
+        """Ask clients for their names: Flower's node ids differ in every run, names do not."""
+        unknown = [node for node in nodes if node not in self._names]
+        questions = [Message(RecordDict(), node, MessageType.QUERY) for node in unknown]
+        timeout = self.config.federation.round_timeout
+        for reply in grid.send_and_receive(questions, timeout=timeout) if questions else ():
+            if not reply.has_error():
+                outcome = reply.content.config_records[OUTCOME]
+                self._names[reply.metadata.src_node_id] = str(outcome["client"])
 
     def _open(
         self, server_round: int, arrays: ArrayRecord, nodes: Sequence[int], *, training: bool
@@ -235,8 +252,8 @@ class SplitFed(Strategy):
             }
         )
 
-    def _collect(self, replies: Iterable[Message]) -> list[Answer]:
-        """Split replies into answers, in the order of client names, and those missing."""
+    def _collect(self, replies: Iterable[Message], check: Callable[[Answer], str]) -> list[Answer]:
+        """The answers that hold, in the order of client names; the tally learns who is missing."""
         waiting = dict(self._sampled)
         answers = []
         for reply in replies:
@@ -245,13 +262,10 @@ class SplitFed(Strategy):
             if key is None:
                 continue
             answer = read_answer(key, reply, self._name(node))
-            if not answer.error:
-                answer = self._checked(answer)
-            if answer.error:
-                self._tally.missing[answer.client] = answer.error
+            if error := answer.error or check(answer):
+                self._tally.missing[answer.client] = error
             else:
                 self._names[node] = answer.client
-                self._tally.clients.add(answer.client)
                 answers.append(answer)
         limit = self.config.federation.round_timeout
         for node in waiting:
@@ -263,15 +277,12 @@ class SplitFed(Strategy):
     def _name(self, node: int) -> str:
         return self._names.get(node, f"node {node}")
 
-    def _checked(self, answer: Answer) -> Answer:
-        """Refuse an answer whose tokens are not those whose steps the trunk has applied."""
-        if not answer.key.startswith("train"):
-            return answer
+    def _train_error(self, answer: Answer) -> str:
+        """Why an answer's tokens cannot be its weight: the trunk has applied steps of others."""
         seen, told = self.engine.session_tokens(answer.key), answer.metrics["num-tokens"]
-        if told == seen and told > 0:
-            return answer
-        error = f"it reports {told:g} trained tokens, the trunk has applied steps of {seen}"
-        return Answer(key=answer.key, client=answer.client, error=error)
+        if told == seen:
+            return ""
+        return f"it reports {told:g} trained tokens, the trunk has applied steps of {seen}"
 
     def _fold(self, answers: Sequence[Answer]) -> dict[str, float]:
         """Sum counters and weight the loss by tokens."""
@@ -298,38 +309,3 @@ class SplitFed(Strategy):
             bytes_down=tally.bytes_down,
             seconds=time.monotonic() - tally.started,
         )
-
-
-def to_arrays(state: dict[str, Tensor]) -> ArrayRecord:
-    """Pack named tensors for a Flower message; bf16, which NumPy lacks, travels as fp32."""
-    return ArrayRecord(
-        {
-            name: Array(
-                np.ascontiguousarray(
-                    (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).cpu().numpy()
-                )
-            )
-            for name, tensor in state.items()
-        }
-    )
-
-
-def from_arrays(arrays: ArrayRecord) -> dict[str, Tensor]:
-    """Unpack `to_arrays`."""
-    return {name: torch.from_numpy(array.numpy()) for name, array in arrays.items()}
-
-
-def read_answer(key: str, reply: Message, node: str) -> Answer:
-    """Read one client's reply; anything that does not hold together becomes its `error`."""
-    if reply.has_error():
-        return Answer(key=key, client=node, error=reply.error.reason or str(reply.error.code))
-    content = reply.content
-    if OUTCOME not in content.config_records:
-        return Answer(key=key, client=node, error="its reply is not one of a Graft client")
-    outcome = content.config_records[OUTCOME]
-    client = str(outcome["client"])
-    if outcome.get("error"):
-        return Answer(key=key, client=client, error=str(outcome["error"]))
-    metrics: dict[str, Any] = dict(content.metric_records[METRICS])
-    state = from_arrays(content.array_records[ARRAYS]) if ARRAYS in content.array_records else {}
-    return Answer(key=key, client=client, state=state, metrics=metrics)

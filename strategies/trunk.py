@@ -5,55 +5,18 @@ Shapes: B sequences, T tokens, D hidden size.
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from conf.schema import TrainConfig
 from strategies.errors import TrunkError
-from strategies.optim import (
-    Progress,
-    autocast,
-    clipped_step,
-    derive_seed,
-    learning_rate,
-    square_norm,
-)
-from strategies.policies import Lane, build_policy
-
-MAX_IN_FLIGHT = 8
-"""Micro-batches of one session whose graphs may wait for their backward at once."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Round:
-    """The round that is open: number (0 is the evaluation before training), and what it is for."""
-
-    number: int
-    rounds: int
-    training: bool
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepResult:
-    """One optimizer step: gradient norm over all parts before clipping, and learning rate."""
-
-    step: int
-    grad_norm: float
-    lr: float
-
-
-@dataclass(eq=False)
-class _Pending:
-    """A forward that waits for its backward."""
-
-    h_in_BTD: Tensor
-    h_out_BTD: Tensor
+from strategies.optim import derive_seed
+from strategies.policies import build_policy
+from strategies.session import Round, Session
 
 
 class TrunkEngine:
@@ -72,6 +35,8 @@ class TrunkEngine:
         Seed of the run; dropout in the trunk depends on it, the round, the client and the step.
     timeout : float
         Seconds a session may wait for its turn (`splitfed-v2`).
+    max_sequences, max_tokens : int
+        Largest B and T that are accepted: attention takes memory that grows with the square of T.
 
     Notes
     -----
@@ -86,7 +51,10 @@ class TrunkEngine:
         train: TrainConfig,
         seed: int = 0,
         timeout: float = 120.0,
+        max_sequences: int = 2**16,
+        max_tokens: int = 2**16,
     ) -> None:
+        self.max_sequences, self.max_tokens = max_sequences, max_tokens
         self.trunk, self.hidden_size, self.train = trunk, hidden_size, train
         self.seed, self.timeout = seed, timeout
         self.policy = build_policy(trunk, train)
@@ -152,260 +120,3 @@ class TrunkEngine:
         with self._random, torch.random.fork_rng(devices):
             torch.manual_seed(derive_seed(self.seed, *parts))
             yield
-
-
-class Session:
-    """One client's forwards, backwards and steps during one round. Opened by `TrunkEngine.open`."""
-
-    def __init__(
-        self, engine: TrunkEngine, lane: Lane, round: Round, *, client: str, steps: int
-    ) -> None:
-        self._engine, self._lane, self._round = engine, lane, round
-        self.client, self.steps = client, steps
-        self.applied = 0
-        self.tokens = 0
-        self._pending: dict[int, _Pending] = {}
-        self._gradients: dict[tuple[int, int], Tensor] = {}
-        self._result: StepResult | None = None
-        self._square_norm: float | None = None
-        self._closed = False
-        # The round may end (in Flower's thread) while this session works (in its stream's thread).
-        self._busy = threading.Lock()
-        self._dropout = round.training and _has_dropout(lane.module)
-
-    def compute(self, step: int, micro: int, h_BTD: Tensor, mask_BT: Tensor | None) -> Tensor:
-        """Run the trunk forward on one micro-batch.
-
-        Parameters
-        ----------
-        step, micro : int
-            The optimizer step, from 0, and the micro-batch within it, from 0. In evaluation any.
-        h_BTD : Tensor
-            The bottom's output, floating point.
-        mask_BT : Tensor or None
-            1 where there is a token, 0 where there is padding; None if nothing is padded.
-
-        Returns
-        -------
-        Tensor
-            The trunk's output, (B, T, D), without a graph; training keeps the graph here.
-
-        Raises
-        ------
-        TrunkError
-            A wrong shape, a step out of order, too many micro-batches in flight, a closed session.
-        """
-        self._check_open()
-        self._check_shapes(h_BTD, mask_BT)
-        h_BTD = h_BTD.to(self._engine.device)
-        mask_BT = None if mask_BT is None else mask_BT.to(self._engine.device)
-        if not self._round.training:
-            with torch.no_grad():
-                return self._forward(h_BTD, mask_BT)
-        self._check_step(step)
-        if self._lane.turn is not None:
-            self._lane.turn.take(self, self._engine.timeout)
-        with self._working():
-            return self._compute(step, micro, h_BTD, mask_BT)
-
-    def _compute(self, step: int, micro: int, h_BTD: Tensor, mask_BT: Tensor | None) -> Tensor:
-        if micro in self._pending or (step, micro) in self._gradients:
-            raise TrunkError(f"step {step}, micro-batch {micro} was computed before", kind="order")
-        if len(self._pending) >= MAX_IN_FLIGHT:
-            raise TrunkError(
-                f"{len(self._pending)} micro-batches already wait for their backward; "
-                f"at most {MAX_IN_FLIGHT} may"
-            )
-        if self._square_norm is not None:
-            raise TrunkError(f"step {step} had its last micro-batch: apply it", kind="order")
-        # A fresh leaf: the gradient with respect to it is what the client waits for.
-        h_in_BTD = h_BTD.detach().requires_grad_()
-        h_out_BTD = self._seeded_forward(step, micro, h_in_BTD, mask_BT)
-        self._pending[micro] = _Pending(h_in_BTD, h_out_BTD)
-        return h_out_BTD.detach()
-
-    def backward(
-        self, step: int, micro: int, grad_BTD: Tensor, *, last: bool
-    ) -> tuple[Tensor, float]:
-        """Run the trunk backward on one micro-batch; its gradients add up until `apply`.
-
-        Parameters
-        ----------
-        step, micro : int
-            As given to `compute`.
-        grad_BTD : Tensor
-            Gradient of the loss with respect to the trunk's output.
-        last : bool
-            True for the last micro-batch of the step.
-
-        Returns
-        -------
-        grad_BTD : Tensor
-            Gradient of the loss with respect to the trunk's input.
-        square_norm : float
-            Squared norm of the trunk's accumulated gradient if `last`, else 0.
-        """
-        with self._working():
-            return self._backward(step, micro, grad_BTD, last)
-
-    def _backward(
-        self, step: int, micro: int, grad_BTD: Tensor, last: bool
-    ) -> tuple[Tensor, float]:
-        if not self._round.training:
-            raise TrunkError("this session evaluates: it has no backward", kind="order")
-        self._check_step(step)
-        pending = self._pending.get(micro)
-        if pending is None:
-            raise TrunkError(
-                f"step {step}, micro-batch {micro} has no forward to go back through "
-                "(or its backward was done: ask with GetGradients)",
-                kind="order",
-            )
-        if grad_BTD.shape != pending.h_out_BTD.shape:
-            raise TrunkError(
-                f"gradient has shape {tuple(grad_BTD.shape)}, its activations had "
-                f"{tuple(pending.h_out_BTD.shape)}",
-                kind="shape",
-            )
-        del self._pending[micro]
-        grad_out = grad_BTD.to(pending.h_out_BTD.device, pending.h_out_BTD.dtype)
-        torch.autograd.backward(pending.h_out_BTD, grad_out)
-        grad_in = pending.h_in_BTD.grad
-        if grad_in is None:
-            raise TrunkError("no gradient reached the trunk's input; is this part differentiable?")
-        self._gradients[step, micro] = grad_in
-        if last:
-            if self._pending:
-                raise TrunkError(
-                    f"step {step}: micro-batches {sorted(self._pending)} still wait for their "
-                    "backward, so this one is not the last",
-                    kind="order",
-                )
-            self._square_norm = square_norm(self._lane.parameters)
-        return grad_in, self._square_norm or 0.0
-
-    def get_gradients(self, step: int, micro: int) -> tuple[Tensor, float]:
-        """The result of a `backward` again, until the next step is applied. Changes nothing."""
-        self._check_open()
-        try:
-            return self._gradients[step, micro], self._square_norm or 0.0
-        except KeyError:
-            raise TrunkError(
-                f"no gradient of step {step}, micro-batch {micro} is kept: step {self.applied} is "
-                "the current one",
-                kind="order",
-            ) from None
-
-    def apply(self, step: int, *, client_square_norm: float, tokens: int) -> StepResult:
-        """Clip by the norm over all parts and take the optimizer step; a repeated call repeats the
-        result only.
-
-        Parameters
-        ----------
-        step : int
-            The step whose last micro-batch has gone back.
-        client_square_norm : float
-            Squared norm of the gradients of bottom and top.
-        tokens : int
-            Tokens that counted in the step's loss.
-        """
-        with self._working():
-            if self._result is not None and step == self._result.step:
-                return self._result
-            return self._apply(step, client_square_norm, tokens)
-
-    def _apply(self, step: int, client_square_norm: float, tokens: int) -> StepResult:
-        self._check_step(step)
-        if self._square_norm is None:
-            raise TrunkError(f"step {step} has not had its last backward", kind="order")
-        norm = math.sqrt(self._square_norm + client_square_norm)
-        if not math.isfinite(norm):
-            raise TrunkError(
-                f"the gradient norm of step {step} is {norm}; lower train.lr, or set train.clip",
-                kind="not-finite",
-            )
-        progress = Progress(
-            round=self._round.number, rounds=self._round.rounds, step=step, steps=self.steps
-        )
-        lr = learning_rate(self._engine.train, progress, trunk=True)
-        clipped_step(self._lane.optimizer, lr=lr, norm=norm, clip=self._engine.train.clip)
-        self._finish_step()
-        self._result = StepResult(step=step, grad_norm=norm, lr=lr)
-        self.applied += 1
-        self.tokens += tokens
-        return self._result
-
-    def close(self) -> None:
-        """Drop what is in flight and give back the turn. The replica of the applied steps waits for
-        the end of the round. A second call does nothing."""
-        self._closed = True
-        with self._busy:
-            unfinished = bool(self._pending or self._gradients)
-            if self._lane.turn is not None and unfinished:  # so this session holds the turn
-                for parameter in self._lane.parameters:
-                    parameter.grad = None
-            self._finish_step()
-            self._lane.optimizer = None  # a replica waits for the round's end without its moments
-
-    @contextmanager
-    def _working(self) -> Iterator[None]:
-        with self._busy:
-            if self._closed and self._lane.turn is not None:
-                self._lane.turn.release(self)
-            self._check_open()
-            yield
-
-    def _finish_step(self) -> None:
-        self._pending.clear()
-        self._gradients.clear()
-        self._square_norm = None
-        if self._lane.turn is not None:
-            self._lane.turn.release(self)
-
-    def _seeded_forward(
-        self, step: int, micro: int, h_BTD: Tensor, mask_BT: Tensor | None
-    ) -> Tensor:
-        if not self._dropout:
-            return self._forward(h_BTD, mask_BT)
-        with self._engine.random(self._round.number, self.client, step, micro, "trunk"):
-            return self._forward(h_BTD, mask_BT)
-
-    def _forward(self, h_BTD: Tensor, mask_BT: Tensor | None) -> Tensor:
-        with autocast(self._engine.device, self._engine.train.precision):
-            return self._lane.module(h_BTD, mask_BT)
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise TrunkError("the session is closed: its round has ended", kind="closed")
-
-    def _check_step(self, step: int) -> None:
-        if step != self.applied:
-            raise TrunkError(f"step {step} came, step {self.applied} was due", kind="order")
-        if step >= self.steps:
-            raise TrunkError(f"step {step} exceeds the {self.steps} announced", kind="order")
-
-    def _check_shapes(self, h_BTD: Tensor, mask_BT: Tensor | None) -> None:
-        hidden = self._engine.hidden_size
-        if h_BTD.dim() != 3 or h_BTD.shape[2] != hidden or 0 in h_BTD.shape:
-            raise TrunkError(
-                f"activations have shape {tuple(h_BTD.shape)}; the trunk takes (B, T, {hidden})",
-                kind="shape",
-            )
-        if not h_BTD.is_floating_point():
-            raise TrunkError(f"activations must be floating point, got {h_BTD.dtype}", kind="shape")
-        if mask_BT is not None and mask_BT.shape != h_BTD.shape[:2]:
-            raise TrunkError(
-                f"mask has shape {tuple(mask_BT.shape)}, activations {tuple(h_BTD.shape)}",
-                kind="shape",
-            )
-
-
-def _has_dropout(module: nn.Module) -> bool:
-    """Whether a training forward draws random numbers: from modules, or from a config's rates."""
-    if any(isinstance(m, nn.Dropout) and m.p > 0 for m in module.modules()):
-        return True
-    config = getattr(module, "config", None)
-    rates = config.to_dict() if config is not None else {}
-    return any(
-        "drop" in name and isinstance(rate, float) and rate > 0 for name, rate in rates.items()
-    )

@@ -99,9 +99,7 @@ def decode(message: pb.Tensor, what: str) -> Tensor:
             f"{what}: dtype {message.dtype} with codec {message.codec} is not known here",
             kind="codec",
         )
-    shape = tuple(message.shape)
-    if not 1 <= len(shape) <= MAX_DIMENSIONS or 0 in shape:
-        raise TrunkError(f"{what}: shape {shape} is not accepted", kind="shape")
+    shape = shape_of(message, what)
     elements = math.prod(shape)
     expected = (elements + 7) // 8 if message.codec == pb.BITS else elements * dtype.itemsize
     if expected != len(message.data):
@@ -118,6 +116,16 @@ def decode(message: pb.Tensor, what: str) -> Tensor:
     if not (math.isfinite(message.scale) and message.scale > 0):
         raise TrunkError(f"{what}: scale {message.scale} is not a positive number", kind="codec")
     return tensor.float() * message.scale
+
+
+def shape_of(message: pb.Tensor, what: str) -> tuple[int, ...]:
+    """The shape a message claims; `TrunkError` if its dimensions are too many, none, or zero."""
+    if not 1 <= len(message.shape) <= MAX_DIMENSIONS:
+        raise TrunkError(f"{what}: {len(message.shape)} dimensions are not accepted", kind="shape")
+    shape = tuple(message.shape)
+    if 0 in shape:
+        raise TrunkError(f"{what}: shape {shape} is not accepted", kind="shape")
+    return shape
 
 
 def _into_fp16_range(tensor: Tensor) -> tuple[Tensor, float]:

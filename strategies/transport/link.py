@@ -14,10 +14,10 @@ from torch import Tensor
 
 from conf.schema import LinkConfig
 from strategies.errors import TrunkError
+from strategies.session import Session, StepResult
 from strategies.transport import trunk_pb2 as pb
 from strategies.transport.codec import WIRE_DTYPES, WIRE_VERSION, decode, encode, encode_mask
 from strategies.transport.service import CLIENT_KEY, METHOD, STEPS_KEY, TOKEN_KEY
-from strategies.trunk import Session, StepResult
 
 
 @dataclass(frozen=True, kw_only=True)

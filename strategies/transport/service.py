@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import grpc
 import torch
@@ -17,15 +18,20 @@ from google.protobuf.message import DecodeError
 
 from conf.schema import LinkConfig
 from strategies.errors import TrunkError
+from strategies.session import Session
 from strategies.transport import trunk_pb2 as pb
 from strategies.transport.certificates import is_loopback, self_signed
-from strategies.transport.codec import WIRE_DTYPES, WIRE_VERSION, decode, encode
-from strategies.trunk import Session, TrunkEngine
+from strategies.transport.codec import WIRE_DTYPES, WIRE_VERSION, decode, encode, shape_of
+from strategies.trunk import TrunkEngine
 
 logger = logging.getLogger(__name__)
 
 METHOD = "/graft.Trunk/Session"
 TOKEN_KEY, CLIENT_KEY, STEPS_KEY = "graft-token", "graft-client", "graft-steps"
+IDLE_SHARE, TURN_SHARE = 0.5, 0.75
+"""Of `link.timeout`, which a client waits for a reply: how long the trunk waits for a client's next
+frame, and for a turn. In this order, so that a dead client's turn is free before others give up."""
+
 MAX_SESSIONS = 256
 """Streams served at once; each takes a thread while it is open."""
 
@@ -194,33 +200,49 @@ class TrunkService:
     ) -> Iterator[bytes]:
         """Answer frames until the client closes or falls silent."""
         while True:
+            # Neither sending nor reading may hold a client up who does not read or send.
             traffic.waiting_since = time.monotonic()
             raw = next(requests, None)
             traffic.waiting_since = None
             if raw is None:
                 return
             traffic.bytes_up += len(raw)
-            frame = _parse(raw)
             started = time.perf_counter()
-            body = frame.WhichOneof("body")
-            if body == "compute":
-                yield _frame(traffic, activations=self._compute(session, frame.compute, started))
-            elif body == "backward":
-                yield _frame(traffic, gradients=self._backward(session, frame.backward, started))
-            elif body == "get_gradients":
-                yield _frame(traffic, gradients=self._again(session, frame.get_gradients, started))
-            elif body == "apply":
-                yield _frame(traffic, applied=self._apply(key, session, frame.apply, traffic))
-            elif body == "close":
-                yield _frame(
-                    traffic, closed=pb.Closed(steps=session.applied, tokens=session.tokens)
-                )
-                return
+            reply = self._answer(key, session, _parse(raw), traffic, started)
             traffic.seconds += time.perf_counter() - started
+            traffic.waiting_since = time.monotonic()
+            yield _frame(traffic, **reply)
+            if "closed" in reply:
+                return
+
+    def _answer(
+        self,
+        key: str,
+        session: Session,
+        frame: pb.ClientFrame,
+        traffic: _Traffic,
+        started: float,
+    ) -> dict[str, Any]:
+        body = frame.WhichOneof("body")
+        if body == "compute":
+            return {"activations": self._compute(session, frame.compute, started)}
+        if body == "backward":
+            return {"gradients": self._backward(session, frame.backward, started)}
+        if body == "get_gradients":
+            return {"gradients": self._again(session, frame.get_gradients, started)}
+        if body == "apply":
+            return {"applied": self._apply(key, session, frame.apply, traffic)}
+        return {"closed": pb.Closed(steps=session.applied, tokens=session.tokens)}
 
     def _compute(self, session: Session, frame: pb.Compute, started: float) -> pb.Activations:
+        masked = frame.HasField("mask")
+        # Before memory is taken: a mask unpacks to 64 times its bytes, attention grows with T * T.
+        session.check_shapes(
+            shape_of(frame.activations, "activations"),
+            shape_of(frame.mask, "mask") if masked else None,
+        )
         h_BTD = decode(frame.activations, "activations")
-        mask_BT = decode(frame.mask, "mask") if frame.HasField("mask") else None
+        mask_BT = decode(frame.mask, "mask") if masked else None
         if mask_BT is not None and mask_BT.dtype != torch.bool:
             raise TrunkError(f"the mask must be BOOL, got {mask_BT.dtype}", kind="codec")
         mask_BT = None if mask_BT is None else mask_BT.long()
@@ -290,17 +312,17 @@ class TrunkService:
 
     def _end_idle_sessions(self) -> None:
         """A client that fell silent must not hold a turn, a replica or a thread for ever."""
-        while not self._stopped.wait(min(1.0, self._link.timeout / 4)):
+        limit = self._link.timeout * IDLE_SHARE
+        while not self._stopped.wait(min(1.0, limit / 4)):
             now = time.monotonic()
             with self._lock:
                 idle = [
                     call
                     for call, traffic in self._calls.items()
-                    if traffic.waiting_since is not None
-                    and now - traffic.waiting_since > self._link.timeout
+                    if traffic.waiting_since is not None and now - traffic.waiting_since > limit
                 ]
             for call in idle:
-                logger.warning("a client sent nothing for %g s: session ended", self._link.timeout)
+                logger.warning("a client was silent for %g s: session ended", limit)
                 call.cancel()
 
 

@@ -121,7 +121,11 @@ def train_whole(
     parameters = [p for p in model.parameters() if p.requires_grad]
     if train.optimizer == "adamw":
         optimizer: torch.optim.Optimizer = torch.optim.AdamW(
-            parameters, lr=train.lr, betas=train.betas, weight_decay=train.weight_decay
+            parameters,
+            lr=train.lr,
+            betas=train.betas,
+            eps=train.eps,
+            weight_decay=train.weight_decay,
         )
     else:
         optimizer = torch.optim.SGD(

@@ -71,8 +71,8 @@ def test_a_non_contiguous_tensor_keeps_its_order() -> None:
         ({"codec": pb.BITS}, "codec 3"),
         ({"shape": [2, 3, 5]}, r"takes 120 bytes, 96 came"),
         ({"shape": [0, 3, 4]}, "shape"),
-        ({"shape": []}, "shape"),
-        ({"shape": [1] * 9}, "shape"),
+        ({"shape": []}, "0 dimensions"),
+        ({"shape": [1] * 10**6}, "1000000 dimensions"),
         ({"shape": [2**31, 2**31, 2**31]}, "takes 39614081257132168796771975168 bytes"),
     ],
 )

@@ -10,7 +10,8 @@ import torch
 from conf.schema import TrainConfig
 from models import split
 from strategies.errors import TrunkError
-from strategies.trunk import MAX_IN_FLIGHT, Session, TrunkEngine
+from strategies.session import MAX_IN_FLIGHT, Session
+from strategies.trunk import TrunkEngine
 from tests.strategies.helpers import CUT, HIDDEN, engine_for, tiny_model
 
 H = torch.randn(2, 5, HIDDEN, generator=torch.Generator().manual_seed(0))
@@ -18,7 +19,11 @@ H = torch.randn(2, 5, HIDDEN, generator=torch.Generator().manual_seed(0))
 
 def make_engine(**train: object) -> TrunkEngine:
     trunk = split(tiny_model(), CUT).trunk
-    return engine_for(trunk, TrainConfig(**{"optimizer": "sgd", "lr": 0.1, **train}), timeout=0.3)  # type: ignore[arg-type]
+    return engine_for(
+        trunk,
+        TrainConfig(**{"optimizer": "sgd", "lr": 0.1, "accumulate": 20, **train}),
+        timeout=0.3,
+    )  # type: ignore[arg-type]
 
 
 def open_one(engine: TrunkEngine, key: str = "a", *, steps: int = 3) -> Session:
@@ -30,7 +35,7 @@ def open_one(engine: TrunkEngine, key: str = "a", *, steps: int = 3) -> Session:
 def step(session: Session, number: int, h: torch.Tensor = H) -> None:
     session.compute(number, 0, h, None)
     session.backward(number, 0, torch.ones_like(h), last=True)
-    session.apply(number, client_square_norm=0.0, tokens=10)
+    session.apply(number, client_square_norm=0.0, tokens=8)
 
 
 def weights(module: torch.nn.Module) -> torch.Tensor:
@@ -43,10 +48,10 @@ def test_a_step_that_comes_twice_is_applied_once() -> None:
     step(session, 0)
     before = weights(session._lane.module)
 
-    again = session.apply(0, client_square_norm=0.0, tokens=10)
+    again = session.apply(0, client_square_norm=0.0, tokens=8)
 
     assert again.step == 0
-    assert (session.applied, session.tokens) == (1, 10)
+    assert (session.applied, session.tokens) == (1, 8)
     assert torch.equal(weights(session._lane.module), before)
 
 
@@ -243,7 +248,7 @@ def test_v2_a_client_that_leaves_in_its_turn_gives_it_back_and_leaves_no_gradien
 def test_dropout_repeats_for_the_same_client_and_step_only() -> None:
     def outputs(client: str) -> list[torch.Tensor]:
         trunk = split(tiny_model("gpt2", resid_pdrop=0.5), CUT).trunk
-        engine = engine_for(trunk, TrainConfig(), seed=1)
+        engine = engine_for(trunk, TrainConfig(accumulate=2), seed=1)
         engine.open_round(1, 1, training=True)
         session = engine.open(client, client=client, steps=1)
         torch.rand(7)  # another session's draws must not matter
@@ -260,7 +265,7 @@ def test_dropout_repeats_for_the_same_client_and_step_only() -> None:
 @pytest.mark.parametrize("rate", ["attn_pdrop", "resid_pdrop"])
 def test_dropout_is_on_in_training_and_off_in_evaluation(rate: str) -> None:
     trunk = split(tiny_model("gpt2", **{rate: 0.5}), CUT).trunk
-    engine = engine_for(trunk, TrainConfig())
+    engine = engine_for(trunk, TrainConfig(accumulate=2))
     results = {}
     for training in (True, False):
         engine.open_round(1, 1, training=training)

@@ -12,8 +12,8 @@ from conf.schema import LoraSettings, TrainConfig
 from flower_app import training
 from models import client_state, load_client_state, split, tune_whole
 from strategies.aggregation import weighted_mean
+from strategies.session import Session
 from strategies.transport.link import Link, LocalLink
-from strategies.trunk import Session
 from tests.strategies.helpers import (
     CUT,
     connect,
@@ -53,7 +53,7 @@ def test_one_client_reproduces_unsplit_training(
     family: str, changes: dict[str, object], accumulate: int
 ) -> None:
     model = tiny_model(family, tie_word_embeddings=True)
-    whole, train = twin(model), settings(**changes)
+    whole, train = twin(model), settings(accumulate=accumulate, **changes)
     steps = random_steps(6, seed=1, accumulate=accumulate)
 
     outcome = train_split(model, steps, train)
@@ -118,7 +118,8 @@ def split_round(model, cohort, train, round, rounds, order, link_of=None):  # ty
 def test_splitfed_v1_equals_fedavg_of_unsplit_models(mode: str, optimizer: str) -> None:
     model = tuned_model(mode)
     whole = twin(model)
-    train = settings(optimizer=optimizer, lr=1e-2 if optimizer == "adamw" else 0.3, clip=0.5)
+    lr = 1e-2 if optimizer == "adamw" else 0.3
+    train = settings(optimizer=optimizer, lr=lr, clip=0.5, accumulate=2)
     rounds = 2
     for round in range(1, rounds + 1):
         cohort = [

@@ -58,7 +58,7 @@ def raw_call(service: TrunkService, frames: list[bytes], token: str) -> list[pb.
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 def test_training_over_the_wire_equals_training_in_process(dtype: str) -> None:
     """fp32 to the bit; half types within their rounding (row 11)."""
-    train = TrainConfig(optimizer="sgd", lr=0.3, clip=1.0)
+    train = TrainConfig(optimizer="sgd", lr=0.3, clip=1.0, accumulate=2)
     steps = random_steps(3, seed=5, accumulate=2)
     near, far = tiny_model(), tiny_model()
     for model, over_wire in ((near, False), (far, True)):
@@ -156,7 +156,7 @@ def test_a_session_cannot_reach_anothers_gradients() -> None:
         (pb.ClientFrame(version=1).SerializeToString(), "without a body"),
         (
             pb.ClientFrame(version=1, compute=pb.Compute()).SerializeToString(),
-            "activations: wire version 0",
+            "activations: 0 dimensions",
         ),
         (
             pb.ClientFrame(
@@ -377,7 +377,7 @@ def secrets_found(frames: list[bytes], batches: list[Batch]) -> list[str]:
 
 def test_no_frame_carries_ids_or_labels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Invariant 5 and row 32: tensors, a mask of bits, and counters; nothing else."""
-    model, train = tiny_model(), TrainConfig()
+    model, train = tiny_model(), TrainConfig(accumulate=2)
     steps = random_steps(3, seed=9, accumulate=2)
     parts = split(model, CUT)
     engine = engine_for(parts.trunk, train)

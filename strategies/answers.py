@@ -1,0 +1,101 @@
+"""What clients answer to a train or evaluate message, and what of it is believed."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from flwr.app import Array, ArrayRecord, Message
+from torch import Tensor
+
+ARRAYS, CONFIG, TICKET, METRICS, OUTCOME = "arrays", "config", "ticket", "metrics", "outcome"
+"""Names of the records in a message and its reply."""
+
+COUNTERS = ("num-tokens", "loss", "steps", "bytes-up", "bytes-down")
+"""What the metrics of an answer hold: finite numbers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What one client answered: its tensors and metrics, or the reason why there are none."""
+
+    key: str
+    client: str
+    state: dict[str, Tensor] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
+    error: str = ""
+
+
+def to_arrays(state: dict[str, Tensor]) -> ArrayRecord:
+    """Pack named tensors for a Flower message; bf16, which NumPy lacks, travels as fp32."""
+    return ArrayRecord(
+        {
+            name: Array(
+                np.ascontiguousarray(
+                    (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).cpu().numpy()
+                )
+            )
+            for name, tensor in state.items()
+        }
+    )
+
+
+def from_arrays(arrays: ArrayRecord) -> dict[str, Tensor]:
+    """Unpack `to_arrays`."""
+    return {name: torch.from_numpy(array.numpy()) for name, array in arrays.items()}
+
+
+def read_answer(key: str, reply: Message, node: str) -> Answer:
+    """Read one client's reply; anything that does not hold together becomes its `error`."""
+    if reply.has_error():
+        return Answer(key=key, client=node, error=reply.error.reason or str(reply.error.code))
+    try:
+        return _read(key, reply)
+    except (KeyError, TypeError, ValueError) as error:
+        return Answer(key=key, client=node, error=f"its reply is not one of Graft's: {error}")
+
+
+def _read(key: str, reply: Message) -> Answer:
+    content = reply.content
+    outcome = content.config_records[OUTCOME]
+    client = str(outcome["client"])
+    if outcome["error"]:
+        return Answer(key=key, client=client, error=str(outcome["error"]))
+    record: Mapping[str, Any] = content.metric_records[METRICS]
+    metrics = {name: float(record[name]) for name in COUNTERS}
+    state = from_arrays(content.array_records[ARRAYS]) if ARRAYS in content.array_records else {}
+    answer = Answer(key=key, client=client, state=state, metrics=metrics)
+    if wrong := [name for name, value in metrics.items() if not math.isfinite(value)]:
+        return replace(answer, error=f"it reports {wrong[0]}={metrics[wrong[0]]}")
+    if metrics["num-tokens"] <= 0:
+        return replace(answer, error="it reports no token")
+    for name, tensor in state.items():
+        if not torch.isfinite(tensor).all():
+            return replace(answer, error=f"its '{name}' holds values that are not finite")
+    return answer
+
+
+def mismatches(answers: Sequence[Answer], sent: Mapping[str, Tensor]) -> dict[str, str]:
+    """Which answers cannot be averaged with the others, by key, and why.
+
+    The names and shapes that were sent are the right ones; in the first round, when nothing was
+    sent, those that most clients have.
+    """
+    forms = {answer.key: _form(answer.state) for answer in answers}
+    if not forms:
+        return {}
+    right = _form(sent) if sent else Counter(forms.values()).most_common(1)[0][0]
+    return {
+        key: f"its tensors differ from the others' in {sorted(dict(form ^ right))[:3]}"
+        for key, form in forms.items()
+        if form != right
+    }
+
+
+def _form(state: Mapping[str, Tensor]) -> frozenset[tuple[str, tuple[int, ...]]]:
+    return frozenset((name, tuple(tensor.shape)) for name, tensor in state.items())
