@@ -11,7 +11,7 @@ import difflib
 import json
 import pydoc_data.topics
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -151,15 +151,17 @@ def _load_tables(kind: str, files: list[Path]) -> Dataset:
     options: dict[str, Any] = {}
     try:
         if kind == "csv":
+            headers = [_check_csv(file) for file in files]
+            _check_same_columns(files, headers)
             # As text: pandas would turn 007 into 7 and the word NA into nothing.
-            with files[0].open(encoding="utf-8-sig", newline="") as file:
-                header = next(csv.reader(file), [])
-            options = {"features": Features({name: Value("string") for name in header}),
+            options = {"features": Features({name: Value("string") for name in headers[0]}),
                        "keep_default_na": False}  # fmt: skip
         with quiet():
             return datasets.load_dataset(
                 kind, data_files=[str(file) for file in files], split="train", **options
             )
+    except DataError:
+        raise
     except Exception as error:  # noqa: BLE001 - its text may quote data
         for path in files if kind != "parquet" else []:
             text = _read_text(path)
@@ -167,6 +169,45 @@ def _load_tables(kind: str, files: list[Path]) -> Dataset:
                 _find_bad_json(path, text)
         names = ", ".join(map(str, files))
         raise DataError(f"{names} cannot be read as {kind}: {reason(error)}") from None
+
+
+def _check_csv(path: Path) -> list[str]:
+    """Return the names of the columns, as pandas gives them, if every row has as many fields.
+
+    pandas takes surplus fields for an index, which shifts the columns, and fills up missing ones.
+    """
+    csv.field_size_limit(2**31 - 1)  # a text may be longer than the 131072 characters of csv
+    header: list[str] = []
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader, line = csv.reader(file), 1
+        for row in reader:
+            if len(row) > 1 or "".join(row).strip():
+                header = header or row
+                if len(row) != len(header):
+                    fields = "1 field" if len(row) == 1 else f"{len(row)} fields"
+                    raise DataError(
+                        f"{path}, line {line} has {fields}, the header {len(header)}"
+                        + (_separator(header) or "; quote commas within a field, close all quotes")
+                    )
+            line = reader.line_num + 1
+    if double := sorted({name for name in header if name and header.count(name) > 1}):
+        raise DataError(f"{path} has several columns of one name: {_names(double)}")
+    return [name or f"Unnamed: {index}" for index, name in enumerate(header)]
+
+
+def _separator(columns: list[str]) -> str:
+    """Return a hint if the columns of a CSV seem to be separated by something else."""
+    found = re.search(r"[;\t|]", columns[0]) if len(columns) == 1 else None
+    return f"; is the separator {found[0]!r}? only commas are read" if found else ""
+
+
+def _check_same_columns(files: list[Path], columns: Sequence[Collection[str]]) -> None:
+    for path, names in zip(files, columns, strict=True):
+        if differing := set(columns[0]) ^ set(names):
+            raise DataError(
+                f"{path} and {files[0]} must have the same columns, but only one has "
+                f"{_names(sorted(differing))}"
+            )
 
 
 def reason(error: Exception) -> str:
@@ -264,8 +305,9 @@ def _columns(rows: Dataset, config: DataConfig, where: str, *, partitioned: bool
         wanted["partition_by"] = config.partition_by or "topic"
     for key, column in wanted.items():
         if column not in rows.column_names:
-            near = difflib.get_close_matches(column, rows.column_names, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
+            likely = [name for name in rows.column_names if _NAME.fullmatch(name)]
+            near = difflib.get_close_matches(column, likely, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else _separator(rows.column_names)
             raise DataError(
                 f"{where} has no column {column!r} (data.{key}); it has "
                 f"{_names(rows.column_names)}{hint}"

@@ -54,8 +54,12 @@ BAD_FILES = {
     "g.json": ('[{"text": "x"},\n {"text": %s}]', "line 2, column 11 is not JSON"),
     "h.json": ('[{"text": "x"}, ["%s"]]', "entry 2 is not a JSON object, got list"),
     "i.json": ('"%s"', "entry 1 is not a JSON object, got str"),
-    "j.csv": ("text,b\nx,y\n%s,1,2\n", "Expected 2 fields in line 3, saw 3"),
-    "k.csv": ('text,b\n"%s,1\n', "EOF inside string"),
+    "j.csv": ("text,b\nx,y\n%s,1,2\n", "line 3 has 3 fields, the header 2"),
+    "k.csv": ('text,b\n"%s,1\n', "line 2 has 1 field, the header 2"),
+    "k2.csv": ('text,b\nx,"%s 1\n', "EOF inside string"),
+    "k3.csv": ("%s 1,%s 1\nx,y\n", "several columns of one name: 1 whose name may be data"),
+    "k4.csv": ("%s;text\nx;y\n", "no column 'text'.*is the separator ';'"),
+    "k5.csv": ("text %s\nx\n", r"1 whose name may be data \(not shown\)$"),
     "l.csv": ("Mr %s was here,2\nx,y\n", "no column 'text'.*2 whose names may be data"),
     "m.csv": ('"%s' + "x" * 200_000 + '"\n', "cannot be read as csv"),
     "n.csv": ("text\n%s\udcff\n", "is not UTF-8 text, in line 2"),
@@ -70,7 +74,7 @@ BAD_FILES = {
 def test_a_bad_file_is_refused_without_its_content(tmp_path: Path, name: str) -> None:
     content, words = BAD_FILES[name]
     path = tmp_path / name
-    path.write_bytes((content % SECRET).encode("utf-8", "surrogateescape"))
+    path.write_bytes(content.replace("%s", SECRET).encode("utf-8", "surrogateescape"))
     told = refusal(load(path))
     assert str(path) in told
     assert re.search(words, told), told

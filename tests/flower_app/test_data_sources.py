@@ -14,7 +14,7 @@ from datasets import Dataset
 
 from conf.schema import DataConfig
 from flower_app.partition import take_partition
-from flower_app.sources import load_rows, passages
+from flower_app.sources import DataError, load_rows, passages
 from tests.flower_app.data_helpers import files_config, write_jsonl
 
 ROWS = [{"text": f"Satz {i}: größer, 世界", "label": f"l{i % 4}"} for i in range(24)]
@@ -66,6 +66,43 @@ def test_csv_cells_stay_as_they_are_written(tmp_path: Path) -> None:
     path.write_text('q,a\n"007, or","NA"\n1,\n', encoding="utf-8")
     rows = load_rows(files_config(path, prompt_column="q", completion_column="a"))
     assert rows.to_list() == [{"a": "NA", "q": "007, or"}, {"a": "", "q": "1"}]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("text,y\nhello you,1,\nthird one,2,\n", "line 2 has 3 fields, the header 2; quote commas"),
+        ("text,y\nfine,1\n\none, two, three,2\n", "line 4 has 4 fields, the header 2"),
+        ('text,y\n"two\nlines",1\nshort\n', "line 4 has 1 field, the header 2"),
+        ('text,y\nfine,1\n"open,1\nfine,1\n', "line 3 has 1 field, .*close all quotes"),
+        ("text,y,text\na,1,b\n", "several columns of one name: text$"),
+        ("a;text\n1;one, two\n", "line 2 has 2 fields, the header 1; is the separator ';'"),
+    ],
+)
+def test_a_csv_that_would_shift_is_refused(tmp_path: Path, content: str, words: str) -> None:
+    (tmp_path / "a.csv").write_text("text,y\nfine,1\n", encoding="utf-8")
+    (tmp_path / "b.csv").write_text(content, encoding="utf-8")
+    for path in (tmp_path, tmp_path / "b.csv"):
+        with pytest.raises(DataError, match=rf"b\.csv.* {words}"):
+            load_rows(files_config(path))
+
+
+def test_a_regular_csv_passes_the_check(tmp_path: Path) -> None:
+    path, long = tmp_path / "rows.csv", "x" * 200_000
+    # With a mark, blank lines, what DataFrame.to_csv calls its index, and a cell of two lines.
+    path.write_text(f'\ufeff\n,text\r\n\n0,{long}\n  \n1,"a, ""b""\n\nc"\n2,\n\n', "utf-8")
+    assert load_rows(files_config(path))["text"] == [long, 'a, "b"\n\nc', ""]
+    path.write_text("text\n\na\n\nb", encoding="utf-8")
+    assert load_rows(files_config(path))["text"] == ["a", "b"]
+
+
+def test_csv_files_of_a_folder_may_order_their_columns_but_not_differ(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("text,y\na,1\n", encoding="utf-8")
+    (tmp_path / "b.csv").write_text("y,text\n2,b\n", encoding="utf-8")
+    assert load_rows(files_config(tmp_path))["text"] == ["a", "b"]
+    (tmp_path / "b.csv").write_text("z,text\n2,b\n", encoding="utf-8")
+    with pytest.raises(DataError, match="same columns, but only one has y, z$"):
+        load_rows(files_config(tmp_path))
 
 
 def test_a_folder_is_all_its_files(tmp_path: Path) -> None:
