@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from models.cut import Cut
 from models.parts import Parts, split_unchecked
-from models.tiny import SIZES, has_key, roughen, tiny_config
+from models.tiny import SIZES, roughen, tiny_config
 
 TOLERANCE = 1e-5
 PADDINGS = ("none", "left", "right")
@@ -147,11 +147,8 @@ def check_twin(config: PretrainedConfig, cut: Cut) -> None:
 
 def _build_twin(config: PretrainedConfig, cut: Cut) -> tuple[PreTrainedModel, Cut]:
     shrunk = {k: v for k, v in SIZES.items() if k != "num_hidden_layers"}
-    values = {
-        k: v
-        for k, v in shrunk.items()
-        if has_key(config, k) and isinstance(getattr(config, k), int)
-    }
+    own = config.to_dict()  # asked for a value that differs by layer, some configs raise
+    values = {k: v for k, v in shrunk.items() if isinstance(own.get(k), int)}
     why = ""
     for attempt in ("same", "default"):
         try:

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from models import Cut, load_part, split, tested_families
+from models import Cut, load_part, split
 from models.families import NAMED
+from models.families import tested_families as tested
 from models.verify import check_twin
 from tests.models.helpers import assert_exact, saved, tiny
 
@@ -26,7 +27,7 @@ def untested(family: str, **changes: Any):  # type: ignore[no-untyped-def]
 
 
 def test_the_named_families_are_tested() -> None:
-    assert set(NAMED) <= set(tested_families())
+    assert set(NAMED) <= set(tested())
     assert len(NAMED) == 12
 
 
@@ -136,4 +137,4 @@ def test_loading_checks_a_twin_of_the_config(
 def test_the_tested_table_is_the_documented_one(project: Path) -> None:
     rows = [line.split("|") for line in (project / "docs" / "families.md").read_text().splitlines()]
     exact = {row[1].strip() for row in rows if len(row) > 4 and row[2].strip() == "exact"}
-    assert set(tested_families()) <= exact
+    assert set(tested()) <= exact
