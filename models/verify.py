@@ -148,7 +148,8 @@ def check_twin(config: PretrainedConfig, cut: Cut) -> None:
 def _build_twin(config: PretrainedConfig, cut: Cut) -> tuple[PreTrainedModel, Cut]:
     shrunk = {k: v for k, v in SIZES.items() if k != "num_hidden_layers"}
     own = config.to_dict()  # asked for a value that differs by layer, some configs raise
-    values = {k: v for k, v in shrunk.items() if isinstance(own.get(k), int)}
+    alias = config.attribute_map
+    values = {k: v for k, v in shrunk.items() if isinstance(own.get(alias.get(k, k)), int)}
     why = ""
     for attempt in ("same", "default"):
         try:
