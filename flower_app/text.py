@@ -64,6 +64,12 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
             "set model.tokenizer to a folder, a hub id or bytes"
         )
     path = Path(name).expanduser()
+    if name.startswith(("/", "~", ".")) and not path.exists():
+        kind = "file" if path.suffix == ".gguf" else "folder"
+        raise ValueError(
+            f"no tokenizer: no {kind} {path.absolute()}; set model.tokenizer to a folder or hub id "
+            "that has one, or to bytes"
+        )
     try:
         if path.suffix == ".gguf":
             tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)

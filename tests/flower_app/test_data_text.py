@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -191,3 +192,18 @@ def test_a_byte_tokenizer_survives_saving(tmp_path: Path) -> None:
 def test_a_missing_tokenizer_is_refused_with_the_remedy(model: ModelConfig) -> None:
     with pytest.raises(ValueError, match=r"set model\.tokenizer to"):
         load_tokenizer(model)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("/nope/model", "no folder /nope/model;"),
+        ("~/nope/model", f"no folder {Path.home()}/nope/model;"),
+        ("./nope/model", f"no folder {Path.cwd()}/nope/model;"),
+        ("/nope/model.gguf", "no file /nope/model.gguf;"),
+    ],
+)
+def test_a_missing_folder_is_not_taken_for_a_hub_id(name: str, words: str) -> None:
+    for model in (ModelConfig(path=name), ModelConfig(path="x", tokenizer=name)):
+        with pytest.raises(ValueError, match=re.escape(words)):
+            load_tokenizer(model)
