@@ -120,7 +120,11 @@ def _load_files(path: Path, config: DataConfig) -> Dataset:
             f"no data at {path.absolute()}: a relative path starts at the process's folder, which "
             "Flower chooses; give an absolute one"
         )
-    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    files = [path]
+    if path.is_dir():
+        # Hidden files are editors' and systems' own: .ipynb_checkpoints, ._rows.csv.
+        visible = (f for f in path.rglob("*") if "/." not in f"/{f.relative_to(path).as_posix()}")
+        files = sorted(file for file in visible if file.is_file())
     found = {suffix: [f for f in files if f.suffix.lower() == suffix] for suffix in FORMATS}
     kinds = {FORMATS[suffix] for suffix, those in found.items() if those}
     if len(kinds) != 1:
@@ -163,12 +167,13 @@ def _load_tables(kind: str, files: list[Path]) -> Dataset:
     except DataError:
         raise
     except Exception as error:  # noqa: BLE001 - its text may quote data
-        for path in files if kind != "parquet" else []:
-            text = _read_text(path)
-            if kind == "json":
-                _find_bad_json(path, text)
-        names = ", ".join(map(str, files))
-        raise DataError(f"{names} cannot be read as {kind}: {reason(error)}") from None
+        names, why = ", ".join(map(str, files)), reason(error)
+        texts = [_read_text(file) for file in files] if kind != "parquet" else []
+        if why.startswith('Instruction "train"'):
+            raise DataError(f"{names} holds no documents") from None
+        if kind == "json":
+            _check_same_columns(files, [*map(_find_bad_json, files, texts)])
+        raise DataError(f"{names} cannot be read as {kind}: {why}") from None
 
 
 def _check_csv(path: Path) -> list[str]:
@@ -219,8 +224,9 @@ def reason(error: Exception) -> str:
     return words if _SAFE.fullmatch(words) else type(cause).__name__
 
 
-def _find_bad_json(path: Path, text: str) -> None:
-    """Raise DataError at the first place that is not JSON, or is no object."""
+def _find_bad_json(path: Path, text: str) -> set[str]:
+    """Raise DataError at the first place that is not JSON, or no object; return all keys."""
+    keys: set[str] = set()
     if path.suffix.lower() == ".json":
         try:
             value = json.loads(text)
@@ -233,7 +239,8 @@ def _find_bad_json(path: Path, text: str) -> None:
                 if not isinstance(row, dict):
                     kind = type(row).__name__
                     raise DataError(f"{path}, entry {number} is not a JSON object, got {kind}")
-            return
+                keys.update(row)
+            return keys
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
@@ -247,6 +254,8 @@ def _find_bad_json(path: Path, text: str) -> None:
         if not isinstance(value, dict):
             kind = type(value).__name__
             raise DataError(f"{path}, line {number} is not a JSON object, got {kind}")
+        keys.update(value)
+    return keys
 
 
 def _words(error: json.JSONDecodeError) -> str:

@@ -61,7 +61,7 @@ BAD_FILES = {
     "k4.csv": ("%s;text\nx;y\n", "no column 'text'.*is the separator ';'"),
     "k5.csv": ("text %s\nx\n", r"1 whose name may be data \(not shown\)$"),
     "l.csv": ("Mr %s was here,2\nx,y\n", "no column 'text'.*2 whose names may be data"),
-    "m.csv": ('"%s' + "x" * 200_000 + '"\n', "cannot be read as csv"),
+    "m.csv": ('"%s' + "x" * 200_000 + '"\n', "holds no documents"),
     "n.csv": ("text\n%s\udcff\n", "is not UTF-8 text, in line 2"),
     "o.csv": ("t\udcffxt%s\nx\n", "is not UTF-8 text, in line 1"),
     "p.txt": ("x\n\n%s\udcff", "is not UTF-8 text, in line 3"),

@@ -112,6 +112,24 @@ def test_a_folder_is_all_its_files(tmp_path: Path) -> None:
     assert load_rows(files_config(tmp_path))["text"] == [row["text"] for row in ROWS]
 
 
+def test_hidden_files_of_a_folder_are_no_data(tmp_path: Path) -> None:
+    root = tmp_path / ".data"  # what leads to the folder may be hidden
+    for name in ("a.jsonl", "sub/b.jsonl", ".c.jsonl", ".git/d.jsonl", "sub/.x/y/e.txt"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        write_jsonl(root / name, [{"text": name}])
+    assert load_rows(files_config(root))["text"] == ["a.jsonl", "sub/b.jsonl"]
+    assert load_rows(files_config(root / ".c.jsonl"))["text"] == [".c.jsonl"]
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json"])
+def test_json_files_with_other_columns_are_named(tmp_path: Path, suffix: str) -> None:
+    for name, row in (("a", {"text": "a", "q": 1}), ("b", {"text": "b", "z": 2, "Mr X said": 3})):
+        (tmp_path / f"{name}.{suffix}").write_text(json.dumps(row), encoding="utf-8")
+    words = rf"b\.{suffix} and .*a\.{suffix} must have the same columns, but only one has q, z, 1 "
+    with pytest.raises(DataError, match=words + r"whose name may be data \(not shown\)$"):
+        load_rows(files_config(tmp_path))
+
+
 def test_text_files_are_cut_into_passages_and_name_their_file(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("\n\n".join(f"{i} " + "é" * 1500 for i in range(3)), "utf-8")
     (tmp_path / "b.txt").write_text("short", encoding="utf-8")
@@ -161,7 +179,13 @@ def test_what_cannot_be_read_is_refused_in_words(tmp_path: Path) -> None:
         r"no column 'topic' \(data\.partition_by\)",
     )
     (tmp_path / "c.csv").write_text("text\n", encoding="utf-8")
-    refused(files_config(tmp_path / "c.csv"), r"c\.csv cannot be read as csv: .*no data")
+    refused(files_config(tmp_path / "c.csv"), r"c\.csv holds no documents$")
+    (tmp_path / "c.csv").write_bytes(b"text,y\nfine,1\ncaf\xe9,2\n")
+    refused(files_config(tmp_path / "c.csv"), r"c\.csv is not UTF-8 text, in line 3")
+    (tmp_path / "c.csv").write_text("a;text\n1;x\n", encoding="utf-8")
+    refused(files_config(tmp_path / "c.csv"), "is the separator ';'\\? only commas are read")
+    (tmp_path / "blank.jsonl").write_text("\n", encoding="utf-8")
+    refused(files_config(tmp_path / "blank.jsonl"), r"blank\.jsonl holds no documents$")
     (tmp_path / "d.parquet").write_text("no parquet", encoding="utf-8")
     refused(files_config(tmp_path / "d.parquet"), r"d\.parquet cannot be read as parquet")
 
