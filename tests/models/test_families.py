@@ -9,9 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from models import Cut, load_part, split
+from models import Cut, families, load_part, split
 from models.families import NAMED
-from models.families import tested_families as tested
 from models.verify import check_twin
 from tests.models.helpers import assert_exact, saved, tiny
 
@@ -27,7 +26,7 @@ def untested(family: str, **changes: Any):  # type: ignore[no-untyped-def]
 
 
 def test_the_named_families_are_tested() -> None:
-    assert set(NAMED) <= set(tested())
+    assert set(NAMED) <= set(families.tested_families())
     assert len(NAMED) == 12
 
 
@@ -137,4 +136,4 @@ def test_loading_checks_a_twin_of_the_config(
 def test_the_tested_table_is_the_documented_one(project: Path) -> None:
     rows = [line.split("|") for line in (project / "docs" / "families.md").read_text().splitlines()]
     exact = {row[1].strip() for row in rows if len(row) > 4 and row[2].strip() == "exact"}
-    assert set(tested()) <= exact
+    assert set(families.tested_families()) <= exact
