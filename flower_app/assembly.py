@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,14 +50,7 @@ def build_client(config: Config) -> tuple[Part, Part]:
         parts = split(_scratch(config), _cut(config), allow_untested=model.allow_untested)
         bottom, top = parts.bottom.to(device), parts.top.to(device)
     else:
-        bottom, top = load_client(
-            model.path,
-            _cut(config),
-            dtype=model.dtype,
-            attention=model.attention,
-            allow_untested=model.allow_untested,
-            device=device,
-        )
+        bottom, top = load_client(model.path, _cut(config), device=device, **_loading(model))
     tune(bottom, config.tuning.bottom, lora=config.lora, seed=config.seed)
     tune(top, config.tuning.top, lora=config.lora, seed=config.seed)
     return bottom, top
@@ -69,15 +63,7 @@ def build_trunk(config: Config) -> Part:
         whole = _scratch(config)
         trunk = split(whole, _cut(config), allow_untested=model.allow_untested).trunk.to(device)
     else:
-        trunk = load_part(
-            "trunk",
-            model.path,
-            _cut(config),
-            dtype=model.dtype,
-            attention=model.attention,
-            allow_untested=model.allow_untested,
-            device=device,
-        )
+        trunk = load_part("trunk", model.path, _cut(config), device=device, **_loading(model))
     tune(trunk, config.tuning.trunk, lora=config.lora, seed=config.seed)
     return trunk
 
@@ -152,6 +138,15 @@ def _scratch(config: Config) -> PreTrainedModel:
 
 def _whole(model: ModelConfig) -> PreTrainedModel:
     return load_whole(model.path, dtype=model.dtype, attention=model.attention)
+
+
+def _loading(model: ModelConfig) -> dict[str, Any]:
+    """How a part is read from a checkpoint, alike for all roles."""
+    return {
+        "dtype": model.dtype,
+        "attention": model.attention,
+        "allow_untested": model.allow_untested,
+    }
 
 
 def _cut(config: Config) -> Cut:

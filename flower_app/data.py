@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerBase
 
 from conf.schema import DataConfig, TrainConfig
 from flower_app.partition import take_partition
-from flower_app.sources import DataError, load_rows, reason
+from flower_app.sources import load_rows
+from flower_app.tables import DataError, reason
 from flower_app.text import IGNORED, Example, cut, encode, load_tokenizer
 
 __all__ = [

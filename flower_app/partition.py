@@ -10,7 +10,7 @@ from datasets import Dataset
 from flwr_datasets import partitioner as flower
 
 from conf.schema import DataConfig
-from flower_app.sources import DataError, quiet
+from flower_app.tables import DataError, quiet
 
 _CLIENT = "__client__"
 

@@ -16,7 +16,7 @@ import torch
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerBase
 
 from conf.schema import DataConfig, ModelConfig
-from flower_app.sources import DataError
+from flower_app.tables import DataError
 
 IGNORED = -100
 _ROLES = ("system", "developer", "user", "assistant", "tool", "function")

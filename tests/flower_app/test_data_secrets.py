@@ -14,7 +14,7 @@ import pytest
 from datasets import Dataset
 
 from conf.schema import DataConfig
-from flower_app import data, sources
+from flower_app import data, sources, tables
 from flower_app.data import load_client_data
 from flower_app.partition import take_partition
 from flower_app.text import encode_chat
@@ -31,7 +31,7 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
 
 def refusal(work: Callable[[], Any]) -> str:
     """Return the words of the error, after a look for the secret in them and in the traceback."""
-    with pytest.raises(sources.DataError) as caught:
+    with pytest.raises(tables.DataError) as caught:
         work()
     told = "".join(traceback.format_exception(caught.value))
     assert not any(part in told for part in (SECRET, "Geheim", "4711"))
@@ -153,7 +153,7 @@ def test_what_nobody_foresaw_is_told_by_its_type(
             raise kind(f"cannot take {SECRET}") from error
 
     path = write_jsonl(tmp_path / "own.jsonl", [{"text": "x"}])
-    for module, name in ((data, "encode"), (sources.datasets, "load_dataset")):
+    for module, name in ((data, "encode"), (tables.datasets, "load_dataset")):
         with monkeypatch.context() as patched:
             patched.setattr(module, name, fail)
             assert refusal(load(path)).split(": ")[-1].startswith("RuntimeError")

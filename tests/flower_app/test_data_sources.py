@@ -14,7 +14,8 @@ from datasets import Dataset
 
 from conf.schema import DataConfig
 from flower_app.partition import take_partition
-from flower_app.sources import DataError, load_rows, passages
+from flower_app.sources import load_rows, passages
+from flower_app.tables import DataError
 from tests.flower_app.data_helpers import files_config, write_jsonl
 
 ROWS = [{"text": f"Satz {i}: größer, 世界", "label": f"l{i % 4}"} for i in range(24)]
