@@ -323,6 +323,25 @@ def test_an_unforeseen_error_at_a_client_is_named(
         run(tiny_config(tmp_path), InProcessGrid(clients=2))
 
 
+def test_a_client_cannot_choose_its_weight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens weigh the average; those reported must be those whose steps the trunk applied."""
+    grid = InProcessGrid(clients=2)
+    deliver = grid._deliver
+
+    def boastful(message: Any) -> Any:
+        reply = deliver(message)
+        if message.metadata.message_type == "train" and message.metadata.dst_node_id == 101:
+            reply.content.metric_records["metrics"]["num-tokens"] *= 10
+        return reply
+
+    monkeypatch.setattr(grid, "_deliver", boastful)
+
+    _, metrics, _ = run(tiny_config(tmp_path), grid)
+
+    assert metrics[-1]["clients"] == ["client-0"]
+    assert "the trunk has applied steps of" in metrics[-1]["missing"]["client-1"]
+
+
 def test_nothing_of_a_client_but_parts_and_counters_is_in_its_reply(tmp_path: Path) -> None:
     """Row 32 on the control plane: no ids, no labels, no texts."""
     replies = []
