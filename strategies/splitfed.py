@@ -195,7 +195,7 @@ class SplitFed(Strategy):
         self.observer.step(**record)
 
     def _sample(self, grid: Grid, server_round: int, fraction: float) -> list[int]:
-        """Draw the cohort, alike in every run of the same seed once clients' names are known."""
+        """Draw the cohort by clients' names, so that it is alike in every run of the same seed."""
         least = self.config.federation.min_clients
         waited = 0
         while len(nodes := list(grid.get_node_ids())) < least:
@@ -218,8 +218,8 @@ class SplitFed(Strategy):
         questions = [Message(RecordDict(), node, MessageType.QUERY) for node in unknown]
         timeout = self.config.federation.round_timeout
         for reply in grid.send_and_receive(questions, timeout=timeout) if questions else ():
-            if not reply.has_error():
-                outcome = reply.content.config_records[OUTCOME]
+            outcome = {} if reply.has_error() else reply.content.config_records.get(OUTCOME, {})
+            if "client" in outcome:
                 self._names[reply.metadata.src_node_id] = str(outcome["client"])
 
     def _open(
