@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING
 from conf.rules import ConfigError, split_address
 
 if TYPE_CHECKING:
-    from conf.schema import Config, DataConfig, LinkConfig, ModelConfig, TrainConfig, TuningConfig
+    from conf.schema import (
+        AggregationConfig,
+        Config,
+        DataConfig,
+        LinkConfig,
+        ModelConfig,
+        TrainConfig,
+        TuningConfig,
+    )
 
 
 def check_model(model: ModelConfig) -> None:
@@ -83,6 +91,30 @@ def check_train(train: TrainConfig) -> None:
             key="train.momentum",
         )
 
+    for name, wanted in (("sync", "round"), ("global_batch", 0)):
+        if train.strategy != "merged" and (value := getattr(train, name)) != wanted:
+            raise ConfigError(
+                f"train.{name}={value} needs train.strategy=merged, not {train.strategy}: set "
+                f"that, or train.{name}={wanted}",
+                key=f"train.{name}",
+            )
+    if train.prox and train.sync == "step":
+        raise ConfigError(
+            f"train.prox ({train.prox:g}) has nothing to hold with train.sync=step, where no "
+            "client's weights drift: set train.prox=0 or train.sync=round",
+            key="train.prox",
+        )
+
+
+def check_aggregation(aggregation: AggregationConfig) -> None:
+    if aggregation.lora in ("exact", "svd") and aggregation.optimizer != "fedavg":
+        raise ConfigError(
+            f"aggregation.lora={aggregation.lora} with aggregation.optimizer="
+            f"{aggregation.optimizer}: a server optimizer moves the factors, and their product is "
+            "then no mean; set aggregation.optimizer=fedavg, or aggregation.lora=factors or ffa",
+            key="aggregation.optimizer",
+        )
+
 
 def check_link(link: LinkConfig) -> None:
     if bool(link.certificate) != bool(link.key):
@@ -116,7 +148,9 @@ def check_config(config: Config) -> None:
                 key="data.context",
             )
     _check_trained(config)
-    _check_reachable(config.link)
+    _check_aggregated(config)
+    if config.link.transport == "stream":
+        _check_reachable(config.link)
 
 
 def _check_trained(config: Config) -> None:
@@ -142,6 +176,23 @@ def _check_trained(config: Config) -> None:
             "small updates, and adamw's eps, are zero in fp16; set model.dtype=bf16 or "
             "model.dtype=fp32, or tune with lora, whose adapters are fp32",
             key="model.dtype",
+        )
+
+
+def _check_aggregated(config: Config) -> None:
+    how, lora = config.aggregation, "lora" in vars(config.tuning).values()
+    if how.lora != "factors" and not lora:
+        raise ConfigError(
+            f"aggregation.lora={how.lora} is about adapters, and no part has any: set "
+            "tuning.bottom, tuning.trunk or tuning.top to lora, or clear aggregation.lora",
+            key="aggregation.lora",
+        )
+    if config.train.sync == "step" and (how.optimizer != "fedavg" or how.lora in ("exact", "svd")):
+        raise ConfigError(
+            f"train.sync=step keeps clients' ends equal, so that nothing is left to aggregate: "
+            f"aggregation.optimizer={how.optimizer} and aggregation.lora={how.lora} must be "
+            "fedavg, and factors or ffa; or set train.sync=round",
+            key="train.sync",
         )
 
 

@@ -153,8 +153,17 @@ class TrainConfig(_Section):
 
     section: ClassVar[str] = "train"
 
-    strategy: str = setting("splitfed-v1", one_of("splitfed-v1", "splitfed-v2"))
-    """splitfed-v1 (a trunk replica per client, averaged) or splitfed-v2 (one trunk, in turns)."""
+    strategy: str = setting("splitfed-v1", one_of("splitfed-v1", "splitfed-v2", "merged"))
+    """splitfed-v1 (a trunk replica per client, averaged), splitfed-v2 (one trunk, in turns) or
+    merged (one trunk, all clients' micro-batches as one batch)."""
+    sync: str = setting("round", one_of("round", "step"))
+    """When clients' ends are averaged: round, or (merged only) step: all ends take one common step,
+    as in centralised training."""
+    global_batch: int = setting(0, rules.COUNT_OR_ZERO)
+    """merged: examples in a step over all clients, drawn in proportion to their data; 0: every
+    client takes `batch_size`."""
+    prox: float = setting(0.0, rules.NOT_NEGATIVE)
+    """FedProx: weight mu of the pull towards the round's first weights; 0: none."""
     rounds: int = setting(3, rules.COUNT)
     local_steps: int = setting(0, rules.COUNT_OR_ZERO)
     """Optimizer steps per client and round; 0: use `local_epochs`."""
@@ -195,16 +204,52 @@ class FederationConfig(_Section):
     fraction_evaluate: float = setting(1.0, rules.SHARE)
     min_clients: int = setting(2, rules.COUNT)
     """Wait until so many nodes are connected; at least so many are sampled."""
+    sampling: str = setting("uniform", one_of("uniform", "weighted"))
+    """How a cohort is drawn: uniform, or weighted by the clients' training examples."""
+    oversample: float = setting(0.0, rules.NOT_NEGATIVE)
+    """Ask this share more clients to train than the round needs; it ends with the first answers."""
+    quorum: float = setting(0.0, rules.SHARE)
+    """Share of the cohort that must answer for a round to count; 0: one client is enough."""
+    retries: int = setting(0, rules.COUNT_OR_ZERO)
+    """Times a round without quorum is tried again, with a cohort drawn anew."""
     round_timeout: float = setting(3600.0, rules.POSITIVE)
     """Seconds after which a round ends without the clients that have not answered."""
+    lost_after: float = setting(30.0, rules.POSITIVE)
+    """Seconds after its stream broke at which a client that does not answer is given up."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AggregationConfig(_Section):
+    """How what clients trained becomes one model. Under splitfed-v1 this includes the trunk."""
+
+    section: ClassVar[str] = "aggregation"
+
+    lora: str = setting("factors", one_of("factors", "ffa", "exact", "svd"))
+    """factors (the mean of A and of B), ffa (A is frozen), exact (the mean of B.A; what the rank
+    cannot hold goes into the base weights) or svd (the mean of B.A, cut to the rank)."""
+    optimizer: str = setting("fedavg", one_of("fedavg", "fedavgm", "fedadam", "fedyogi"))
+    """fedavg (the mean itself), or a server optimizer: fedavgm, fedadam, fedyogi."""
+    lr: float = setting(1.0, rules.POSITIVE)
+    """Learning rate of the server optimizer."""
+    momentum: float = setting(0.9, rules.BELOW_ONE)
+    """fedavgm."""
+    betas: tuple[float, float] = setting((0.9, 0.99), rules.BETAS)
+    """fedadam, fedyogi."""
+    tau: float = setting(1e-3, rules.POSITIVE)
+    """fedadam, fedyogi: added to the root of the second moment."""
+
+    def _check_together(self) -> None:
+        combinations.check_aggregation(self)
 
 
 @dataclass(frozen=True, kw_only=True)
 class LinkConfig(_Section):
-    """The data plane: the gRPC stream between a client and the trunk."""
+    """The data plane: how activations and gradients travel between a client and the trunk."""
 
     section: ClassVar[str] = "link"
 
+    transport: str = setting("stream", one_of("stream", "messages"))
+    """stream (gRPC, a port of its own) or messages (nothing but Flower's own, two for a step)."""
     bind: str = setting("127.0.0.1:0", rules.ADDRESS)
     """Address the trunk listens on; port 0: any free one (simulation)."""
     advertise: str = setting("", rules.ADDRESS_OR_EMPTY)
@@ -266,6 +311,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     federation: FederationConfig = field(default_factory=FederationConfig)
+    aggregation: AggregationConfig = field(default_factory=AggregationConfig)
     link: LinkConfig = field(default_factory=LinkConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
