@@ -10,15 +10,19 @@ import copy
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
 
 from conf.schema import TrainConfig
+from models import Cut
 from strategies.aggregation import weighted_mean
 from strategies.errors import TrunkError
 from strategies.optim import build_optimizer, trainable
+
+if TYPE_CHECKING:
+    from strategies.merged import Group
 
 
 class Turn:
@@ -63,16 +67,26 @@ class Lane:
     optimizer: torch.optim.Optimizer | None = None
     turn: Turn | None = None
     parameters: list[nn.Parameter] = field(default_factory=list)
+    anchor: list[nn.Parameter] | None = None
+    """The round's first values of `parameters`, to which FedProx pulls."""
+    group: Group | None = None
+    """Under `merged`, the sessions that work as one."""
 
 
 class Policy(Protocol):
     """Opens lanes during a round and folds them into the trunk at its end."""
 
-    def open(self, key: str, *, training: bool) -> Lane:
+    def open(self, key: str, *, training: bool, cut: Cut | None = None) -> Lane:
         """A lane for session `key`; forward-only unless `training`."""
 
     def close_round(self, weights: Mapping[str, float]) -> None:
         """Fold the lanes of the sessions in `weights` into the trunk; forget all lanes."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What outlives a round besides the trunk's tensors: optimizers."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go back to a `state_dict`."""
 
 
 def replicate(trunk: nn.Module) -> nn.Module:
@@ -108,13 +122,15 @@ class SplitFedV1:
         self._lanes: dict[str, Lane] = {}
         self._lock = threading.Lock()
 
-    def open(self, key: str, *, training: bool) -> Lane:
+    def open(self, key: str, *, training: bool, cut: Cut | None = None) -> Lane:
         """A replica of the trunk with its own optimizer, or the trunk itself for evaluation."""
         if not training:
             return Lane(self.trunk)
         replica = replicate(self.trunk)
         parameters = trainable(replica)
         lane = Lane(replica, build_optimizer(parameters, self._train), None, parameters)
+        if self._train.prox:
+            lane.anchor = trainable(self.trunk)  # which the round leaves as it is
         with self._lock:
             self._lanes[key] = lane
         return lane
@@ -135,6 +151,13 @@ class SplitFedV1:
                 if parameter.requires_grad:
                     parameter.copy_(mean[name])
 
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: every round starts with fresh optimizers."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Nothing to load."""
+
 
 class SplitFedV2:
     """One trunk for all; clients take turns, a step at a time.
@@ -150,7 +173,7 @@ class SplitFedV2:
         self._optimizer = build_optimizer(self._parameters, train)
         self._turn = Turn()
 
-    def open(self, key: str, *, training: bool) -> Lane:
+    def open(self, key: str, *, training: bool, cut: Cut | None = None) -> Lane:
         """The shared trunk, with its optimizer and the turn; without them for evaluation."""
         if not training:
             return Lane(self.trunk)
@@ -158,6 +181,15 @@ class SplitFedV2:
 
     def close_round(self, weights: Mapping[str, float]) -> None:
         """Nothing to fold: every step has moved the one trunk already."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The trunk's optimizer."""
+        return {"optimizer": self._optimizer and self._optimizer.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go back to a `state_dict`."""
+        if self._optimizer is not None:
+            self._optimizer.load_state_dict(state["optimizer"])
 
 
 POLICIES: dict[str, Callable[[nn.Module, TrainConfig], Policy]] = {

@@ -33,6 +33,7 @@ class Round:
     number: int
     rounds: int
     training: bool
+    cohort: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,14 +5,17 @@ Shapes: B sequences, T tokens, D hidden size.
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 
 from conf.schema import TrainConfig
+from models import Cut, load_trainable_state, trainable_state
 from strategies.errors import TrunkError
 from strategies.optim import derive_seed
 from strategies.policies import build_policy
@@ -60,20 +63,38 @@ class TrunkEngine:
         self.policy = build_policy(trunk, train)
         self.device = next(trunk.parameters()).device
         self._round: Round | None = None
+        self._kept: dict[str, Any] | None = None
         self._sessions: dict[str, Session] = {}
         self._lock = threading.Lock()
         self._random = threading.Lock()
 
-    def open_round(self, number: int, rounds: int, *, training: bool) -> Round:
-        """Begin a round. The trunk is in training mode during training rounds only."""
+    def open_round(
+        self, number: int, rounds: int, *, training: bool, cohort: int = 0, revocable: bool = False
+    ) -> Round:
+        """Begin a round. The trunk is in training mode during training rounds only.
+
+        Parameters
+        ----------
+        number, rounds : int
+            Which round of how many.
+        training : bool
+            False: forward only.
+        cohort : int
+            Clients that were asked; `merged` waits for so many sessions before its first step.
+        revocable : bool
+            Keep a copy of what the round may change, so that `abandon_round` can undo it.
+        """
         with self._lock:
             if self._round is not None:
                 raise RuntimeError(f"round {self._round.number} is still open: close it first")
-            self._round = Round(number=number, rounds=rounds, training=training)
+            self._round = Round(number=number, rounds=rounds, training=training, cohort=cohort)
+        self._kept = copy.deepcopy(self.state_dict()) if revocable else None
         self.trunk.train(training)
         return self._round
 
-    def open(self, key: str, *, client: str = "", steps: int = 0) -> Session:
+    def open(
+        self, key: str, *, client: str = "", steps: int = 0, cut: Cut | None = None
+    ) -> Session:
         """Open the session of one client in this round.
 
         Parameters
@@ -84,6 +105,8 @@ class TrunkEngine:
             The client's stable name, which seeds the trunk's dropout.
         steps : int
             Optimizer steps that the client plans; the schedule needs them.
+        cut : Cut, optional
+            The client's own cut, if its ends are larger than the trunk leaves them.
         """
         with self._lock:
             if self._round is None:
@@ -92,7 +115,7 @@ class TrunkEngine:
                 raise TrunkError(f"session '{key}' was opened before: a ticket serves once")
             if self._round.training and steps < 1:
                 raise TrunkError(f"a training session needs at least 1 step, got {steps}")
-            lane = self.policy.open(key, training=self._round.training)
+            lane = self.policy.open(key, training=self._round.training, cut=cut)
             session = Session(self, lane, self._round, client=client, steps=steps)
             self._sessions[key] = session
             return session
@@ -106,6 +129,23 @@ class TrunkEngine:
             session.close()
         self.policy.close_round(weights)
         self.trunk.eval()
+
+    def abandon_round(self) -> None:
+        """End a revocable round as if it had never been."""
+        if self._kept is None:
+            raise RuntimeError("this round was not opened as revocable")
+        kept, self._kept = self._kept, None
+        self.close_round({})
+        self.load_state_dict(kept)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What training has changed: the trunk's trainable tensors and the policy's own state."""
+        return {"trunk": trainable_state(self.trunk), "policy": self.policy.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go back to a `state_dict`; `ValueError` if its tensors are not this trunk's."""
+        load_trainable_state(self.trunk, state["trunk"])
+        self.policy.load_state_dict(state["policy"])
 
     def session_tokens(self, key: str) -> int:
         """Tokens whose steps session `key` has applied; 0 for an unknown session."""
