@@ -1,12 +1,12 @@
 """Splitting, loading, adapting and saving transformer models. Knows nothing of Flower."""
 
-from models.adapters import merge, tune, tune_whole
+from models.adapters import fold_residuals, merge, tune, tune_whole
 from models.checkpoint import load_client, load_part
-from models.cut import Cut
-from models.export import save_adapter, save_full
+from models.cut import Cut, in_ends
+from models.export import complete_pairs, save_adapter, save_full
 from models.families import tested_families
-from models.parts import Part, Parts, split
-from models.scratch import build_scratch, load_whole
+from models.parts import Part, Parts, narrow, split
+from models.scratch import build_scratch, load_whole, outline
 from models.state import (
     client_state,
     global_name,
@@ -22,7 +22,10 @@ __all__ = [
     "Parts",
     "build_scratch",
     "client_state",
+    "complete_pairs",
+    "fold_residuals",
     "global_name",
+    "in_ends",
     "load_client",
     "load_client_state",
     "load_part",
@@ -30,6 +33,8 @@ __all__ = [
     "load_whole",
     "merge",
     "named_trainable",
+    "narrow",
+    "outline",
     "save_adapter",
     "save_full",
     "split",

@@ -4,6 +4,9 @@ LoRA (Hu et al. 2021, arXiv:2106.09685) is peft's. Its initial values are a func
 and the tensor's name in the whole model, so that a split model, the unsplit one and every client
 start alike whatever they build first.
 
+Under FFA-LoRA (Sun et al. 2024, arXiv:2403.12313) lora_A keeps these values, so that the mean of
+lora_B is the mean of the products.
+
 A tied embedding is one Parameter in bottom and top: it is trained if either of them is ``full``.
 """
 
@@ -11,13 +14,13 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -27,6 +30,8 @@ from models.state import global_name
 
 MODES = ("full", "lora", "frozen")
 ADAPTER = "default"
+RESIDUAL = ".residual"
+"""Ends the name of what is added to the base weight of an adapted module."""
 _WANTED_BY = "_graft_wanted_by"
 
 
@@ -43,7 +48,9 @@ class Lora(Protocol):
     def target_modules(self) -> tuple[str, ...]: ...
 
 
-def tune(part: Part, mode: str, *, lora: Lora | None = None, seed: int = 0) -> Part:
+def tune(
+    part: Part, mode: str, *, lora: Lora | None = None, seed: int = 0, freeze_a: bool = False
+) -> Part:
     """Choose what is trained in a part.
 
     Parameters
@@ -57,6 +64,8 @@ def tune(part: Part, mode: str, *, lora: Lora | None = None, seed: int = 0) -> P
         Needed by ``lora``. Empty `target_modules`: all linear layers of the blocks.
     seed : int
         Of the adapters' initial values.
+    freeze_a : bool
+        Train lora_B only (FFA-LoRA).
 
     Returns
     -------
@@ -71,7 +80,8 @@ def tune(part: Part, mode: str, *, lora: Lora | None = None, seed: int = 0) -> P
     _check_mode(mode)
     _want(part.parameters(), part.role, mode == "full")
     if mode == "lora" and len(part.blocks):
-        _inject(part.model, block_linears(part), _needed(lora), seed)
+        lora = _needed(lora)
+        _inject(part.model, _choose(block_linears(part), lora), lora, seed, freeze_a)
     return part
 
 
@@ -82,6 +92,7 @@ def tune_whole(
     cut: Cut | None = None,
     lora: Lora | None = None,
     seed: int = 0,
+    freeze_a: bool = False,
 ) -> PreTrainedModel:
     """Choose what is trained in an unsplit model, exactly as `tune` does in its parts.
 
@@ -92,7 +103,7 @@ def tune_whole(
     modes : str or mapping
         One mode for all, or one for each role, which needs `cut`.
     cut : Cut, optional
-    lora, seed
+    lora, seed, freeze_a
         As in `tune`.
     """
     if isinstance(modes, str):
@@ -108,7 +119,7 @@ def tune_whole(
             chosen = _choose(block_linears(part), _needed(lora))
             linears += chosen
     if linears:
-        _inject(model, linears, _needed(lora), seed, chosen=True)
+        _inject(model, linears, _needed(lora), seed, freeze_a)
     return model
 
 
@@ -144,6 +155,62 @@ def merge(*modules: nn.Module) -> int:
     return count
 
 
+def fold_residuals(parts: Part | Iterable[Part], residuals: Mapping[str, Tensor]) -> None:
+    """Add to base weights what the mean of adapters holds beyond their rank, in place.
+
+    Parameters
+    ----------
+    parts : Part or iterable of Part
+        Any parts of one model; each module is in one of them.
+    residuals : mapping
+        ``"<module>.residual"``, modules named as in the whole model, to a dense (out, in) tensor.
+        Every call adds: to go from one residual to another, give their difference.
+
+    Raises
+    ------
+    ValueError
+        If a name is not of a linear layer of these parts, or a shape differs; nothing is added
+        then.
+
+    Notes
+    -----
+    The sum is made in fp32 and rounded to the weight's own type. In bf16 that keeps 8 bits: what is
+    below a 1/512 of a weight is lost, each time anew where differences are added.
+    """
+    own = [parts] if isinstance(parts, Part) else list(parts)
+    sums = [
+        (weight, delta)
+        for name, residual in residuals.items()
+        for weight, delta in [_addends(own, name, residual)]
+    ]
+    with torch.no_grad():
+        for weight, delta in sums:
+            weight.copy_(weight.float() + delta.to(weight.device, torch.float32))
+
+
+def _addends(parts: list[Part], name: str, residual: Tensor) -> tuple[Tensor, Tensor]:
+    """The base weight that a residual is for, and the residual as that weight is laid out."""
+    module, mark, rest = name.rpartition(RESIDUAL)
+    if not mark or rest:
+        raise ValueError(f"{name} is not a residual; its name must end in {RESIDUAL}")
+    for part in parts:
+        try:
+            layer = part.model.get_submodule(module)
+        except AttributeError:
+            continue
+        base = layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
+        if isinstance(base, (nn.Linear, Conv1D)):
+            break
+    else:
+        roles = " and ".join(part.role for part in parts)
+        raise ValueError(f"{name}: the {roles} of this model has no linear layer {module}")
+    flip = isinstance(base, Conv1D)
+    want = tuple(base.weight.shape)[:: -1 if flip else 1]
+    if tuple(residual.shape) != want or not residual.is_floating_point():
+        raise ValueError(f"{name} is {residual.dtype} {tuple(residual.shape)}, must be {want}")
+    return base.weight, residual.T if flip else residual
+
+
 def block_linears(part: Part) -> list[str]:
     """Names, as in the whole model, of the linear layers in the part's blocks."""
     inside = tuple(f"{part.block_list}.{i}." for i in part.blocks)
@@ -154,7 +221,7 @@ def block_linears(part: Part) -> list[str]:
     ]
 
 
-def initial_lora(name: str, parameter: nn.Parameter, seed: int) -> torch.Tensor:
+def initial_lora(name: str, shape: Sequence[int], seed: int) -> Tensor:
     """Return the initial value of a LoRA tensor: uniform for A, zero for B, fp32.
 
     Parameters
@@ -163,18 +230,17 @@ def initial_lora(name: str, parameter: nn.Parameter, seed: int) -> torch.Tensor:
         As in the whole model.
     """
     if ".lora_A." not in name:
-        return torch.zeros(parameter.shape)
+        return torch.zeros(*shape)
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-    value = torch.empty(parameter.shape)
+    value = torch.empty(*shape)
     nn.init.kaiming_uniform_(value, a=math.sqrt(5), generator=generator)
     return value
 
 
 def _inject(
-    model: PreTrainedModel, linears: list[str], lora: Lora, seed: int, *, chosen: bool = False
+    model: PreTrainedModel, targets: list[str], lora: Lora, seed: int, freeze_a: bool
 ) -> None:
-    targets = linears if chosen else _choose(linears, lora)
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
@@ -188,9 +254,9 @@ def _inject(
         inject_adapter_in_model(config, model, adapter_name=ADAPTER)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
-            value = initial_lora(global_name(model, name), parameter, seed)
+            value = initial_lora(global_name(model, name), parameter.shape, seed)
             parameter.data = value.to(parameter.device)
-            parameter.requires_grad_(True)
+            parameter.requires_grad_(not (freeze_a and ".lora_A." in name))
         else:
             parameter.requires_grad_(frozen[id(parameter)])
 

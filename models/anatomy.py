@@ -12,6 +12,7 @@ import copy
 import inspect
 import textwrap
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -19,6 +20,8 @@ from transformers import PreTrainedModel
 
 from models.families import refuse_flags
 from models.flow import Flow, Skip, Vacant, run_with, standin
+
+M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -124,7 +127,7 @@ def _tuple_size(node: ast.expr, named: dict[str, int]) -> int:
     return 0
 
 
-def share_copy(model: PreTrainedModel) -> PreTrainedModel:
+def share_copy(model: M) -> M:
     """Copy the modules and the config of `model`; parameters and buffers stay the same objects."""
     memo = {id(t): t for t in [*model.parameters(), *model.buffers()]}
     return copy.deepcopy(model, memo)

@@ -55,3 +55,34 @@ class Cut:
 
     def __str__(self) -> str:
         return f"{self.bottom},{self.top}"
+
+
+def in_ends(name: str, *, block_list: str, num_blocks: int, cut: Cut) -> bool:
+    """Say whether a tensor belongs to the ends of a client with this cut, or to the trunk.
+
+    Parameters
+    ----------
+    name : str
+        In the whole model: of a weight, an adapter, a residual.
+    block_list : str
+        Name of the block list, ``model.layers`` say (`Part.block_list`).
+    num_blocks : int
+        Blocks of the whole model (`Part.num_blocks_total`).
+    cut : Cut
+
+    Returns
+    -------
+    bool
+        True for every tensor outside the blocks: embeddings, final norm, head.
+
+    Raises
+    ------
+    ValueError
+        If the name is of a block that the model does not have.
+    """
+    number, inside, _ = name.removeprefix(block_list + ".").partition(".")
+    if not name.startswith(block_list + ".") or not inside or not number.isdecimal():
+        return True
+    if int(number) >= num_blocks:
+        raise ValueError(f"{name} is of block {number}; the model has {num_blocks} blocks")
+    return int(number) not in cut.ranges(num_blocks)["trunk"]

@@ -8,10 +8,16 @@ from pathlib import Path
 import torch
 from peft import LoraConfig
 from safetensors.torch import save_file
-from torch import Tensor
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.pytorch_utils import Conv1D
 
-from models.adapters import ADAPTER, Lora
+from models.adapters import ADAPTER, Lora, initial_lora
 from models.state import copy_into
 
 
@@ -68,6 +74,33 @@ def save_adapter(folder: str | Path, states: Mapping[str, Tensor], base: str, lo
     config.save_pretrained(str(target))
     save_file(tensors, target / "adapter_model.safetensors", metadata={"format": "pt"})
     return target
+
+
+def complete_pairs(
+    state: Mapping[str, Tensor], model: PreTrainedModel, seed: int
+) -> dict[str, Tensor]:
+    """Add to the lora_B of a run that froze lora_A the values that lora_A has kept.
+
+    Parameters
+    ----------
+    state : mapping
+        LoRA tensors by global name; what is no lora_B, or has its lora_A, is left alone.
+    model : PreTrainedModel
+        The model without adapters; its weights are not read (`outline` makes one).
+    seed : int
+        As given to `tune`.
+    """
+    pairs = dict(state)
+    for name, tensor in state.items():
+        module, mark, kind = name.rpartition(".lora_B.")
+        partner = f"{module}.lora_A.{kind}"
+        if not mark or partner in state:
+            continue
+        layer = model.get_submodule(module)
+        assert isinstance(layer, (nn.Linear, Conv1D))
+        width = layer.weight.shape[0 if isinstance(layer, Conv1D) else 1]
+        pairs[partner] = initial_lora(partner, (tensor.shape[1], width), seed)
+    return pairs
 
 
 def save_full(

@@ -36,6 +36,8 @@ class Part(nn.Module):
     block_list : str
         Name of the block list, ``model.layers`` say.
     num_blocks_total, hidden_size : int
+    arity : int
+        What a block returns, see `Anatomy.arity`.
     """
 
     def __init__(self, model: PreTrainedModel, role: str, cut: Cut, anatomy: Anatomy) -> None:
@@ -43,6 +45,7 @@ class Part(nn.Module):
         self.role = role
         self.cut = cut
         self.block_list = anatomy.blocks
+        self.arity = anatomy.arity
         self.num_blocks_total = anatomy.num_blocks
         self.blocks = cut.ranges(anatomy.num_blocks)[role]
         self.hidden_size = anatomy_of.width(model)
@@ -165,6 +168,54 @@ def split_unchecked(model: PreTrainedModel, cut: Cut) -> Parts:
     anatomy = anatomy_of.examine(model)
     bottom, trunk, top = (Part(model, role, cut, anatomy) for role in ROLES)
     return Parts(bottom, trunk, top)
+
+
+def narrow(trunk: Part, cut: Cut) -> Part:
+    """Look at a trunk as a client sees it that keeps more blocks than the trunk leaves it.
+
+    Parameters
+    ----------
+    trunk : Part
+        Left as it is. It may have adapters.
+    cut : Cut
+        The client's; at least the trunk's own on both sides.
+
+    Returns
+    -------
+    Part
+        Runs the blocks between the client's ends, exactly as `split` at `cut` would. Its
+        parameters and buffers are the trunk's: no weight is copied. The trunk itself for its cut.
+
+    Raises
+    ------
+    ValueError
+        If the cut lies outside the trunk, or leaves no block of it.
+    """
+    if trunk.role != "trunk":
+        raise ValueError(f"only a trunk can be narrowed, not a {trunk.role}")
+    own, old = cut.ranges(trunk.num_blocks_total)["trunk"], trunk.blocks
+    if own.start < old.start or own.stop > old.stop:
+        raise ValueError(
+            f"the trunk holds blocks {old.start} to {old.stop - 1}; the cut {cut} leaves blocks "
+            f"{own.start} to {own.stop - 1} to it: keep at least {trunk.cut.bottom} below and "
+            f"{trunk.cut.top} above"
+        )
+    if own == old:
+        return trunk
+    view = anatomy_of.share_copy(trunk)
+    view.cut, view.blocks = cut, own
+    blocks = view.model.get_submodule(view.block_list)
+    assert isinstance(blocks, nn.ModuleList)
+    for i in set(old) - set(own):
+        # The hooks of a replaced block go with it.
+        blocks[i] = Skip(blocks[i], f"{view.block_list}.{i}", view.arity)
+    if own.start > old.start:
+        if old.start:
+            blocks[old.start - 1].graft_mode = "idle"
+        blocks[own.start - 1].graft_mode = "deliver"
+    if own.stop < old.stop:
+        blocks[own.stop - 1].register_forward_hook(halt_hook)
+    return view
 
 
 def _carve(model: PreTrainedModel, role: str, own: range, anatomy: Anatomy) -> PreTrainedModel:

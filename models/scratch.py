@@ -129,6 +129,15 @@ def read_config(path_or_id: str) -> PretrainedConfig:
         raise ValueError(f"cannot read the config of {path_or_id}: {error}") from error
 
 
+def outline(path_or_id: str) -> PreTrainedModel:
+    """Return a checkpoint's model without its weights; a ``.gguf`` file is read for it."""
+    if path_or_id.endswith(".gguf"):
+        return load_whole(path_or_id)
+    config = read_config(path_or_id)
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
 @contextmanager
 def no_progress_bar() -> Iterator[None]:
     """Hide transformers' progress bars while weights are read."""
