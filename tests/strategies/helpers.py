@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from conf.schema import LinkConfig, TrainConfig
@@ -16,9 +14,13 @@ from flower_app import training
 from flower_app.data import Batch
 from models import Cut, split
 from models.tiny import VOCAB, tiny_config
+from simulations.reference import fed_avg_round, train_whole
 from strategies.transport.link import GrpcLink, LocalLink
 from strategies.transport.service import TrunkService
 from strategies.trunk import TrunkEngine
+
+__all__ = ["fed_avg_round", "train_whole"]
+"""Imported from here by the tests."""
 
 HIDDEN = 32
 CUT = Cut(bottom=1, top=1)
@@ -105,75 +107,6 @@ def train_split(
     outcome = training.train(parts.bottom, parts.top, link, steps, len(steps), train, place())
     engine.close_round({"one": outcome.tokens})
     return outcome
-
-
-def train_whole(
-    model: PreTrainedModel,
-    steps: Sequence[Sequence[Batch]],
-    train: TrainConfig,
-    round: int = 1,
-    rounds: int = 1,
-) -> tuple[list[float], int]:
-    """Train an unsplit model the plain PyTorch way, in place; returns step losses and tokens.
-
-    Written without Graft's optimizer code on purpose: this is what Graft is compared with.
-    """
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    if train.optimizer == "adamw":
-        optimizer: torch.optim.Optimizer = torch.optim.AdamW(
-            parameters,
-            lr=train.lr,
-            betas=train.betas,
-            eps=train.eps,
-            weight_decay=train.weight_decay,
-        )
-    else:
-        optimizer = torch.optim.SGD(
-            parameters, lr=train.lr, momentum=train.momentum, weight_decay=train.weight_decay
-        )
-    model.train()
-    losses, all_tokens = [], 0
-    for index, batches in enumerate(steps):
-        done = (round - 1 + index / len(steps)) / rounds
-        factor = 0.5 * (1 + math.cos(math.pi * done)) if train.schedule == "cosine" else 1.0
-        for group in optimizer.param_groups:
-            group["lr"] = train.lr * factor
-        tokens = sum(int((b.labels[:, 1:] != -100).sum()) for b in batches)
-        loss = torch.zeros(())
-        for batch in batches:
-            logits = model(batch.input_ids, attention_mask=batch.attention_mask).logits
-            loss = loss + F.cross_entropy(
-                logits[:, :-1].flatten(0, 1), batch.labels[:, 1:].flatten(), reduction="sum"
-            )
-        loss = loss / tokens
-        loss.backward()
-        if train.clip:
-            torch.nn.utils.clip_grad_norm_(parameters, train.clip)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(float(loss.detach()))
-        all_tokens += tokens
-    model.eval()
-    return losses, all_tokens
-
-
-def fed_avg_round(
-    whole: PreTrainedModel,
-    cohort: Sequence[Sequence[Sequence[Batch]]],
-    train: TrainConfig,
-    round: int,
-    rounds: int,
-) -> None:
-    """Plain FedAvg over unsplit copies, weighted by tokens."""
-    copies, weights = [], []
-    for steps in cohort:
-        copy = twin(whole)
-        weights.append(train_whole(copy, steps, train, round, rounds)[1])
-        copies.append(dict(copy.named_parameters()))
-    with torch.no_grad():
-        for name, parameter in whole.named_parameters():
-            mean = sum(w * c[name] for w, c in zip(weights, copies, strict=True)) / sum(weights)
-            parameter.copy_(mean)
 
 
 def largest_difference(one: torch.nn.Module, other: torch.nn.Module) -> float:
