@@ -15,7 +15,7 @@ from flower_app.data import batches, num_steps, steps
 from flower_app.site import Site, client_name
 from flower_app.text import Example
 from models import Part, client_state
-from strategies.answers import ARRAYS, METRICS, OUTCOME, to_arrays
+from strategies.answers import ARRAYS, METRICS, OUTCOME, PROFILE, TICKET, to_arrays
 from strategies.errors import TrunkError
 from strategies.optim import derive_seed
 from strategies.transport.link import GrpcLink
@@ -38,10 +38,21 @@ def evaluate(message: Message, context: Context) -> Message:
 
 
 @app.query()
-def name(message: Message, context: Context) -> Message:
-    """Tell this client's name."""
-    outcome = Record({"client": client_name(context), "error": ""})
-    return Message(content=RecordDict({OUTCOME: outcome}), reply_to=message)
+def query(message: Message, context: Context) -> Message:
+    """Tell this client's name, cut and rank, and, if asked, how many examples it trains on."""
+
+    def profile(site: Site) -> RecordDict:
+        config, own = site.config, context.node_config
+        counted = message.content.config_records[TICKET]["count-examples"]
+        told = {
+            "cut-bottom": int(own.get("cut-bottom", config.cut.bottom)),
+            "cut-top": int(own.get("cut-top", config.cut.top)),
+            "lora-rank": int(own.get("lora-rank", config.lora.rank)),
+            "examples": len(site.data()[0].train) if counted else 0,
+        }
+        return RecordDict({PROFILE: Record(told)})
+
+    return _answer(profile, message, context)
 
 
 def _train(site: Site) -> RecordDict:

@@ -14,6 +14,7 @@ from flwr.app import Array, ArrayRecord, Message
 from torch import Tensor
 
 ARRAYS, CONFIG, TICKET, METRICS, OUTCOME = "arrays", "config", "ticket", "metrics", "outcome"
+PROFILE = "profile"
 """Names of the records in a message and its reply."""
 
 COUNTERS = ("num-tokens", "loss", "steps", "bytes-up", "bytes-down")

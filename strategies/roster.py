@@ -1,0 +1,237 @@
+"""Who could take part, and who is drawn."""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from logging import INFO, WARNING
+from typing import Any
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
+from flwr.serverapp import Grid
+from flwr.supercore import log
+
+from conf.load import to_json
+from conf.schema import Config, FederationConfig
+from strategies.answers import ARRAYS, CONFIG, OUTCOME, PROFILE, TICKET
+from strategies.optim import derive_seed
+from strategies.replies import push, receive
+
+TRIES = 3
+"""Times that nodes which cannot take part are asked again before a round is given up for them."""
+
+ROUNDING = 1e-9
+"""0.55 * 100 is a little more than 55."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Profile:
+    """What a client tells of itself: its name, its own cut and rank, and its training examples.
+
+    `examples` is 0 where nobody needs to know: to count them means to load the data.
+    """
+
+    node: int
+    client: str
+    bottom: int
+    top: int
+    rank: int
+    examples: int = 0
+
+
+class Roster:
+    """Asks every node at first sight who it is, and keeps what the connected ones answered.
+
+    Parameters
+    ----------
+    config : Config
+        Travels with the question. Examples are counted for `federation.sampling=weighted` and
+        `train.global_batch`.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._count = config.federation.sampling == "weighted" or config.train.global_batch > 0
+        self._profiles: dict[int, Profile] = {}
+        self._refused: dict[int, str] = {}
+        self._asked: dict[str, Message] = {}
+
+    def __getitem__(self, node: int) -> Profile:
+        return self._profiles[node]
+
+    def gather(self, grid: Grid) -> list[Profile]:
+        """Who can take part now, by name; waits until `federation.min_clients` are connected.
+
+        Raises
+        ------
+        RuntimeError
+            If so many are connected but fewer can take part, with every node's reason.
+        """
+        least = self._config.federation.min_clients
+        for attempt in range(TRIES):
+            if attempt:
+                time.sleep(1)
+            self.meet(grid, wait_for(grid, least))
+            if len(self._profiles) >= least:
+                return sorted(self._profiles.values(), key=lambda profile: profile.client)
+        reasons = "; ".join(f"node {node}: {why}" for node, why in sorted(self._refused.items()))
+        raise RuntimeError(
+            f"{len(self._profiles)} of {len(self._profiles) + len(self._refused)} connected nodes "
+            f"can take part, federation.min_clients={least} required: {reasons}"
+        )
+
+    def meet(self, grid: Grid, nodes: Sequence[int]) -> None:
+        """Ask the nodes that have not said who they are, and forget those that have left.
+
+        A round waits for the first answers as long as for any other, later only
+        `federation.lost_after` for a newcomer's; an answer that comes later counts from then on.
+        """
+        self._forget_all_but(set(nodes))
+        open_to = {message.metadata.dst_node_id for message in self._asked.values()}
+        new = [node for node in nodes if node not in self._profiles and node not in open_to]
+        waiting, refused = push(grid, [self._question(node) for node in new])
+        self._asked.update(waiting)
+        federation = self._config.federation
+        replies = receive(
+            grid,
+            self._asked,
+            timeout=federation.lost_after if self._profiles else federation.round_timeout,
+            enough=lambda: not waiting.keys() & self._asked.keys(),
+        )
+        arrived = sorted([*refused, *replies], key=lambda reply: reply.metadata.src_node_id)
+        for node in new:
+            self._refused[node] = "it has not yet said who it is"
+        for reply in arrived:
+            self._learn(reply)
+        for node in new:
+            if node in self._refused:
+                log(WARNING, "node %d does not take part: %s", node, self._refused[node])
+
+    def _forget_all_but(self, nodes: set[int]) -> None:
+        self._profiles = {node: p for node, p in self._profiles.items() if node in nodes}
+        self._refused = {node: why for node, why in self._refused.items() if node in nodes}
+        self._asked = {i: m for i, m in self._asked.items() if m.metadata.dst_node_id in nodes}
+
+    def _question(self, node: int) -> Message:
+        ticket = ConfigRecord(
+            {"round": 0, "rounds": self._config.train.rounds, "count-examples": self._count}
+        )
+        shared = ConfigRecord({"json": to_json(self._config)})
+        content = RecordDict({ARRAYS: ArrayRecord(), CONFIG: shared, TICKET: ticket})
+        return Message(content=content, message_type=MessageType.QUERY, dst_node_id=node)
+
+    def _learn(self, reply: Message) -> None:
+        node = reply.metadata.src_node_id
+        try:
+            profile = read_profile(node, reply)
+            taken = [p.node for p in self._profiles.values() if p.client == profile.client]
+            if taken:
+                raise ValueError(
+                    f"it is called '{profile.client}' like node {taken[0]}, and names seed the "
+                    "order of the data; give each SuperNode a name of its own "
+                    "(--node-config 'name=\"...\"')"
+                )
+        except (KeyError, TypeError, ValueError) as error:
+            self._refused[node] = f"{error}"
+        else:
+            self._refused.pop(node, None)
+            self._profiles[node] = profile
+
+
+def wait_for(grid: Grid, least: int) -> list[int]:
+    """The ids of the connected nodes, once there are `least`."""
+    waited = 0
+    while len(nodes := sorted(grid.get_node_ids())) < least:
+        if waited % 10 == 0:
+            text = "waiting for clients: %d connected, federation.min_clients=%d required"
+            log(INFO, text, len(nodes), least)
+        time.sleep(1)
+        waited += 1
+    return nodes
+
+
+def read_profile(node: int, reply: Message) -> Profile:
+    """Read the answer to a question; `ValueError` if there is none or it makes no sense."""
+    if reply.has_error():
+        raise ValueError(reply.error.reason or f"Flower's error {reply.error.code}")
+    records = reply.content.config_records
+    outcome: Mapping[str, Any] = records.get(OUTCOME, {})
+    if error := outcome.get("error"):
+        raise ValueError(str(error))
+    told: Mapping[str, Any] = records.get(PROFILE, {})
+    name = outcome.get("client")
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"it says it is called {name!r}")
+    numbers = {"cut-bottom": 0, "cut-top": 0, "lora-rank": 1, "examples": 0}
+    for key, least in numbers.items():
+        value = told.get(key)
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ValueError(f"{name} says {key}={value!r}")
+    return Profile(
+        node=node,
+        client=name,
+        bottom=told["cut-bottom"],
+        top=told["cut-top"],
+        rank=told["lora-rank"],
+        examples=told["examples"],
+    )
+
+
+def sizes(present: int, fraction: float, federation: FederationConfig) -> tuple[int, int]:
+    """How many answers a round needs of how many clients: the share asked for, and `min_clients`.
+
+    Returns
+    -------
+    count, asked : int
+        The cohort, and with it those who are asked beyond it (`federation.oversample`).
+    """
+    count = min(present, max(federation.min_clients, round(fraction * present)))
+    return count, min(present, math.ceil(count * (1 + federation.oversample) - ROUNDING))
+
+
+def quorum(count: int, share: float) -> int:
+    """How many of `count` answers let a round count: at least one."""
+    return max(1, math.ceil(share * count - ROUNDING))
+
+
+def choose(
+    present: Sequence[Profile], count: int, seed: int, *, weighted: bool, avoid: Iterable[str] = ()
+) -> list[Profile]:
+    """Draw `count` clients without replacement, by name, so that equal seeds draw alike.
+
+    Each client gets the key ``-ln(u) / w``, with u uniform in (0, 1] from the seed and its name, and
+    the smallest keys win: Efraimidis & Spirakis 2006, *Weighted random sampling with a reservoir*
+    (Information Processing Letters 97(5)), whose keys ``u ** (1 / w)`` have the reverse order. It is
+    as if clients were drawn one after the other, each time with probability in proportion to w
+    among those left.
+
+    Parameters
+    ----------
+    present : sequence of Profile
+        Who can take part.
+    count : int
+        How many to draw.
+    seed : int
+        Of this draw.
+    weighted : bool
+        w is a client's examples, else 1. A client without examples comes last.
+    avoid : iterable of str
+        Names to draw only if the others are too few.
+
+    Returns
+    -------
+    list of Profile
+        By name.
+    """
+    shunned = set(avoid)
+
+    def key(profile: Profile) -> tuple[bool, float, str]:
+        uniform = 1.0 - random.Random(derive_seed(seed, profile.client)).random()
+        weight = profile.examples if weighted else 1
+        place = -math.log(uniform) / weight if weight else math.inf
+        return profile.client in shunned, place, profile.client
+
+    return sorted(sorted(present, key=key)[:count], key=lambda profile: profile.client)
