@@ -17,6 +17,8 @@ from models import (
     Cut,
     Part,
     build_scratch,
+    complete_pairs,
+    fold_residuals,
     load_client,
     load_client_state,
     load_part,
@@ -24,12 +26,14 @@ from models import (
     load_whole,
     merge,
     named_trainable,
+    outline,
     save_adapter,
     save_full,
     split,
     tune,
 )
-from models.scratch import parse_dtype
+from models.adapters import RESIDUAL
+from models.scratch import make_config, parse_dtype, read_config
 
 LAST = "last:"
 
@@ -51,9 +55,7 @@ def build_client(config: Config) -> tuple[Part, Part]:
         bottom, top = parts.bottom.to(device), parts.top.to(device)
     else:
         bottom, top = load_client(model.path, _cut(config), device=device, **_loading(model))
-    tune(bottom, config.tuning.bottom, lora=config.lora, seed=config.seed)
-    tune(top, config.tuning.top, lora=config.lora, seed=config.seed)
-    return bottom, top
+    return _tune(bottom, config), _tune(top, config)
 
 
 def build_trunk(config: Config) -> Part:
@@ -64,17 +66,25 @@ def build_trunk(config: Config) -> Part:
         trunk = split(whole, _cut(config), allow_untested=model.allow_untested).trunk.to(device)
     else:
         trunk = load_part("trunk", model.path, _cut(config), device=device, **_loading(model))
-    tune(trunk, config.tuning.trunk, lora=config.lora, seed=config.seed)
-    return trunk
+    return _tune(trunk, config)
 
 
 def describe(part: Part) -> str:
-    """What a part was cut from, and where: alike for parts that fit together."""
+    """What a part was cut from: alike for parts of one model, wherever it was cut."""
     text = part.config.get_text_config(decoder=True)
     return (
         f"{part.config.model_type} of {part.num_blocks_total} blocks x {part.hidden_size}, "
-        f"vocabulary {text.vocab_size}, cut {part.cut}"
+        f"vocabulary {text.vocab_size}"
     )
+
+
+def num_blocks(config: Config) -> int | None:
+    """Blocks of the configured model, from its config alone; None where that takes reading it."""
+    model = config.model
+    if model.path.endswith(".gguf"):
+        return None
+    whole = make_config(model.scratch) if model.scratch else read_config(model.path)
+    return int(whole.get_text_config(decoder=True).num_hidden_layers)
 
 
 def export_model(
@@ -85,23 +95,28 @@ def export_model(
 ) -> Path:
     """Save what was trained as one standard artifact.
 
-    A PEFT adapter folder if only adapters were trained on a checkpoint; otherwise a
-    `from_pretrained` folder of the whole model, with adapters merged in where a run mixes both.
+    A PEFT adapter folder if only adapters were trained on a checkpoint, and its rank holds all
+    of it; otherwise a `from_pretrained` folder of the whole model, with adapters merged in.
 
     Parameters
     ----------
     config : Config
         The run's configuration.
     state : mapping
-        Trained tensors of all three parts, by their names in the whole model.
+        Trained tensors of all three parts, by their names in the whole model; adapters in the rank
+        of `config`. What that rank could not hold is in ``"<module>.residual"``.
     tokenizer : PreTrainedTokenizerBase or None
         Saved beside the model.
     folder : Path
         Where to; created.
     """
     modes = {config.tuning.bottom, config.tuning.trunk, config.tuning.top}
-    if "full" not in modes and config.model.path:
-        save_adapter(folder, dict(state), base=config.model.path, lora=config.lora)
+    beyond_rank = any(name.endswith(RESIDUAL) for name in state)
+    if "full" not in modes and config.model.path and not beyond_rank:
+        pairs = dict(state)
+        if config.aggregation.lora == "ffa":
+            pairs = complete_pairs(state, outline(config.model.path), config.seed)
+        save_adapter(folder, pairs, base=config.model.path, lora=config.lora)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
         return folder
@@ -118,17 +133,33 @@ def export_model(
 
 
 def assemble(config: Config, state: Mapping[str, Tensor]) -> PreTrainedModel:
-    """The whole model with the trained tensors in place and adapters merged, in this process."""
+    """The whole model with the trained tensors in place and adapters merged, in this process.
+
+    `state` is as for `export_model`.
+    """
+    residuals, state = take_residuals(state)
     whole = _scratch(config) if config.model.scratch else _whole(config.model)
     parts = split(whole, _cut(config), allow_untested=config.model.allow_untested)
     for part in parts:
-        tune(part, getattr(config.tuning, part.role), lora=config.lora, seed=config.seed)
+        _tune(part, config)
+    fold_residuals(parts, residuals)
     of_trunk = named_trainable(parts.trunk).keys()
     load_trainable_state(parts.trunk, {name: state[name] for name in of_trunk if name in state})
     rest = {name: tensor for name, tensor in state.items() if name not in of_trunk}
     load_client_state(parts.bottom, parts.top, rest)
     merge(*parts)  # into weights that the parts share with the whole
     return whole
+
+
+def take_residuals(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Divide named tensors into residuals, for `fold_residuals`, and trained ones."""
+    residuals = {name: tensor for name, tensor in state.items() if name.endswith(RESIDUAL)}
+    return residuals, {name: state[name] for name in state if name not in residuals}
+
+
+def _tune(part: Part, config: Config) -> Part:
+    mode, ffa = getattr(config.tuning, part.role), config.aggregation.lora == "ffa"
+    return tune(part, mode, lora=config.lora, seed=config.seed, freeze_a=ffa)
 
 
 def _scratch(config: Config) -> PreTrainedModel:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
 
 from flwr.app import Context, Message
 from transformers import PreTrainedTokenizerBase
@@ -10,10 +12,10 @@ from transformers import PreTrainedTokenizerBase
 from conf.load import from_json
 from conf.schema import Config
 from flower_app import training
-from flower_app.assembly import build_client, describe, set_threads
+from flower_app.assembly import build_client, describe, num_blocks, set_threads, take_residuals
 from flower_app.data import ClientData, load_client_data
 from flower_app.text import load_tokenizer
-from models import Part, load_client_state
+from models import Part, fold_residuals, load_client_state
 from strategies.answers import ARRAYS, CONFIG, TICKET, from_arrays
 from strategies.transport.link import GrpcLink
 
@@ -25,10 +27,8 @@ class Site:
         content, self._node = message.content, context.node_config
         self._ticket = content.config_records[TICKET]
         self._arrays = content.array_records[ARRAYS]
-        config = from_json(str(content.config_records[CONFIG]["json"]))
-        if own := str(self._node.get("model-path", "")):
-            config = dataclasses.replace(config, model=dataclasses.replace(config.model, path=own))
-        self.config: Config = config
+        shared = from_json(str(content.config_records[CONFIG]["json"]))
+        self.config = config = own_config(shared, self._node)
         self.place = training.Place(
             seed=config.seed,
             client=client_name(context),
@@ -66,7 +66,9 @@ class Site:
                 "model.path, or this node's copy of it as model-path in --node-config"
             )
         if self._arrays:
-            load_client_state(bottom, top, from_arrays(self._arrays))
+            residuals, state = take_residuals(from_arrays(self._arrays))
+            load_client_state(bottom, top, state)
+            fold_residuals((bottom, top), residuals)
         return bottom, top
 
     def link(self, steps: int) -> GrpcLink:
@@ -91,3 +93,106 @@ def client_name(context: Context) -> str:
     if "partition-id" in node:
         return f"client-{node['partition-id']}"
     return f"node-{context.node_id}"
+
+
+def own_config(config: Config, node: Mapping[str, Any]) -> Config:
+    """The run's configuration as this node takes part in it.
+
+    Parameters
+    ----------
+    config : Config
+        The run's. Its cut says where the trunk begins and ends, so a node may keep more blocks, not
+        fewer.
+    node : mapping
+        The node's own configuration: `cut-bottom`, `cut-top`, `lora-rank` and `model-path` count
+        here. Other keys are left to others.
+
+    Raises
+    ------
+    ValueError
+        If a statement is wrong, or the run cannot serve it.
+    """
+    config = _with_own_path(config, str(node.get("model-path", "")))
+    config = _with_own_cut(config, node)
+    return _with_own_rank(config, node)
+
+
+def _with_own_path(config: Config, path: str) -> Config:
+    if not path:
+        return config
+    if config.model.scratch:
+        raise ValueError(
+            f"model-path ({path!r}) in this node's config: the run starts from model.scratch, "
+            "which every node makes by itself; take model-path out"
+        )
+    return replace(config, model=replace(config.model, path=path))
+
+
+def _with_own_cut(config: Config, node: Mapping[str, Any]) -> Config:
+    cut = config.cut
+    bottom = _own_count(node, "cut-bottom", cut.bottom, least=0)
+    top = _own_count(node, "cut-top", cut.top, least=0)
+    if bottom < cut.bottom:
+        raise ValueError(
+            f"cut-bottom={bottom} in this node's config: the trunk starts at block {cut.bottom}, "
+            f"so nobody would hold what lies between; keep {cut.bottom} blocks or more, or start "
+            f"the run with cut.bottom={bottom}"
+        )
+    if top < cut.top:
+        raise ValueError(
+            f"cut-top={top} in this node's config: the trunk leaves only the last {cut.top} blocks "
+            f"to its clients, so nobody would hold what lies between; keep {cut.top} or more, or "
+            f"start the run with cut.top={top}"
+        )
+    for end, count, fewest in (("bottom", bottom, cut.bottom), ("top", top, cut.top)):
+        if count > fewest:
+            _check_shared_blocks(config, end, count)
+    if (bottom, top) != (cut.bottom, cut.top):
+        blocks = num_blocks(config)
+        if blocks is not None and bottom + top >= blocks:
+            raise ValueError(
+                f"cut-bottom={bottom} and cut-top={top} of this node leave no block to the trunk: "
+                f"the model has {blocks}; lower one of them"
+            )
+    return replace(config, cut=replace(cut, bottom=bottom, top=top))
+
+
+def _check_shared_blocks(config: Config, end: str, count: int) -> None:
+    """Refuse an end with blocks that others have in the trunk, unless they learn there alike."""
+    said = f"cut-{end}={count} in this node's config, while the run has cut.{end}"
+    if config.train.strategy != "splitfed-v1":
+        raise ValueError(
+            f"{said}={getattr(config.cut, end)}: under train.strategy={config.train.strategy} "
+            "all clients share one trunk and one cut; use train.strategy=splitfed-v1, or take "
+            f"cut-{end} out"
+        )
+    mine, trunk = getattr(config.tuning, end), config.tuning.trunk
+    if mine != trunk:
+        raise ValueError(
+            f"{said}={getattr(config.cut, end)}: the blocks between are in this node's {end} and "
+            f"in others' trunk, and tuning.{end}={mine} differs from tuning.trunk={trunk}; make "
+            f"them alike, or take cut-{end} out"
+        )
+
+
+def _with_own_rank(config: Config, node: Mapping[str, Any]) -> Config:
+    rank = _own_count(node, "lora-rank", config.lora.rank, least=1)
+    ends = (config.tuning.bottom, config.tuning.top)
+    if rank == config.lora.rank or "lora" not in ends:
+        return config  # a node may state its rank for all runs, those without adapters too
+    if config.aggregation.lora not in ("exact", "svd"):
+        raise ValueError(
+            f"lora-rank={rank} in this node's config, while the run has lora.rank="
+            f"{config.lora.rank}: aggregation.lora={config.aggregation.lora} averages factors of "
+            "one rank; use aggregation.lora=exact or svd, or take lora-rank out"
+        )
+    return replace(config, lora=replace(config.lora, rank=rank))
+
+
+def _own_count(node: Mapping[str, Any], key: str, default: int, *, least: int) -> int:
+    value = node.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(
+            f"{key} in this node's config must be a whole number, {least} or more, got {value!r}"
+        )
+    return value

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Protocol
 
 import torch
@@ -221,19 +221,21 @@ def block_linears(part: Part) -> list[str]:
     ]
 
 
-def initial_lora(name: str, shape: Sequence[int], seed: int) -> Tensor:
+def initial_lora(name: str, like: Tensor, seed: int) -> Tensor:
     """Return the initial value of a LoRA tensor: uniform for A, zero for B, fp32.
 
     Parameters
     ----------
     name : str
         As in the whole model.
+    like : Tensor
+        Only its shape counts; it may be on the meta device.
     """
     if ".lora_A." not in name:
-        return torch.zeros(*shape)
+        return torch.zeros(like.shape)
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-    value = torch.empty(*shape)
+    value = torch.empty(like.shape)
     nn.init.kaiming_uniform_(value, a=math.sqrt(5), generator=generator)
     return value
 
@@ -254,7 +256,7 @@ def _inject(
         inject_adapter_in_model(config, model, adapter_name=ADAPTER)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
-            value = initial_lora(global_name(model, name), parameter.shape, seed)
+            value = initial_lora(global_name(model, name), parameter, seed)
             parameter.data = value.to(parameter.device)
             parameter.requires_grad_(not (freeze_a and ".lora_A." in name))
         else:

@@ -99,7 +99,9 @@ def complete_pairs(
         layer = model.get_submodule(module)
         assert isinstance(layer, (nn.Linear, Conv1D))
         width = layer.weight.shape[0 if isinstance(layer, Conv1D) else 1]
-        pairs[partner] = initial_lora(partner, (tensor.shape[1], width), seed)
+        pairs[partner] = initial_lora(
+            partner, torch.empty(tensor.shape[1], width, device="meta"), seed
+        )
     return pairs
 
 
