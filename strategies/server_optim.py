@@ -143,4 +143,4 @@ def _numpy(tensor: Tensor) -> NDArray[np.float64]:
 
 
 def _record(arrays: Mapping[str, NDArray[np.float64]]) -> ArrayRecord:
-    return ArrayRecord({name: Array(np.ascontiguousarray(a)) for name, a in arrays.items()})
+    return ArrayRecord({name: Array(a) for name, a in arrays.items()})
