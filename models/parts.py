@@ -208,7 +208,8 @@ def narrow(trunk: Part, cut: Cut) -> Part:
     assert isinstance(blocks, nn.ModuleList)
     for i in set(old) - set(own):
         # The hooks of a replaced block go with it.
-        blocks[i] = Skip(blocks[i], f"{view.block_list}.{i}", view.arity)
+        skip = Skip(blocks[i], f"{view.block_list}.{i}", view.arity)
+        blocks[i] = skip.train(view.training)
     if own.start > old.start:
         if old.start:
             blocks[old.start - 1].graft_mode = "idle"
