@@ -30,6 +30,23 @@ def test_dtype_is_kept_and_the_sum_is_not_done_in_it() -> None:
     assert mean["w"].item() == 1.0
 
 
+def test_another_dtype_can_be_asked_for() -> None:
+    states = [{"w": torch.tensor([value], dtype=torch.bfloat16)} for value in (1.0, 1.0078125)]
+
+    mean = weighted_mean(states, [1, 1], dtype=torch.float64)
+
+    assert mean["w"].dtype == torch.float64
+    assert mean["w"].item() == 1.00390625
+
+
+def test_whoever_does_not_fit_is_named() -> None:
+    good, bad = {"a": torch.ones(2)}, {"a": torch.tensor([1.0, float("inf")])}
+
+    for other in (bad, {"b": torch.ones(2)}, {"a": torch.ones(3)}):
+        with pytest.raises(ValueError, match="carol"):
+            weighted_mean([good, other, good], [1, 1, 1], who=["alice", "carol", "bob"])
+
+
 @pytest.mark.parametrize(
     ("states", "weights", "word"),
     [
