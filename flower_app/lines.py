@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+NAMED = 8
+"""Clients that a line names; the others are counted."""
 
 
 def step_line(record: Mapping[str, Any], rounds: int) -> str:
@@ -43,9 +46,8 @@ def round_line(record: Mapping[str, Any], rounds: int) -> str:
     Returns
     -------
     str
-        Losses, rate, traffic, time, and who took part.
+        Losses, rate, traffic, time, who took part, and who did not and why.
     """
-    who = ", ".join(record["clients"]) or "nobody"
     parts = [f"round {record['round']}/{rounds}" if record["round"] else "before training"]
     for name, key in (("train", "train"), ("held-out", "evaluate")):
         loss = (record[key] or {}).get("loss")
@@ -55,10 +57,10 @@ def round_line(record: Mapping[str, Any], rounds: int) -> str:
         parts.append(_rate(record["tokens"], record["seconds"]))
     parts.append(_traffic(record))
     parts.append(f"{record['seconds']:.1f} s")
-    parts.append(f"clients: {who}")
-    if record["missing"]:
-        reasons = (f"{name} ({why})" for name, why in sorted(record["missing"].items()))
-        parts.append(f"missing: {', '.join(reasons)}")
+    parts.append(_clients(record))
+    for label, missing in _all_missing(record):
+        if missing:
+            parts.append(f"{label}: {_reasons(missing)}")
     return " | ".join(parts)
 
 
@@ -97,6 +99,39 @@ def perplexity(loss: float) -> float:
         The perplexity.
     """
     return math.exp(min(loss, 700.0))
+
+
+def _clients(record: Mapping[str, Any]) -> str:
+    clients, asked = record["clients"], len(record["asked"])
+    counted = "" if len(clients) == asked <= NAMED else f" {len(clients)} of {asked}"
+    return f"clients{counted}: {_names(clients)}"
+
+
+def _all_missing(record: Mapping[str, Any]) -> list[tuple[str, Mapping[str, str]]]:
+    """Labels and reasons: of attempts that were undone, of the training, of the evaluation."""
+    undone = [
+        (f"attempt {number} had no quorum, missing", turnout["missing"])
+        for number, turnout in enumerate(record.get("abandoned", ()), start=1)
+    ]
+    later = (record.get("evaluation") or {}).get("missing", {})
+    return [*undone, ("missing", record["missing"]), ("missing in the evaluation", later)]
+
+
+def _reasons(missing: Mapping[str, str]) -> str:
+    """Names by reason, `NAMED` of them at most."""
+    by_reason: dict[str, list[str]] = {}
+    for name in sorted(missing)[:NAMED]:
+        by_reason.setdefault(missing[name], []).append(name)
+    told = [f"{', '.join(names)} ({why})" for why, names in by_reason.items()]
+    return ", ".join(told) + _rest(len(missing))
+
+
+def _names(names: Sequence[str]) -> str:
+    return ", ".join(names[:NAMED]) + _rest(len(names)) if names else "nobody"
+
+
+def _rest(count: int) -> str:
+    return f" and {count - NAMED} more" if count > NAMED else ""
 
 
 def _rate(tokens: int, seconds: float) -> str:

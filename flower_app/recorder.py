@@ -10,7 +10,8 @@ import json
 import math
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,7 @@ class Recorder:
         bytes_up: int,
         bytes_down: int,
         seconds: Mapping[str, float],
+        attempt: int = 1,
     ) -> None:
         """Record one optimizer step of one client.
 
@@ -96,8 +98,10 @@ class Recorder:
             Bytes from the client to the trunk and back.
         seconds : mapping
             Time in `bottom`, `network`, `trunk` and `top`.
+        attempt : int
+            Which attempt at the round it belongs to. Those before the round's last one were undone.
         """
-        record = {
+        record: dict[str, Any] = {
             "kind": "step",
             "round": round,
             "client": client,
@@ -111,6 +115,8 @@ class Recorder:
             "bytes_down": bytes_down,
             "seconds": dict(seconds),
         }
+        if attempt > 1:
+            record["attempt"] = attempt
         every = max(1, self.config.output.log_every)
         line = ""
         if step % every == 0 or step == steps:
@@ -123,12 +129,16 @@ class Recorder:
         round: int,
         train: Mapping[str, Any] | None,
         evaluate: Mapping[str, Any] | None,
+        asked: Iterable[str],
         clients: Iterable[str],
         missing: Mapping[str, str],
         tokens: int,
         bytes_up: int,
         bytes_down: int,
         seconds: float,
+        evaluation: Mapping[str, Any] | None = None,
+        attempts: int = 1,
+        abandoned: Iterable[Mapping[str, Any]] = (),
     ) -> None:
         """Record one round; round 0 is the evaluation before training.
 
@@ -138,22 +148,30 @@ class Recorder:
             The round.
         train, evaluate : mapping or None
             Metrics over all clients, weighted by tokens; `loss` is the mean per token.
-        clients : iterable of str
-            Names of the clients that took part.
+        asked, clients : iterable of str
+            Names of the clients that were asked to train, and of those whose answers were used; in
+            round 0, to evaluate.
         missing : mapping
-            Name and reason of each client that was sampled and did not answer.
+            Name and reason of each client that was asked and dropped.
         tokens : int
             Tokens trained on in this round.
         bytes_up, bytes_down : int
             Bytes from all clients to the trunk and back.
         seconds : float
             Duration of the round.
+        evaluation : mapping, optional
+            `asked`, `clients` and `missing` of the evaluation after training.
+        attempts : int
+            How often the round was tried. What it holds besides `abandoned` is the last attempt's.
+        abandoned : iterable of mapping
+            `asked`, `clients` and `missing` of each attempt without quorum.
         """
-        record = {
+        record: dict[str, Any] = {
             "kind": "round",
             "round": round,
             "train": None if train is None else dict(train),
             "evaluate": None if evaluate is None else dict(evaluate),
+            "asked": sorted(asked),
             "clients": sorted(clients),
             "missing": dict(missing),
             "tokens": tokens,
@@ -161,6 +179,10 @@ class Recorder:
             "bytes_down": bytes_down,
             "seconds": seconds,
         }
+        if evaluation is not None:
+            record["evaluation"] = dict(evaluation)
+        if attempts > 1:
+            record |= {"attempts": attempts, "abandoned": [dict(turnout) for turnout in abandoned]}
         self._rounds.append(record)
         self._write(record, round_line(record, self.config.train.rounds))
 
@@ -211,7 +233,8 @@ class Recorder:
         losses = [loss for loss in evaluated if loss is not None]
         tokens = sum(record["tokens"] for record in trained)
         seconds = time.monotonic() - self._clock
-        missing = self._rounds[-1]["missing"] if self._rounds else {}
+        missing = last_missing(self._rounds)
+        dropped = times_dropped(self._rounds)
         return {
             "status": status,
             "experiment": self.config.experiment,
@@ -228,7 +251,9 @@ class Recorder:
             "tokens_per_second": round(tokens / seconds, 3) if seconds else 0.0,
             "started": self._started.isoformat(),
             "finished": datetime.now().astimezone().isoformat(),
-        } | ({"missing": missing} if missing else {})
+            **({"missing": missing} if missing else {}),
+            **({"dropped": dropped} if dropped else {}),
+        }
 
     def _write(self, record: dict[str, Any], line: str) -> None:
         with self._lock:
@@ -243,6 +268,61 @@ class Recorder:
         if not self._empty:
             plot_loss(self.folder)
         _write_whole(self.folder / "summary.json", _dumps(summary, indent=2) + "\n")
+
+
+def turnouts(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return who was asked, answered and was dropped, for all that a round asked.
+
+    Parameters
+    ----------
+    record : mapping
+        A round, as in `metrics.jsonl`.
+
+    Returns
+    -------
+    list of mapping
+        Abandoned attempts, training, evaluation.
+    """
+    evaluation = record.get("evaluation")
+    return [*record.get("abandoned", ()), record, *([evaluation] if evaluation else [])]
+
+
+def times_dropped(rounds: Iterable[Mapping[str, Any]]) -> dict[str, int]:
+    """Return how often each client was asked in vain, the most often first.
+
+    Parameters
+    ----------
+    rounds : iterable of mapping
+        Rounds, as in `metrics.jsonl`.
+
+    Returns
+    -------
+    dict
+        Names and counts, those not needed included: whoever is always too slow never counts.
+    """
+    names = (
+        name for record in rounds for turnout in turnouts(record) for name in turnout["missing"]
+    )
+    return dict(sorted(Counter(names).items(), key=lambda item: (-item[1], item[0])))
+
+
+def last_missing(rounds: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Return who was missing in the last round, and why.
+
+    Parameters
+    ----------
+    rounds : sequence of mapping
+        Rounds, as in `metrics.jsonl`.
+
+    Returns
+    -------
+    dict
+        Names and reasons; training's before the evaluation's.
+    """
+    if not rounds:
+        return {}
+    last = rounds[-1]
+    return {**(last.get("evaluation") or {}).get("missing", {}), **last["missing"]}
 
 
 def _write_whole(path: Path, text: str) -> None:

@@ -13,8 +13,8 @@ import torch
 from flwr.app import Array, ArrayRecord, Message
 from torch import Tensor
 
-ARRAYS, CONFIG, TICKET, METRICS, OUTCOME = "arrays", "config", "ticket", "metrics", "outcome"
-PROFILE = "profile"
+ARRAYS, CONFIG, TICKET = "arrays", "config", "ticket"
+METRICS, OUTCOME, PROFILE = "metrics", "outcome", "profile"
 """Names of the records in a message and its reply."""
 
 COUNTERS = ("num-tokens", "loss", "steps", "bytes-up", "bytes-down")

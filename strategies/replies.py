@@ -1,4 +1,4 @@
-"""Waiting for clients' replies: one for every message, the client's own or the reason there is none.
+"""Waiting for replies: one for every message, the client's own or the reason why there is none.
 
 Flower's `send_and_receive` returns when all have answered or time is up. Here replies come one by
 one, so that a round can end with the first answers that suffice, and a client whose stream to the
@@ -79,7 +79,7 @@ def receive(
     timeout : float
         Seconds from now.
     enough : callable
-        Asked after every reply; true ends the wait.
+        Asked after every reply and every look at the mail; true ends the wait.
     lost : callable
         Whether a node will not answer any more. If all that are left will not, the wait ends.
 
@@ -89,7 +89,7 @@ def receive(
     earlier round's message is nobody's.
     """
     started = time.monotonic()
-    while waiting and not enough():
+    while waiting:
         for reply in list(grid.pull_messages(list(waiting))):
             message = waiting.pop(reply.metadata.reply_to_message_id, None)
             if message is None:
@@ -98,7 +98,8 @@ def receive(
             if enough():
                 return
         waited = time.monotonic() - started
-        if waited >= timeout or all(lost(m.metadata.dst_node_id) for m in waiting.values()):
+        done = enough() or all(lost(m.metadata.dst_node_id) for m in waiting.values())
+        if done or waited >= timeout:
             return
         pause = min(LONGEST_PAUSE, max(FIRST_PAUSE, PAUSE_SHARE * waited))
         time.sleep(min(pause, timeout - waited))
@@ -159,7 +160,7 @@ def unanswered(message: Message, reason: str) -> Message:
 
 
 def _from(message: Message, reply: Message) -> Message:
-    """The reply, with the node's own id: where Flower reports a node's loss, it puts the server's."""
+    """The reply under its node's id: Flower's word that a node is lost bears the server's."""
     if reply.has_error():
         return Message(reply.error, reply_to=message)
     return reply

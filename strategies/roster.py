@@ -110,6 +110,20 @@ class Roster:
             if node in self._refused:
                 log(WARNING, "node %d does not take part: %s", node, self._refused[node])
 
+    def draw(
+        self,
+        present: Sequence[Profile],
+        count: int,
+        number: int,
+        attempt: int = 1,
+        avoid: Iterable[str] = (),
+    ) -> list[Profile]:
+        """Draw the cohort of an attempt at round `number`; see `choose`."""
+        again = (attempt,) if attempt > 1 else ()
+        seed = derive_seed(self._config.seed, number, "sample", *again)
+        weighted = self._config.federation.sampling == "weighted"
+        return choose(present, count, seed, weighted=weighted, avoid=avoid)
+
     def _forget_all_but(self, nodes: set[int]) -> None:
         self._profiles = {node: p for node, p in self._profiles.items() if node in nodes}
         self._refused = {node: why for node, why in self._refused.items() if node in nodes}
@@ -202,11 +216,11 @@ def choose(
 ) -> list[Profile]:
     """Draw `count` clients without replacement, by name, so that equal seeds draw alike.
 
-    Each client gets the key ``-ln(u) / w``, with u uniform in (0, 1] from the seed and its name, and
-    the smallest keys win: Efraimidis & Spirakis 2006, *Weighted random sampling with a reservoir*
-    (Information Processing Letters 97(5)), whose keys ``u ** (1 / w)`` have the reverse order. It is
-    as if clients were drawn one after the other, each time with probability in proportion to w
-    among those left.
+    Each client gets the key ``-ln(u) / w``, with u uniform in (0, 1] from the seed and its name,
+    and the smallest keys win: Efraimidis & Spirakis 2006, *Weighted random sampling with a
+    reservoir* (Information Processing Letters 97(5)), whose keys ``u ** (1 / w)`` have the reverse
+    order. It is as if clients were drawn one after the other, each time with probability in
+    proportion to w among those left.
 
     Parameters
     ----------

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import random
-import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from logging import INFO
-from typing import Any, Protocol
+from logging import INFO, WARNING
+from typing import Protocol
 
 from flwr.app import (
     ArrayRecord,
@@ -24,20 +21,22 @@ from torch import Tensor
 
 from conf.load import to_json
 from conf.schema import Config
+from models import Cut
 from strategies.aggregation import weighted_mean
 from strategies.answers import (
     ARRAYS,
     CONFIG,
-    OUTCOME,
     TICKET,
     Answer,
     from_arrays,
     mismatches,
-    read_answer,
     to_arrays,
 )
-from strategies.optim import derive_seed
-from strategies.transport.service import StepReport, TrunkService
+from strategies.cohort import Cohort
+from strategies.replies import exchange
+from strategies.roster import Profile, Roster, quorum, sizes
+from strategies.tally import Tally
+from strategies.transport.service import Broken, StepReport, TrunkService
 from strategies.trunk import TrunkEngine
 
 
@@ -53,26 +52,13 @@ class Observer(Protocol):
         """Called with the fields of an ended round; round 0 is the evaluation before training."""
 
 
-@dataclass(kw_only=True)
-class _Tally:
-    """A round as it will be reported."""
-
-    started: float = field(default_factory=time.monotonic)
-    clients: set[str] = field(default_factory=set)
-    missing: dict[str, str] = field(default_factory=dict)
-    train: dict[str, float] | None = None
-    evaluate: dict[str, float] | None = None
-    tokens: int = 0
-    bytes_up: int = 0
-    bytes_down: int = 0
-
-
 class SplitFed(Strategy):
     """Federated split learning: clients keep bottom and top, the server keeps the trunk.
 
-    `configure_train` samples the cohort, opens the round on the trunk and sends each client the
+    `configure_train` draws the cohort, opens the round on the trunk and sends each client the
     averaged bottom/top tensors with a session ticket. `aggregate_train` averages what came back by
-    tokens, folds the trunk as its policy says, and names who was missing.
+    tokens, folds the trunk as its policy says, and names who was missing. A round whose quorum
+    fails is undone and tried again with a cohort drawn anew.
 
     Parameters
     ----------
@@ -90,7 +76,7 @@ class SplitFed(Strategy):
     Raises
     ------
     RuntimeError
-        From a round in which no client finished, with every client's reason.
+        From a round without quorum and retries, with every client's reason.
     """
 
     def __init__(
@@ -104,11 +90,12 @@ class SplitFed(Strategy):
     ) -> None:
         self.model = model
         self.engine, self.service, self.config, self.observer = engine, service, config, observer
+        self.roster = Roster(config)
         self._rounds = config.train.rounds
-        self._sampled: dict[int, str] = {}
-        self._names: dict[int, str] = {}
+        self._grid: Grid | None = None
         self._sent: dict[str, Tensor] = {}
-        self._tally = _Tally()
+        self._cohort = Cohort()
+        self._tally = Tally(number=-1)
 
     def summary(self) -> None:
         """Log what the strategy will do."""
@@ -116,173 +103,203 @@ class SplitFed(Strategy):
         log(INFO, "\t├──> Trunk: %s at %s", train.strategy, self.service.address)
         log(
             INFO,
-            "\t└──> Sampling: train %.2f | evaluate %.2f | at least %d clients",
+            "\t└──> Sampling: %s | train %.2f | evaluate %.2f | at least %d clients",
+            federation.sampling,
             federation.fraction_train,
             federation.fraction_evaluate,
             federation.min_clients,
         )
 
-    def start(self, grid: Grid, initial_arrays: ArrayRecord, *args: Any, **kwargs: Any) -> Result:
-        """Evaluate before training, then run all rounds; see `flwr.serverapp.strategy.Strategy`."""
-        timeout = kwargs.get("timeout", self.config.federation.round_timeout)
-        messages = self.configure_evaluate(0, initial_arrays, ConfigRecord(), grid)
-        self.aggregate_evaluate(0, grid.send_and_receive(messages, timeout=timeout))
-        return super().start(grid, initial_arrays, *args, **kwargs)
+    def start(
+        self,
+        grid: Grid,
+        initial_arrays: ArrayRecord,
+        num_rounds: int = 3,
+        timeout: float = 3600.0,
+    ) -> Result:
+        """Evaluate before training, then run all rounds.
+
+        Flower's own loop waits for every reply and cannot try a round again. `timeout` is not
+        read: `federation.round_timeout` is.
+        """
+        self._grid, self._rounds = grid, num_rounds
+        self.summary()
+        result, arrays = Result(arrays=initial_arrays), initial_arrays
+        self._evaluate(0, arrays, grid)
+        for number in range(1, num_rounds + 1):
+            arrays, result.train_metrics_clientapp[number] = self._train(number, arrays, grid)
+            result.arrays = arrays
+            if metrics := self._evaluate(number, arrays, grid):
+                result.evaluate_metrics_clientapp[number] = metrics
+        return result
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Open a training round and make a message with a ticket for each client of the cohort."""
-        self._tally = _Tally()
+        if self._tally.number != server_round:
+            self._tally = Tally(number=server_round)
         self._sent = from_arrays(arrays)
-        nodes = self._sample(grid, server_round, self.config.federation.fraction_train)
-        return self._open(server_round, arrays, nodes, training=True)
+        federation, tally = self.config.federation, self._tally
+        present = self.roster.gather(grid)
+        count, asked = sizes(len(present), federation.fraction_train, federation)
+        lost = tally.abandoned[-1].missing if tally.abandoned else {}
+        # Those who were just lost are asked again only if a round needs them.
+        asked = max(count, min(asked, len([p for p in present if p.client not in lost])))
+        cohort = self.roster.draw(present, asked, server_round, tally.attempt, avoid=lost)
+        return self._open(server_round, arrays, cohort, count, training=True)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Average the clients' tensors and the trunk by the tokens each client trained on."""
-        answers = self._collect(replies, self._train_error)
-        odd = mismatches(answers, self._sent)
-        for answer in answers:
-            if answer.key in odd:
-                self._tally.missing[answer.client] = odd[answer.key]
-        answers = [answer for answer in answers if answer.key not in odd]
-        self._tally.clients = {answer.client for answer in answers}
+        """Average the clients' tensors and the trunk by the tokens each client trained on.
+
+        Without quorum the round is undone, and both are None: it can be configured again.
+        """
+        cohort, tally = self._cohort, self._tally
+        answers = cohort.collect(replies, self._train_error)
+        answers = cohort.drop(mismatches(answers, self._sent))
         weights = {answer.key: answer.metrics["num-tokens"] for answer in answers}
         self.service.end_round()
+        if len(answers) < quorum(cohort.count, self.config.federation.quorum):
+            self._give_up(server_round)
+            return None, None
         self.engine.close_round(weights)
-        if not answers:
-            raise RuntimeError(self._nobody(server_round, "training"))
         mean = weighted_mean([answer.state for answer in answers], list(weights.values()))
         metrics = self._fold(answers)
-        self._tally.train, self._tally.tokens = metrics, int(metrics["num-tokens"])
+        tally.training, tally.train = cohort.turnout, metrics
+        tally.tokens = int(metrics["num-tokens"])
         return to_arrays(mean), MetricRecord(dict(metrics))
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Open a forward-only round; no messages if nothing is held out or evaluated."""
-        if server_round == 0:
-            self._tally = _Tally()
-        self._sampled = {}
-        if self.config.federation.fraction_evaluate == 0 or self.config.data.heldout == 0:
+        if self._tally.number != server_round:
+            self._tally = Tally(number=server_round)
+        self._cohort, federation = Cohort(), self.config.federation
+        if federation.fraction_evaluate == 0 or self.config.data.heldout == 0:
             return []
-        nodes = self._sample(grid, server_round, self.config.federation.fraction_evaluate)
-        return self._open(server_round, arrays, nodes, training=False)
+        present = self.roster.gather(grid)
+        count, _ = sizes(len(present), federation.fraction_evaluate, federation)
+        cohort = self.roster.draw(present, count, server_round)
+        return self._open(server_round, arrays, cohort, count, training=False)
 
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]
     ) -> MetricRecord | None:
         """Mean held-out loss over all tokens of all clients; reports the round."""
         metrics = None
-        if self._sampled:
-            answers = self._collect(replies, lambda answer: "")
-            if server_round == 0:
-                self._tally.clients = {answer.client for answer in answers}
+        if self._cohort.profiles:
+            answers, turnout = self._cohort.collect(replies), self._cohort.turnout
             self.service.end_round()
             self.engine.close_round({})
             if not answers:
-                raise RuntimeError(self._nobody(server_round, "evaluation"))
+                raise RuntimeError(
+                    f"no client finished evaluation in round {server_round}: {turnout.reasons()}"
+                )
             metrics = self._tally.evaluate = self._fold(answers)
-        self._report(server_round)
+            self._tally.evaluation = turnout
+        self.observer.round(**self._tally.record())
         return MetricRecord(dict(metrics)) if metrics else None
 
     def on_step(self, report: StepReport) -> None:
-        """Pass a step from the data plane to the observer, with the round it belongs to."""
-        record = {**vars(report), "round": int(report.key.split("-")[1]), "step": report.step + 1}
+        """Pass a step from the data plane to the observer, with the round it belongs to.
+
+        Steps of a round's second attempt say so: they take the place of the first one's.
+        """
+        number, attempt = map(int, report.key.split("-")[1].split("."))
+        record = {**vars(report), "round": number, "step": report.step + 1}
         del record["key"]
-        self.observer.step(**record)
+        self.observer.step(**record, attempt=attempt)
 
-    def _sample(self, grid: Grid, server_round: int, fraction: float) -> list[int]:
-        """Draw the cohort by clients' names, so that it is alike in every run of the same seed."""
-        least = self.config.federation.min_clients
-        waited = 0
-        while len(nodes := list(grid.get_node_ids())) < least:
-            if waited % 10 == 0:
-                text = "waiting for clients: %d connected, federation.min_clients=%d required"
-                log(INFO, text, len(nodes), least)
-            time.sleep(1)
-            waited += 1
-        count = min(len(nodes), max(least, round(fraction * len(nodes))))
-        if count == len(nodes):
-            return sorted(nodes)
-        self._learn_names(grid, nodes)
-        nodes.sort(key=lambda node: (self._name(node), node))
-        seed = derive_seed(self.config.seed, server_round, "sample")
-        return sorted(random.Random(seed).sample(nodes, count))
+    def _train(
+        self, number: int, arrays: ArrayRecord, grid: Grid
+    ) -> tuple[ArrayRecord, MetricRecord]:
+        """Train one round, as often as it takes or may."""
+        while True:
+            messages = self.configure_train(number, arrays, ConfigRecord(), grid)
+            mean, metrics = self.aggregate_train(
+                number, self._exchange(messages, self._cohort.enough)
+            )
+            if mean is not None and metrics is not None:
+                return mean, metrics
 
-    def _learn_names(self, grid: Grid, nodes: Sequence[int]) -> None:
-        """Ask clients for their names: Flower's node ids differ in every run, names do not."""
-        unknown = [node for node in nodes if node not in self._names]
-        questions = [Message(RecordDict(), node, MessageType.QUERY) for node in unknown]
-        timeout = self.config.federation.round_timeout
-        for reply in grid.send_and_receive(questions, timeout=timeout) if questions else ():
-            outcome = {} if reply.has_error() else reply.content.config_records.get(OUTCOME, {})
-            if "client" in outcome:
-                self._names[reply.metadata.src_node_id] = str(outcome["client"])
+    def _evaluate(self, number: int, arrays: ArrayRecord, grid: Grid) -> MetricRecord | None:
+        messages = self.configure_evaluate(number, arrays, ConfigRecord(), grid)
+        return self.aggregate_evaluate(number, self._exchange(messages, self._cohort.enough))
+
+    def _exchange(
+        self, messages: Iterable[Message], enough: Callable[[], bool]
+    ) -> Iterable[Message]:
+        """Bring messages to the clients and yield one reply for each; see `replies.exchange`."""
+        assert self._grid is not None
+        federation = self.config.federation
+        return exchange(
+            self._grid,
+            list(messages),
+            timeout=federation.round_timeout,
+            enough=enough,
+            broken=self._broken,
+            lost_after=federation.lost_after,
+        )
+
+    def _broken(self, node: int) -> Broken | None:
+        return self.service.broken(self._cohort.keys[node])
 
     def _open(
-        self, server_round: int, arrays: ArrayRecord, nodes: Sequence[int], *, training: bool
+        self,
+        number: int,
+        arrays: ArrayRecord,
+        cohort: Sequence[Profile],
+        count: int,
+        *,
+        training: bool,
     ) -> list[Message]:
-        self.engine.open_round(server_round, self._rounds, training=training)
+        self.engine.open_round(
+            number,
+            self._rounds,
+            training=training,
+            cohort=len(cohort),
+            revocable=training and self.config.federation.retries > 0,
+        )
         purpose = "train" if training else "evaluate"
-        self._sampled = {node: f"{purpose}-{server_round}-{node}" for node in nodes}
+        stem = f"{purpose}-{number}.{self._tally.attempt}"
+        self._cohort = Cohort(cohort, count, stem)
         shared = ConfigRecord({"json": to_json(self.config)})
         return [
             Message(
                 content=RecordDict(
-                    {ARRAYS: arrays, CONFIG: shared, TICKET: self._ticket(server_round, key)}
+                    {ARRAYS: arrays, CONFIG: shared, TICKET: self._ticket(number, profile)}
                 ),
                 message_type=MessageType.TRAIN if training else MessageType.EVALUATE,
-                dst_node_id=node,
+                dst_node_id=profile.node,
             )
-            for node, key in self._sampled.items()
+            for profile in cohort
         ]
 
-    def _ticket(self, server_round: int, key: str) -> ConfigRecord:
+    def _ticket(self, number: int, profile: Profile) -> ConfigRecord:
+        cut = Cut(bottom=profile.bottom, top=profile.top)
+        usual = Cut(bottom=self.config.cut.bottom, top=self.config.cut.top)
         return ConfigRecord(
             {
                 "address": self.service.address,
-                "token": self.service.admit(key),
+                "token": self.service.admit(
+                    self._cohort.keys[profile.node], None if cut == usual else cut
+                ),
                 "certificate": self.service.certificate,
                 "model": self.model,
-                "round": server_round,
+                "round": number,
                 "rounds": self._rounds,
             }
         )
 
-    def _collect(self, replies: Iterable[Message], check: Callable[[Answer], str]) -> list[Answer]:
-        """The answers that hold, in the order of client names; the tally learns who is missing."""
-        waiting = dict(self._sampled)
-        answers = []
-        for reply in replies:
-            node = reply.metadata.src_node_id
-            key = waiting.pop(node, None)
-            if key is None:
-                continue
-            answer = read_answer(key, reply, self._name(node))
-            if error := answer.error or check(answer):
-                self._tally.missing[answer.client] = error
-            else:
-                self._names[node] = answer.client
-                answers.append(answer)
-        limit = self.config.federation.round_timeout
-        for node in waiting:
-            self._tally.missing[self._name(node)] = (
-                f"no answer within federation.round_timeout={limit:g} s"
-            )
-        return sorted(answers, key=lambda answer: (answer.client, answer.key))
-
-    def _name(self, node: int) -> str:
-        return self._names.get(node, f"node {node}")
-
     def _train_error(self, answer: Answer) -> str:
-        """Why an answer's tokens cannot be its weight: the trunk has applied steps of others."""
+        """Why an answer cannot be averaged: its tokens are its weight, its tensors must fit."""
         seen, told = self.engine.session_tokens(answer.key), answer.metrics["num-tokens"]
-        if told == seen:
-            return ""
-        return f"it reports {told:g} trained tokens, the trunk has applied steps of {seen}"
+        if told != seen:
+            return f"it reports {told:g} trained tokens, the trunk has applied steps of {seen}"
+        return mismatches([answer], self._sent).get(answer.key, "") if self._sent else ""
 
     def _fold(self, answers: Sequence[Answer]) -> dict[str, float]:
         """Sum counters and weight the loss by tokens."""
@@ -292,20 +309,22 @@ class SplitFed(Strategy):
         self._tally.bytes_down += int(sum(answer.metrics["bytes-down"] for answer in answers))
         return {"loss": loss, "num-tokens": tokens, "clients": len(answers)}
 
-    def _nobody(self, server_round: int, what: str) -> str:
-        reasons = "; ".join(f"{name}: {why}" for name, why in sorted(self._tally.missing.items()))
-        return f"no client finished {what} in round {server_round}: {reasons}"
-
-    def _report(self, server_round: int) -> None:
-        tally = self._tally
-        self.observer.round(
-            round=server_round,
-            train=tally.train,
-            evaluate=tally.evaluate,
-            clients=sorted(tally.clients),
-            missing=tally.missing,
-            tokens=tally.tokens,
-            bytes_up=tally.bytes_up,
-            bytes_down=tally.bytes_down,
-            seconds=time.monotonic() - tally.started,
-        )
+    def _give_up(self, number: int) -> None:
+        """Undo a training round without quorum; `RuntimeError` if it may not be tried again."""
+        turnout, tally, federation = self._cohort.turnout, self._tally, self.config.federation
+        if turnout.clients:
+            needed = quorum(self._cohort.count, federation.quorum)
+            text = (
+                f"round {number} has no quorum: federation.quorum={federation.quorum:g} of "
+                f"{self._cohort.count} clients is {needed}, {len(turnout.clients)} answered "
+                f"({', '.join(turnout.clients)}); {turnout.reasons()}"
+            )
+        else:
+            text = f"no client finished training in round {number}: {turnout.reasons()}"
+        if tally.attempt > federation.retries:
+            self.engine.close_round({})
+            again = f" (attempt {tally.attempt} of {tally.attempt})" if federation.retries else ""
+            raise RuntimeError(f"{text}{again}")
+        self.engine.abandon_round()
+        tally.abandoned.append(turnout)
+        log(WARNING, "%s. Attempt %d of %d follows", text, tally.attempt, federation.retries + 1)

@@ -228,7 +228,7 @@ def test_a_round_ends_without_those_that_failed_and_says_who(tmp_path: Path) -> 
     """Row 15: silence, a killed process and bad data each have a reason; the rest is averaged."""
     grid = InProcessGrid(clients=4)
     grid.node_configs[3] = {"data-path": str(tmp_path / "nowhere.jsonl"), "name": "hospital"}
-    config = tiny_config(tmp_path, "federation.round_timeout=5")
+    config = tiny_config(tmp_path, "federation.round_timeout=1")
 
     def fail_after_the_first_evaluation(message: Any) -> None:
         if message.metadata.message_type == "train":
@@ -354,6 +354,12 @@ def test_nothing_of_a_client_but_parts_and_counters_is_in_its_reply(tmp_path: Pa
     for reply in replies:
         content = reply.content
         assert set(content.config_records["outcome"]) == {"client", "error"}
+        if reply.metadata.message_type == "query":
+            profile = {"cut-bottom", "cut-top", "lora-rank", "examples"}
+            assert set(content.config_records["profile"]) == profile
+            assert content.config_records["profile"]["examples"] == 0, "nobody needs to know"
+            assert set(content) == {"outcome", "profile"}
+            continue
         metrics = {"num-tokens", "loss", "steps", "bytes-up", "bytes-down"}
         assert set(content.metric_records["metrics"]) == metrics
         assert set(content) <= {"outcome", "metrics", "arrays"}

@@ -59,6 +59,7 @@ def _round(recorder: Recorder, **changes: Any) -> None:
         "round": 1,
         "train": {"loss": 4.0},
         "evaluate": {"loss": 3.0, "tokens": 50},
+        "asked": ["b", "a"],
         "clients": ["b", "a"],
         "missing": {},
         "tokens": 200,
