@@ -223,6 +223,21 @@ def bench_memory(
     _figures(measure(), as_json)
 
 
+@app.command(rich_help_panel="Check and measure")
+def study(
+    quick: Annotated[bool, typer.Option("--quick", help="The same in small, in a minute.")] = False,
+    out: Annotated[str, typer.Option(help="Folder for the results; empty: a new one.")] = "",
+) -> None:
+    """Compare how six ways of training learn: table and plot of held-out loss over tokens."""
+    from flower_app.runs import new_folder, runs_folder
+    from simulations.study import QUICK, Study, run_study
+
+    name = "quick" if quick else "full"
+    folder = Path(out) if out else new_folder(runs_folder().parent / "studies", name)
+    run_study(QUICK if quick else Study(), folder, say=typer.echo)
+    typer.echo(f"in {folder.absolute()}")
+
+
 def _joined(overrides: list[str] | None) -> str:
     """Return overrides as one string that `conf.load` splits as a shell does."""
     import shlex
