@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -63,7 +65,7 @@ def test_a_name_says_who_holds_a_tensor(name: str, expected: bool) -> None:
 def test_in_ends_agrees_with_the_parts(family: str) -> None:
     for cut in (Cut(0, 0), Cut(2, 1), Cut(0, 3)):
         parts = split(tiny(family), cut)
-        form = {"block_list": parts.trunk.block_list, "num_blocks": 4, "cut": cut}
+        form: dict[str, Any] = {"block_list": parts.trunk.block_list, "num_blocks": 4, "cut": cut}
         assert all(in_ends(n, **form) for n in client_state(parts.bottom, parts.top))
         assert not any(in_ends(n, **form) for n in trainable_state(parts.trunk))
 
