@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from conf.schema import Config
+from models.adapters import RESIDUAL
 from strategies.aggregation import check_alike, refuse_infinite, shares_of, weighted_mean
 from strategies.lora_average import (
     A_NAME,
     B_NAME,
-    RESIDUAL,
     Adapter,
     Layer,
     adapted,

@@ -24,8 +24,7 @@ from models.adapters import ADAPTER, initial_lora
 
 A_NAME = f".lora_A.{ADAPTER}.weight"
 B_NAME = f".lora_B.{ADAPTER}.weight"
-RESIDUAL = ".residual"
-"""How the tensors of an adapted layer are called, after the layer's name."""
+"""How the factors of an adapted layer are called, after the layer's name."""
 
 ROW_NORM = 1 / math.sqrt(3)
 """Norm of a row of A as LoRA starts it: uniform within 1/sqrt(I), whatever I is."""

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from conf.schema import AggregationConfig, Config, LoraSettings
-from models.adapters import initial_lora, merge, tune_whole
+from models.adapters import RESIDUAL, initial_lora, merge, tune_whole
 from models.state import load_trainable_state, trainable_state
 from strategies.averaging import Contribution, GlobalState
-from strategies.lora_average import A_NAME, B_NAME, RESIDUAL
+from strategies.lora_average import A_NAME, B_NAME
 from tests.strategies.helpers import tiny_model
 
 ALPHA, RANK, SEED = 12.0, 8, 3
