@@ -141,14 +141,15 @@ def exchange(
     yield from receive(grid, waiting, timeout=timeout, enough=enough, lost=is_lost)
     answered = len(messages) - len(waiting) - len(refused)
     for message in waiting.values():
-        if gone := broken(message.metadata.dst_node_id):
+        node = message.metadata.dst_node_id
+        if enough() and not is_lost(node):
+            reason = f"not needed: {answered} of {len(messages)} answered first"
+        elif gone := broken(node):
             silence = time.monotonic() - gone.since
             reason = (
                 f"its stream broke after step {gone.done} of {gone.steps} and no answer came "
                 f"within {silence:.3g} s"
             )
-        elif enough():
-            reason = f"not needed: {answered} of {len(messages)} answered first"
         else:
             reason = f"no answer within federation.round_timeout={timeout:g} s"
         yield unanswered(message, reason)

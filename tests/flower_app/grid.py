@@ -7,17 +7,35 @@ import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
-from unittest import mock
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.serverapp import Grid
 
 from flower_app.client_app import app
-from strategies.transport.link import GrpcLink
+from strategies.transport.link import GrpcLink, StepCounters
+
+_thread = threading.local()
 
 
 class Vanished(BaseException):
     """A client's process is gone; no code of its own may catch this."""
+
+
+class WatchedLink(GrpcLink):
+    """A client's link in a test of `dying` or `before_step`: put it in place of the ClientApp's."""
+
+    def apply(self, step: int, counters: StepCounters) -> None:
+        if hook := getattr(_thread, "before_step", None):
+            hook(step)
+        super().apply(step, counters)
+
+
+def _vanish_at(last: int) -> Callable[[int], None]:
+    def vanish(step: int) -> None:
+        if step == last:
+            raise Vanished
+
+    return vanish
 
 
 @dataclass
@@ -25,8 +43,9 @@ class InProcessGrid(Grid):
     """Runs each message's client in turn, as it is pushed; its reply waits to be pulled.
 
     `absent` nodes never answer; `broken` ones meet an exception outside Graft's code; `dying` ones
-    vanish in training after so many steps, their stream open; `held` ones get to work in a thread
-    of their own, once their event is set. `meanwhile` is called before each message is delivered.
+    vanish in training after so many steps; `held` ones train in a thread of their own, once their
+    event is set. `before_step` is called with each step that a node is about to apply, `meanwhile`
+    before each message is delivered.
     """
 
     clients: int = 2
@@ -36,6 +55,7 @@ class InProcessGrid(Grid):
     absent: set[int] = field(default_factory=set)
     broken: set[int] = field(default_factory=set)
     dying: dict[int, int] = field(default_factory=dict)
+    before_step: dict[int, Callable[[int], None]] = field(default_factory=dict)
     held: dict[int, threading.Event] = field(default_factory=dict)
     meanwhile: Callable[[Message], None] = lambda message: None
     seen: list[Message] = field(default_factory=list)
@@ -89,26 +109,20 @@ class InProcessGrid(Grid):
         config = {"partition-id": number, "num-partitions": self.clients}
         config = self.node_configs.get(number, config)
         context = Context(1, message.metadata.dst_node_id, config, RecordDict(), {})
+        return self._act(message, context)
+
+    def _act(self, message: Message, context: Context) -> Message | None:
+        """Let the client work, with what is to happen before its steps."""
+        number = self._number(message)
+        _thread.before_step = self.before_step.get(number)
         if number in self.dying and message.metadata.message_type == "train":
-            self._die(message, context, self.dying[number])
+            _thread.before_step = _vanish_at(self.dying[number])
+        try:
+            return app(message, context)
+        except Vanished:
             return None
-        return app(message, context)
-
-    def _die(self, message: Message, context: Context, after: int) -> None:
-        """Let the client train, really, until its next step is due to be applied."""
-        apply = GrpcLink.apply
-
-        def vanish(link: GrpcLink, step: int, *args: Any, **kwargs: Any) -> None:
-            if step == after:
-                raise Vanished
-            apply(link, step, *args, **kwargs)
-
-        with mock.patch.object(GrpcLink, "apply", vanish):
-            try:
-                app(message, context)
-            except Vanished:
-                return
-        raise AssertionError(f"the client did not come to step {after}")
+        finally:
+            _thread.before_step = None
 
     def create_message(self, *args: Any, **kwargs: Any) -> Message:
         raise NotImplementedError

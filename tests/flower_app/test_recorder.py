@@ -128,6 +128,51 @@ def test_console_lines_say_what_matters(config: Config) -> None:
         assert part in lines[2]
 
 
+def test_a_round_of_a_hundred_has_a_line_that_can_be_read(config: Config) -> None:
+    lines: list[str] = []
+    recorder = Recorder(config, say=lines.append)
+    names = [f"site-{number:03}" for number in range(110)]
+    missing = dict.fromkeys(names[100:], "not needed: 100 of 110 answered first")
+    missing[names[100]] = "its stream broke"
+
+    _round(recorder, asked=names, clients=names[:100], missing=missing)
+    _round(recorder, asked=names[:100], clients=names[:100], missing={})
+
+    first = ", ".join(names[:8])
+    assert f"clients 100 of 110: {first} and 92 more | missing: site-100 (its stream" in lines[0]
+    assert ", site-101, site-102, site-103, site-104, site-105, site-106, site-107 (not" in lines[0]
+    assert lines[0].endswith("(not needed: 100 of 110 answered first) and 2 more")
+    assert lines[1].endswith(f"clients 100 of 100: {first} and 92 more")
+    assert all(len(line) < 500 for line in lines)
+    record = next(read_metrics(recorder.folder))
+    assert (record["asked"], record["missing"]) == (names, missing), "the file has all of them"
+
+
+def test_who_was_dropped_is_counted_over_all_rounds_and_attempts(config: Config) -> None:
+    lines: list[str] = []
+    recorder = Recorder(config, say=lines.append)
+    undone = {"asked": ["a", "c"], "clients": ["a"], "missing": {"c": "gone"}}
+    late = {"asked": ["a", "d"], "clients": ["a"], "missing": {"d": "late"}}
+
+    _round(recorder, asked=["a", "b", "c"], missing={"c": "killed"})
+    _round(recorder, round=2, attempts=2, abandoned=[undone], evaluation=late)
+
+    summary = recorder.finish()
+    assert summary["dropped"] == {"c": 2, "d": 1}
+    assert summary["missing"] == {"d": "late"}
+    assert "missing: c (killed)" in lines[0]
+    assert "attempt 1 had no quorum, missing: c (gone) | missing in the ev" in lines[1]
+    second = list(read_metrics(recorder.folder))[1]
+    assert (second["attempts"], second["abandoned"], second["evaluation"]) == (2, [undone], late)
+
+
+def test_a_step_says_to_which_attempt_it_belongs_if_not_to_the_first(config: Config) -> None:
+    recorder = Recorder(config, say=lambda line: None)
+    _step(recorder)
+    _step(recorder, attempt=2)
+    assert [step.get("attempt") for step in read_metrics(recorder.folder)] == [None, 2]
+
+
 def test_run_without_evaluation_says_that_it_finished(config: Config) -> None:
     lines: list[str] = []
     recorder = Recorder(config, say=lines.append)
