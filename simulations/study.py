@@ -49,7 +49,7 @@ class Study:
     blocks: int = 4
     cut: tuple[int, int] = (1, 1)
     seeds: tuple[int, ...] = (0, 1, 2)
-    rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3)
+    rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3, 8e-3)
     """Learning rates tried, with the first seed, for each method and division."""
     max_examples: int = 0
     """As in `data.max_examples`."""
@@ -94,6 +94,7 @@ class Curve:
     losses: list[float] = field(default_factory=list)
     heldout_tokens: int = 0
     seconds: float = 0.0
+    cpu_seconds: float = 0.0
 
     @property
     def last(self) -> float:
@@ -168,7 +169,7 @@ def compute(study: Study, say: Callable[[str], None], workers: int = 0) -> Itera
 
 def run_job(study: Study, job: Job) -> Curve:
     """Compute one curve, in this process."""
-    started = time.perf_counter()
+    started, cpu_before = time.perf_counter(), time.process_time()
     model = build_scratch(scratch(study), job.seed)
     train = study.train(job.method, job.lr)
     learn = study_methods.start(job.method, model, train, Cut(*study.cut), study.clients)
@@ -186,6 +187,7 @@ def run_job(study: Study, job: Job) -> Curve:
         curve.steps.append(curve.steps[-1] + turns * study.local_steps)
         curve.losses.append(heldout_loss(model, heldout)[0])
     curve.seconds = round(time.perf_counter() - started, 1)
+    curve.cpu_seconds = round(time.process_time() - cpu_before, 1)
     return curve
 
 

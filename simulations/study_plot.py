@@ -142,14 +142,15 @@ def _equalities(result: dict[str, Any]) -> list[str]:
 
 def _context(result: dict[str, Any]) -> list[str]:
     study, versions = result["study"], result["versions"]
+    minutes = sum(curve["cpu_seconds"] for curve in result["curves"]) / 60
     tokens = statistics.mean(c["tokens"][-1] for c in result["curves"])
     return [
         f"{study['clients']} clients, {study['rounds']} rounds of {study['local_steps']} steps, "
         f"{study['batch_size']} x {study['context']} bytes a client and step, about "
         f"{tokens / 1000:,.0f} thousand tokens; seeds {', '.join(map(str, study['seeds']))}. "
         f"Python {versions['python']}, torch {versions['torch']}, transformers "
-        f"{versions['transformers']}; {len(result['curves'])} curves in "
-        f"{result['seconds'] / 60:.1f} minutes with {result['workers']} processes."
+        f"{versions['transformers']}; {len(result['curves'])} curves in {minutes:.0f} minutes of "
+        f"processor time, {result['seconds'] / 60:.0f} by the clock."
     ]
 
 
