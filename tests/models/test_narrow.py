@@ -92,6 +92,12 @@ def test_nothing_is_copied_and_the_trunk_stays_as_it_was() -> None:
     assert not torch.equal(trunk(activations()), before)
 
 
+def test_activations_enter_at_one_place() -> None:
+    view = narrow(split(tiny("llama"), Cut(1, 0)).trunk, Cut(2, 1))
+    modes = [getattr(block, "graft_mode", "own") for block in view.model.model.layers]
+    assert modes == ["idle", "deliver", "own", "idle"]
+
+
 def test_a_deep_copy_of_a_narrowed_trunk_stands_alone() -> None:
     trunk = split(tiny("llama"), Cut(0, 1)).trunk
     twin = copy.deepcopy(narrow(trunk, Cut(1, 1)))

@@ -2,18 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Mapping, Sequence
 
 import pytest
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from conf.schema import LoraSettings, TrainConfig
+from conf.schema import AggregationConfig, Config, LoraSettings, TrainConfig
 from flower_app import training
 from flower_app.data import Batch
-from models import Cut, client_state, split, trainable_state, tune_whole
+from models import (
+    Cut,
+    Part,
+    Parts,
+    client_state,
+    fold_residuals,
+    in_ends,
+    load_client_state,
+    merge,
+    narrow,
+    split,
+    trainable_state,
+    tune,
+    tune_whole,
+)
 from strategies.aggregation import weighted_mean
+from strategies.averaging import Contribution, GlobalState
 from strategies.errors import TrunkError
 from strategies.policies import SplitFedV1, SplitFedV2
 from strategies.transport.link import LocalLink
@@ -218,3 +234,77 @@ def test_a_trunk_without_blocks_to_leave_out_says_so() -> None:
     engine.open_round(1, 1, training=True)
     with pytest.raises(TrunkError, match="no blocks to leave out"):
         engine.open("one", client="one", steps=1, cut=Cut(2, 1))
+
+
+def adapted_parts(cut: Cut, rank: int) -> Parts:
+    """Parts of one and the same five-block model with adapters of a client's own rank."""
+    parts = split(tiny_model("gpt2", num_hidden_layers=BLOCKS), cut)
+    for part in parts:
+        tune(part, "lora", lora=LoraSettings(rank=rank), seed=3)
+    return parts
+
+
+def effective(parts: Sequence[Part]) -> dict[str, Tensor]:
+    """Weights of the adapted layers with their adapters merged into them, in float64."""
+    found = {}
+    for part in parts:
+        own = copy.deepcopy(part).double()
+        layers = {n.partition(".lora_")[0] for n in trainable_state(part)}
+        merge(own)
+        found |= {n: own.model.get_submodule(n).weight.detach() for n in layers}
+    return found
+
+
+def test_mixed_cuts_and_ranks_meet_in_one_model() -> None:
+    """Under aggregation.lora=exact all clients go on with the mean of what adapters add."""
+    config = Config(lora=LoraSettings(rank=4), aggregation=AggregationConfig(lora="exact"))
+    ranks, train = (4, 2, 6), settings("adamw")
+    clients = [adapted_parts(cut, rank) for cut, rank in zip(CUTS, ranks, strict=True)]
+    bases = [[copy.deepcopy(p) for p in (c.bottom, c.top)] for c in clients]
+    trunk, served, state = adapted_parts(FEWEST, 4).trunk, {}, GlobalState(config)
+    form = {"block_list": trunk.block_list, "num_blocks": BLOCKS}
+    for round in (1, 2):
+        engine = engine_for(trunk, train)
+        engine.open_round(round, ROUNDS, training=True)
+        given, wholes = [], []
+        for number, (cut, steps) in enumerate(zip(CUTS, cohort_of(round), strict=True)):
+            own, name = clients[number], str(number)
+            session = engine.open(name, client=name, steps=len(steps), cut=cut)
+            here = place(name, round, ROUNDS)
+            link = LocalLink(session)
+            out = training.train(own.bottom, own.top, link, steps, len(steps), train, here)
+            replica = engine.policy.states([name])[name]
+            given.append(
+                Contribution(name, out.tokens, {**client_state(own.bottom, own.top), **replica})
+            )
+            wholes.append(effective([own.bottom, session._lane.module, own.top]))
+        mean = weighted_mean(wholes, [g.weight for g in given])
+
+        state.update(round, given)
+        engine.policy.forget()
+        engine.close_round({})
+
+        for number, (cut, rank) in enumerate(zip(CUTS, ranks, strict=True)):
+            sent = state.tensors(lambda n, c=cut: in_ends(n, cut=c, **form), rank)
+            bottom, top = (copy.deepcopy(part) for part in bases[number])
+            load_client_state(bottom, top, without_residuals(sent))
+            fold_residuals((bottom, top), residuals_of(sent))
+            clients[number] = Parts(bottom, clients[number].trunk, top)
+        sent = state.tensors(lambda n: not in_ends(n, cut=FEWEST, **form), 4)
+        engine.policy.load(without_residuals(sent))
+        fold_residuals(trunk, {n: t - served.get(n, 0) for n, t in residuals_of(sent).items()})
+        served = residuals_of(sent)
+
+        for own, cut in zip(clients, CUTS, strict=True):
+            now = effective([own.bottom, narrow(trunk, cut), own.top])
+            assert now.keys() == mean.keys()
+            gap = max(float((now[name] - mean[name]).abs().max()) for name in mean)
+            assert gap < 1e-6, f"round {round}, cut {cut}"
+
+
+def residuals_of(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in state.items() if name.endswith(".residual")}
+
+
+def without_residuals(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in state.items() if not name.endswith(".residual")}
