@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from conf.schema import TrainConfig
-from models import Cut
+from models import Cut, Part, load_trainable_state, narrow, trainable_state
 from strategies.aggregation import weighted_mean
 from strategies.errors import TrunkError
 from strategies.optim import build_optimizer, trainable
@@ -77,7 +77,23 @@ class Policy(Protocol):
     """Opens lanes during a round and folds them into the trunk at its end."""
 
     def open(self, key: str, *, training: bool, cut: Cut | None = None) -> Lane:
-        """A lane for session `key`; forward-only unless `training`."""
+        """A lane for session `key`; forward-only unless `training`.
+
+        `cut` is the client's, if its ends are larger than the trunk leaves them; `TrunkError` if
+        the policy or the trunk cannot serve it.
+        """
+
+    def states(self, keys: Iterable[str]) -> dict[str, dict[str, Tensor]]:
+        """What each of these sessions has trained of the trunk apart from the others.
+
+        By name in the whole model; nothing where there is one trunk for all.
+        """
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Copy what was averaged into the trunk; `ValueError` if a name or a shape differs."""
+
+    def forget(self) -> None:
+        """Drop all lanes, folded or not."""
 
     def close_round(self, weights: Mapping[str, float]) -> None:
         """Fold the lanes of the sessions in `weights` into the trunk; forget all lanes."""
@@ -109,10 +125,13 @@ class SplitFedV1:
     (arXiv:2004.12088), algorithm SplitFedV1. The result does not depend on the order in which
     clients arrive, and equals FedAvg of the unsplit model.
 
+    A client with larger ends has a replica of the blocks between them alone. Its other blocks are
+    in its ends, so that a layer's mean is over `states` and ends together, name by name.
+
     Parameters
     ----------
     trunk : nn.Module
-        The averaged trunk; it changes only in `close_round`.
+        The averaged trunk; it changes only in `load` and `close_round`.
     train : TrainConfig
         Optimizer settings. As in FedAvg, every client starts each round with a fresh optimizer.
     """
@@ -124,32 +143,47 @@ class SplitFedV1:
 
     def open(self, key: str, *, training: bool, cut: Cut | None = None) -> Lane:
         """A replica of the trunk with its own optimizer, or the trunk itself for evaluation."""
+        own = _between(self.trunk, cut)
         if not training:
-            return Lane(self.trunk)
-        replica = replicate(self.trunk)
+            return Lane(own)
+        replica = replicate(own)
         parameters = trainable(replica)
         lane = Lane(replica, build_optimizer(parameters, self._train), None, parameters)
         if self._train.prox:
-            lane.anchor = trainable(self.trunk)  # which the round leaves as it is
+            lane.anchor = trainable(own)  # which the round leaves as it is
         with self._lock:
             self._lanes[key] = lane
         return lane
 
-    def close_round(self, weights: Mapping[str, float]) -> None:
-        """Average the replicas of the sessions named, with these weights, into the trunk."""
+    def states(self, keys: Iterable[str]) -> dict[str, dict[str, Tensor]]:
+        """The trained tensors of each of these sessions' replicas; they are the replicas' own."""
+        wanted = list(keys)
         with self._lock:
-            lanes, self._lanes = self._lanes, {}
-        if not weights:
-            return
-        missing = sorted(set(weights) - set(lanes))
-        if missing:
+            lanes = dict(self._lanes)
+        if missing := sorted(set(wanted) - set(lanes)):
             raise ValueError(f"no trunk replica for sessions {missing}: they never trained")
-        states = [_trainable_state(lanes[key].module) for key in weights]
-        mean = weighted_mean(states, list(weights.values()))
-        with torch.no_grad():
-            for name, parameter in self.trunk.named_parameters():
-                if parameter.requires_grad:
-                    parameter.copy_(mean[name])
+        return {key: trainable_state(lanes[key].module) for key in wanted}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Copy an average into the trunk, strict on names and shapes."""
+        load_trainable_state(self.trunk, state)
+
+    def forget(self) -> None:
+        """Drop all replicas."""
+        with self._lock:
+            self._lanes = {}
+
+    def close_round(self, weights: Mapping[str, float]) -> None:
+        """Average the replicas of the sessions named, with these weights, into the trunk.
+
+        Only where all have the trunk's own cut: other blocks are in clients' ends too.
+        """
+        try:
+            if weights:
+                states = self.states(weights)
+                self.load(weighted_mean(list(states.values()), list(weights.values())))
+        finally:
+            self.forget()
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing: every round starts with fresh optimizers."""
@@ -175,9 +209,22 @@ class SplitFedV2:
 
     def open(self, key: str, *, training: bool, cut: Cut | None = None) -> Lane:
         """The shared trunk, with its optimizer and the turn; without them for evaluation."""
+        refuse_cut(self.trunk, cut, "splitfed-v2")
         if not training:
             return Lane(self.trunk)
         return Lane(self.trunk, self._optimizer, self._turn, self._parameters)
+
+    def states(self, keys: Iterable[str]) -> dict[str, dict[str, Tensor]]:
+        """Nothing for any session: there is one trunk."""
+        return {key: {} for key in keys}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Copy `state` into the trunk; an empty one changes nothing."""
+        if state:
+            load_trainable_state(self.trunk, state)
+
+    def forget(self) -> None:
+        """Nothing to drop."""
 
     def close_round(self, weights: Mapping[str, float]) -> None:
         """Nothing to fold: every step has moved the one trunk already."""
@@ -208,5 +255,23 @@ def build_policy(trunk: nn.Module, train: TrainConfig) -> Policy:
         ) from None
 
 
-def _trainable_state(module: nn.Module) -> dict[str, torch.Tensor]:
-    return {n: p.detach() for n, p in module.named_parameters() if p.requires_grad}
+def refuse_cut(trunk: nn.Module, cut: Cut | None, strategy: str) -> None:
+    """Refuse a client's own cut where all clients share one trunk."""
+    if cut is not None and cut != getattr(trunk, "cut", None):
+        raise TrunkError(
+            f"a client states the cut {cut}; under train.strategy={strategy} all clients have the "
+            "run's own. Use train.strategy=splitfed-v1, or take cut-bottom and cut-top out of its "
+            "node config"
+        )
+
+
+def _between(trunk: nn.Module, cut: Cut | None) -> nn.Module:
+    """What a client with this cut leaves of the trunk."""
+    if cut is None:
+        return trunk
+    if not isinstance(trunk, Part):
+        raise TrunkError(f"a client states the cut {cut}; this trunk has no blocks to leave out")
+    try:
+        return narrow(trunk, cut)
+    except ValueError as error:
+        raise TrunkError(f"a client states the cut {cut}: {error}") from None
