@@ -42,17 +42,18 @@ class Study:
 
     clients: int = 8
     rounds: int = 8
-    local_steps: int = 15
+    local_steps: int = 12
     batch_size: int = 4
     context: int = 128
     hidden: int = 64
     blocks: int = 4
     cut: tuple[int, int] = (1, 1)
     seeds: tuple[int, ...] = (0, 1, 2)
-    rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3, 8e-3)
+    rates: tuple[float, ...] = (2e-3, 4e-3, 8e-3)
     """Learning rates tried, with the first seed, for each method and division."""
+    heldout: float = 0.05
     max_examples: int = 0
-    """As in `data.max_examples`."""
+    """As in `data`."""
 
     def train(self, method: str, lr: float) -> TrainConfig:
         """Settings of one method; all but the strategy and the learning rate are alike."""
@@ -214,7 +215,10 @@ def load_clients(study: Study, division: str, seed: int) -> list[ClientData]:
     """The examples of all clients."""
     tokenizer = load_tokenizer(ModelConfig(scratch=scratch(study), tokenizer="bytes"))
     config = DataConfig(
-        partitioner=division, context=study.context, max_examples=study.max_examples
+        partitioner=division,
+        context=study.context,
+        heldout=study.heldout,
+        max_examples=study.max_examples,
     )
     return [
         load_client_data(config, tokenizer, partition=client, partitions=study.clients, seed=seed)
