@@ -230,7 +230,8 @@ def study(
 ) -> None:
     """Compare how six ways of training learn: table and plot of held-out loss over tokens."""
     from flower_app.runs import new_folder, runs_folder
-    from simulations.study import QUICK, Study, run_study
+    from simulations.study import run_study
+    from simulations.study_settings import QUICK, Study
 
     name = "quick" if quick else "full"
     folder = Path(out) if out else new_folder(runs_folder().parent / "studies", name)

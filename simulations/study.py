@@ -19,55 +19,19 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 
-from conf.schema import DataConfig, ModelConfig, TrainConfig
-from flower_app.data import Batch, ClientData, batches, load_client_data, load_tokenizer, steps
+from flower_app.data import batches
 from models import Cut, build_scratch
 from simulations import study_methods, study_plot
 from simulations.reference import heldout_loss
-from simulations.study_methods import METHODS, SAME, Cohort
+from simulations.study_methods import METHODS, SAME
 from simulations.study_plot import DIVISIONS
-from strategies.optim import derive_seed
-
-
-@dataclass(frozen=True, kw_only=True)
-class Study:
-    """What is run. The defaults are the full study; `quick` has the same shape in a minute."""
-
-    clients: int = 8
-    rounds: int = 8
-    local_steps: int = 12
-    batch_size: int = 4
-    context: int = 128
-    hidden: int = 64
-    blocks: int = 4
-    cut: tuple[int, int] = (1, 1)
-    seeds: tuple[int, ...] = (0, 1, 2)
-    rates: tuple[float, ...] = (2e-3, 4e-3, 8e-3)
-    """Learning rates tried, with the first seed, for each method and division."""
-    heldout: float = 0.05
-    max_examples: int = 0
-    """As in `data`."""
-
-    def train(self, method: str, lr: float) -> TrainConfig:
-        """Settings of one method; all but the strategy and the learning rate are alike."""
-        return study_methods.settings(
-            method,
-            rounds=self.rounds,
-            local_steps=self.local_steps,
-            batch_size=self.batch_size,
-            lr=lr,
-            schedule="cosine",
-        )
-
-
-QUICK = Study(rounds=2, local_steps=3, hidden=32, seeds=(0,), rates=(2e-3,), max_examples=60)
+from simulations.study_settings import Study, cohort_of, load_clients, scratch
 
 
 @dataclass(frozen=True)
@@ -192,48 +156,6 @@ def run_job(study: Study, job: Job) -> Curve:
     return curve
 
 
-def scratch(study: Study) -> dict[str, Any]:
-    """The config of a byte-level Llama with random weights."""
-    return {
-        "model_type": "llama",
-        "vocab_size": 259,
-        "hidden_size": study.hidden,
-        "intermediate_size": 2 * study.hidden,
-        "num_hidden_layers": study.blocks,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 4,
-        "max_position_embeddings": study.context,
-        "tie_word_embeddings": False,
-        "bos_token_id": None,
-        "eos_token_id": 1,
-        "pad_token_id": 0,
-    }
-
-
-@lru_cache(maxsize=8)
-def load_clients(study: Study, division: str, seed: int) -> list[ClientData]:
-    """The examples of all clients."""
-    tokenizer = load_tokenizer(ModelConfig(scratch=scratch(study), tokenizer="bytes"))
-    config = DataConfig(
-        partitioner=division,
-        context=study.context,
-        heldout=study.heldout,
-        max_examples=study.max_examples,
-    )
-    return [
-        load_client_data(config, tokenizer, partition=client, partitions=study.clients, seed=seed)
-        for client in range(study.clients)
-    ]
-
-
-def cohort_of(study: Study, clients: Sequence[ClientData], seed: int, number: int) -> Cohort:
-    """Each client's batches of one round, shuffled as the ClientApp does it."""
-    return [
-        list(_steps(study, data, derive_seed(seed, number, f"client-{client}", "order")))
-        for client, data in enumerate(clients)
-    ]
-
-
 def chosen_rates(study: Study, curves: Iterable[Curve]) -> dict[str, dict[str, float]]:
     """The learning rate of each division and method: the best of the search.
 
@@ -275,17 +197,6 @@ def versions() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "text_sha256": hashlib.sha256(text.encode()).hexdigest(),
     }
-
-
-def _steps(study: Study, data: ClientData, seed: int) -> Iterator[list[Batch]]:
-    return steps(
-        data.train,
-        batch_size=study.batch_size,
-        accumulate=1,
-        steps=study.local_steps,
-        pad_id=0,
-        generator=torch.Generator().manual_seed(seed),
-    )
 
 
 _Run = Callable[[Study, Sequence[Job]], Iterator[Curve]]

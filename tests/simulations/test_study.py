@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from simulations import study as tool
-from simulations.study import Curve, Job, Study
+from simulations.study import Curve, Job
 from simulations.study_methods import METHODS, SAME
 from simulations.study_plot import DIVISIONS, table
+from simulations.study_settings import Study
 
 TINY = Study(
     clients=3,
