@@ -19,8 +19,10 @@ from torch import Tensor, nn
 from conf.schema import TrainConfig
 from flower_app.data import Batch
 from flower_app.text import IGNORED
+from models import load_client_state, named_trainable
 from strategies.optim import (
     Progress,
+    add_proximal,
     autocast,
     build_optimizer,
     clipped_step,
@@ -178,6 +180,7 @@ class Trainer:
         self._device = next(itertools.chain(bottom.parameters(), top.parameters())).device
         self._parameters = trainable(bottom, top)
         self._optimizer = build_optimizer(self._parameters, config)
+        self._anchor = [p.detach().clone() for p in self._parameters] if config.prox else []
         self._seconds: dict[str, float] = {}
         self._trunk_square = 0.0
 
@@ -186,32 +189,55 @@ class Trainer:
         self._seconds = dict.fromkeys(("bottom", "network", "top"), 0.0)
         trunk_before = self._link.trunk_seconds
         tokens = sum(batch.tokens for batch in batches)
-        if tokens == 0:
+        if tokens == 0 and batches:
             raise ValueError(f"step {step} has no token that counts; is everything a prompt?")
         total = 0.0
         for micro, batch in enumerate(batches):
             total += self._micro_batch(step, micro, batch, tokens, micro == len(batches) - 1)
+        if self._anchor and batches:
+            add_proximal(self._parameters, self._anchor, self._config.prox)
         client_square = square_norm(self._parameters)
         # What the trunk used of the waiting is its own time, not the network's.
         network = self._seconds["network"] - (self._link.trunk_seconds - trunk_before)
         counters = StepCounters(
             client_square_norm=client_square,
             tokens=tokens,
-            loss=total / tokens,
+            loss=total / max(1, tokens),
             seconds_bottom=self._seconds["bottom"],
             seconds_network=max(0.0, network),
             seconds_top=self._seconds["top"],
         )
+        self._step_together(step, counters)
+        return total / max(1, tokens), tokens
+
+    def _step_together(self, step: int, counters: StepCounters) -> None:
+        """Take the optimizer step on both sides, clipped by the norm over all parts."""
+        if self._config.sync == "step":
+            self._link.apply(step, counters, self._gradients(counters.tokens))
+            load_client_state(self._bottom, self._top, self._link.applied().state)  # type: ignore[arg-type]
+            for parameter in self._parameters:
+                parameter.grad = None
+            return
         self._link.apply(step, counters)  # the trunk steps while this client does
-        norm = math.sqrt(self._trunk_square + client_square)
-        if not math.isfinite(norm):
-            self._link.applied()  # the trunk found the same, and says so
+        norm = math.sqrt(self._trunk_square + counters.client_square_norm)
+        merged = self._config.strategy == "merged"
+        if merged or not math.isfinite(norm):
+            # Only the trunk knows the norm of a merged step; of a bad one it says what it found.
+            norm = self._link.applied().grad_norm
         place = self._place
         progress = Progress(round=place.round, rounds=place.rounds, step=step, steps=self._count)
         rate = learning_rate(self._config, progress)
         clipped_step(self._optimizer, lr=rate, norm=norm, clip=self._config.clip)
-        self._link.applied()
-        return total / tokens, tokens
+        if not merged:
+            self._link.applied()
+
+    def _gradients(self, tokens: int) -> dict[str, Tensor]:
+        if not tokens:
+            return {}
+        return {
+            name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            for name, parameter in named_trainable(self._bottom, self._top).items()
+        }
 
     def _micro_batch(self, step: int, micro: int, batch: Batch, tokens: int, last: bool) -> float:
         ids, mask, labels = _on(self._device, batch)
@@ -230,7 +256,9 @@ class Trainer:
         if h2_BTD.grad is None:
             raise RuntimeError("no gradient reached the top's input; is the top differentiable?")
         with self._clock("network"):
-            grad_BTD, self._trunk_square = self._link.backward(step, micro, h2_BTD.grad, last=last)
+            grad_BTD, self._trunk_square = self._link.backward(
+                step, micro, h2_BTD.grad, last=last, tokens=tokens
+            )
         with self._clock("bottom"):
             if h1_BTD.requires_grad:
                 h1_BTD.backward(grad_BTD.to(h1_BTD.dtype))

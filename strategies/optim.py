@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -95,6 +95,17 @@ def square_norm(parameters: Iterable[nn.Parameter]) -> float:
     if not gradients:
         return 0.0
     return float(torch.nn.utils.get_total_norm(gradients)) ** 2
+
+
+def add_proximal(
+    parameters: Sequence[nn.Parameter], anchor: Sequence[torch.Tensor], mu: float
+) -> None:
+    """Add the gradient of FedProx's ``mu / 2 * ||w - anchor||^2`` (Li et al. 2020,
+    arXiv:1812.06127) to gradients that are complete, so that clipping sees their sum."""
+    with torch.no_grad():
+        for parameter, first in zip(parameters, anchor, strict=True):
+            pull = (parameter - first) * mu
+            parameter.grad = pull if parameter.grad is None else parameter.grad.add_(pull)
 
 
 def clipped_step(

@@ -7,16 +7,24 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from strategies.errors import TrunkError
-from strategies.optim import Progress, autocast, clipped_step, learning_rate, square_norm
+from strategies.merged import GATHER_SHARE
+from strategies.optim import (
+    Progress,
+    add_proximal,
+    autocast,
+    clipped_step,
+    learning_rate,
+    square_norm,
+)
 from strategies.policies import Lane
 
 if TYPE_CHECKING:
@@ -43,6 +51,8 @@ class StepResult:
     step: int
     grad_norm: float
     lr: float
+    state: Mapping[str, Tensor] = field(default_factory=dict)
+    """With `train.sync=step`, the clients' common tensors after the step."""
 
 
 @dataclass(eq=False)
@@ -59,7 +69,7 @@ class Session:
     def __init__(
         self, engine: TrunkEngine, lane: Lane, round: Round, *, client: str, steps: int
     ) -> None:
-        self._engine, self._lane, self._round = engine, lane, round
+        self._engine, self._lane, self.round = engine, lane, round
         self.client, self.steps = client, steps
         self.applied = 0
         self.tokens = 0
@@ -68,10 +78,13 @@ class Session:
         self._result: StepResult | None = None
         self._square_norm: float | None = None
         self._learnable = 0
+        self._declared = 0
         self._closed = False
         # The round may end (in Flower's thread) while this session works (in its stream's thread).
         self._busy = threading.Lock()
         self._dropout = round.training and _has_dropout(lane.module)
+        if lane.group is not None:
+            lane.group.join(self, cohort=round.cohort, patience=engine.timeout * GATHER_SHARE)
 
     def compute(self, step: int, micro: int, h_BTD: Tensor, mask_BT: Tensor | None) -> Tensor:
         """Run the trunk forward on one micro-batch.
@@ -99,9 +112,10 @@ class Session:
         self.check_shapes(tuple(h_BTD.shape), None if mask_BT is None else tuple(mask_BT.shape))
         if not h_BTD.is_floating_point():
             raise TrunkError(f"activations must be floating point, got {h_BTD.dtype}", kind="shape")
+        _check_finite(h_BTD, f"the tensor of activations of step {step}")
         h_BTD = h_BTD.to(self._engine.device)
         mask_BT = None if mask_BT is None else mask_BT.to(self._engine.device)
-        if not self._round.training:
+        if not self.round.training:
             with torch.no_grad():
                 return self._forward(h_BTD, mask_BT)
         self._check_step(step)
@@ -125,9 +139,17 @@ class Session:
             )
         if self._square_norm is not None:
             raise TrunkError(f"step {step} had its last micro-batch: apply it", kind="order")
-        # A fresh leaf: the gradient with respect to it is what the client waits for.
-        h_in_BTD = h_BTD.detach().requires_grad_()
-        h_out_BTD = self._seeded_forward(step, micro, h_in_BTD, mask_BT)
+        if self._lane.group is not None:
+            if self._pending:
+                raise TrunkError(
+                    "merged takes one micro-batch of a session at a time", kind="order"
+                )
+            h_in_BTD = h_BTD
+            h_out_BTD = self._lane.group.forward(self, h_BTD, mask_BT)
+        else:
+            # A fresh leaf: the gradient with respect to it is what the client waits for.
+            h_in_BTD = h_BTD.detach().requires_grad_()
+            h_out_BTD = self.run(h_in_BTD, mask_BT, self.client, step, micro, "trunk")
         self._pending[micro] = _Pending(h_in_BTD, h_out_BTD)
         # No step can learn from more tokens than it holds: a client's weight is its tokens.
         held = h_BTD.shape[0] * h_BTD.shape[1] if mask_BT is None else int(mask_BT.sum())
@@ -135,7 +157,7 @@ class Session:
         return h_out_BTD.detach()
 
     def backward(
-        self, step: int, micro: int, grad_BTD: Tensor, *, last: bool
+        self, step: int, micro: int, grad_BTD: Tensor, *, last: bool, tokens: int = 0
     ) -> tuple[Tensor, float]:
         """Run the trunk backward on one micro-batch; its gradients add up until `apply`.
 
@@ -147,21 +169,25 @@ class Session:
             Gradient of the loss with respect to the trunk's output.
         last : bool
             True for the last micro-batch of the step.
+        tokens : int
+            Tokens that count in the step's loss, all micro-batches together: what the gradient
+            weighs among those of other clients under `merged`.
 
         Returns
         -------
         grad_BTD : Tensor
             Gradient of the loss with respect to the trunk's input.
         square_norm : float
-            Squared norm of the trunk's accumulated gradient if `last`, else 0.
+            Squared norm of the trunk's accumulated gradient if `last`, else 0. Under `merged` 0:
+            `apply` tells the norm.
         """
         with self._working():
-            return self._backward(step, micro, grad_BTD, last)
+            return self._backward(step, micro, grad_BTD, last, tokens)
 
     def _backward(
-        self, step: int, micro: int, grad_BTD: Tensor, last: bool
+        self, step: int, micro: int, grad_BTD: Tensor, last: bool, tokens: int
     ) -> tuple[Tensor, float]:
-        if not self._round.training:
+        if not self.round.training:
             raise TrunkError("this session evaluates: it has no backward", kind="order")
         self._check_step(step)
         pending = self._pending.get(micro)
@@ -177,12 +203,16 @@ class Session:
                 f"{tuple(pending.h_out_BTD.shape)}",
                 kind="shape",
             )
-        del self._pending[micro]
-        grad_out = grad_BTD.to(pending.h_out_BTD.device, pending.h_out_BTD.dtype)
-        torch.autograd.backward(pending.h_out_BTD, grad_out)
-        grad_in = pending.h_in_BTD.grad
-        if grad_in is None:
-            raise TrunkError("no gradient reached the trunk's input; is this part differentiable?")
+        _check_finite(grad_BTD, f"the gradient of step {step}")
+        if self._lane.group is not None:
+            if not 0 < tokens <= self._most_tokens():
+                raise TrunkError(f"step {step}: a gradient over {tokens} tokens cannot be weighed")
+            grad_in = self._lane.group.backward(self, grad_BTD, tokens)
+            self._declared = tokens
+            del self._pending[micro]
+        else:
+            del self._pending[micro]
+            grad_in = _back_through(pending, grad_BTD)
         self._gradients[step, micro] = grad_in
         if last:
             if self._pending:
@@ -191,7 +221,10 @@ class Session:
                     "backward, so this one is not the last",
                     kind="order",
                 )
-            self._square_norm = square_norm(self._lane.parameters)
+            if self._lane.anchor is not None:
+                add_proximal(self._lane.parameters, self._lane.anchor, self._engine.train.prox)
+            merged = self._lane.group is not None
+            self._square_norm = 0.0 if merged else square_norm(self._lane.parameters)
         return grad_in, self._square_norm or 0.0
 
     def get_gradients(self, step: int, micro: int) -> tuple[Tensor, float]:
@@ -206,7 +239,14 @@ class Session:
                 kind="order",
             ) from None
 
-    def apply(self, step: int, *, client_square_norm: float, tokens: int) -> StepResult:
+    def apply(
+        self,
+        step: int,
+        *,
+        client_square_norm: float,
+        tokens: int,
+        gradients: Mapping[str, Tensor] | None = None,
+    ) -> StepResult:
         """Clip by the norm over all parts and take the optimizer step; a repeated call repeats the
         result only.
 
@@ -217,44 +257,68 @@ class Session:
         client_square_norm : float
             Squared norm of the gradients of bottom and top.
         tokens : int
-            Tokens that counted in the step's loss.
+            Tokens that counted in the step's loss. 0 if this client has no example in a `merged`
+            step: then nothing goes before the call.
+        gradients : mapping, optional
+            With `train.sync=step`, the gradients of bottom and top by global name.
         """
         with self._working():
             if self._result is not None and step == self._result.step:
                 return self._result
-            return self._apply(step, client_square_norm, tokens)
+            self._check_apply(step, client_square_norm, tokens)
+            if self._lane.group is not None:
+                norm, lr, state = self._lane.group.step(
+                    self, client_square_norm, tokens, gradients or {}
+                )
+                self._result = StepResult(step=step, grad_norm=norm, lr=lr, state=state)
+            else:
+                self._result = self._apply(step, client_square_norm)
+            self._finish_step()
+            self.applied += 1
+            self.tokens += tokens
+            return self._result
 
-    def _apply(self, step: int, client_square_norm: float, tokens: int) -> StepResult:
+    def _check_apply(self, step: int, client_square_norm: float, tokens: int) -> None:
         self._check_step(step)
+        if self._lane.group is not None and tokens == 0 and not self._learnable:
+            return
         if self._square_norm is None:
             raise TrunkError(f"step {step} has not had its last backward", kind="order")
-        if client_square_norm < 0:
+        if not client_square_norm >= 0:
             raise TrunkError(f"a square norm cannot be {client_square_norm}")
+        if not math.isfinite(client_square_norm):
+            raise _norm_error(step, client_square_norm)
         if not 0 < tokens <= self._learnable:
             raise TrunkError(
                 f"step {step} reports {tokens} tokens; its micro-batches held {self._learnable}"
             )
+        if self._lane.group is not None and tokens != self._declared:
+            raise TrunkError(
+                f"step {step} ends with {tokens} tokens, it began with {self._declared}"
+            )
+
+    def _apply(self, step: int, client_square_norm: float) -> StepResult:
+        assert self._square_norm is not None
         norm = math.sqrt(self._square_norm + client_square_norm)
         if not math.isfinite(norm):
-            raise TrunkError(
-                f"the gradient norm of step {step} is {norm}; lower train.lr, or set train.clip",
-                kind="not-finite",
-            )
+            raise _norm_error(step, norm)
         progress = Progress(
-            round=self._round.number, rounds=self._round.rounds, step=step, steps=self.steps
+            round=self.round.number, rounds=self.round.rounds, step=step, steps=self.steps
         )
         lr = learning_rate(self._engine.train, progress, trunk=True)
         clipped_step(self._lane.optimizer, lr=lr, norm=norm, clip=self._engine.train.clip)
-        self._finish_step()
-        self._result = StepResult(step=step, grad_norm=norm, lr=lr)
-        self.applied += 1
-        self.tokens += tokens
-        return self._result
+        return StepResult(step=step, grad_norm=norm, lr=lr)
+
+    def leave(self) -> None:
+        """Say at once that this session does no more, though its thread may still be at work."""
+        self._closed = True
+        if self._lane.group is not None:
+            self._lane.group.leave(self)
 
     def close(self) -> None:
         """Drop what is in flight and give back the turn. The replica of the applied steps waits for
         the end of the round. A second call does nothing."""
-        self._closed = True
+        self.leave()
         with self._busy:
             if self._lane.turn is not None and self._lane.turn.held_by(self):
                 for parameter in self._lane.parameters:
@@ -278,17 +342,21 @@ class Session:
         if self._lane.turn is not None:
             self._lane.turn.release(self)
 
-    def _seeded_forward(
-        self, step: int, micro: int, h_BTD: Tensor, mask_BT: Tensor | None
-    ) -> Tensor:
+    def run(self, h_BTD: Tensor, mask_BT: Tensor | None, *seeds: object) -> Tensor:
+        """The trunk's forward; its dropout depends on the round and `seeds`."""
         if not self._dropout:
             return self._forward(h_BTD, mask_BT)
-        with self._engine.random(self._round.number, self.client, step, micro, "trunk"):
+        with self._engine.random(self.round.number, *seeds):
             return self._forward(h_BTD, mask_BT)
 
     def _forward(self, h_BTD: Tensor, mask_BT: Tensor | None) -> Tensor:
         with autocast(self._engine.device, self._engine.train.precision):
             return self._lane.module(h_BTD, mask_BT)
+
+    def _most_tokens(self) -> int:
+        """More tokens than a step's micro-batches can hold are a lie."""
+        engine = self._engine
+        return engine.train.accumulate * engine.max_sequences * engine.max_tokens
 
     def _check_open(self) -> None:
         if self._closed:
@@ -316,6 +384,31 @@ class Session:
             )
         if mask_shape is not None and mask_shape != shape[:2]:
             raise TrunkError(f"mask has shape {mask_shape}, activations {shape}", kind="shape")
+
+
+def _norm_error(step: int, norm: float) -> TrunkError:
+    return TrunkError(
+        f"the gradient norm of step {step} is {norm}; lower train.lr, or set train.clip",
+        kind="not-finite",
+    )
+
+
+def _back_through(pending: _Pending, grad_BTD: Tensor) -> Tensor:
+    grad_out = grad_BTD.to(pending.h_out_BTD.device, pending.h_out_BTD.dtype)
+    torch.autograd.backward(pending.h_out_BTD, grad_out)
+    grad_in = pending.h_in_BTD.grad
+    if grad_in is None:
+        raise TrunkError("no gradient reached the trunk's input; is this part differentiable?")
+    return grad_in
+
+
+def _check_finite(tensor: Tensor, what: str) -> None:
+    if not torch.isfinite(tensor).all():
+        raise TrunkError(
+            f"{what} holds values that are not finite; lower train.lr, set train.clip, or use "
+            "train.precision=fp32",
+            kind="not-finite",
+        )
 
 
 def _has_dropout(module: nn.Module) -> bool:

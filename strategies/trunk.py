@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,9 +17,17 @@ from torch import nn
 from conf.schema import TrainConfig
 from models import Cut, load_trainable_state, trainable_state
 from strategies.errors import TrunkError
+from strategies.merged import Merged
 from strategies.optim import derive_seed
-from strategies.policies import build_policy
+from strategies.policies import Policy, SplitFedV1, SplitFedV2
 from strategies.session import Round, Session
+
+POLICIES: dict[str, Callable[[nn.Module, TrainConfig], Policy]] = {
+    "splitfed-v1": SplitFedV1,
+    "splitfed-v2": SplitFedV2,
+    "merged": Merged,
+}
+"""What `train.strategy` may name."""
 
 
 class TrunkEngine:
@@ -60,7 +68,7 @@ class TrunkEngine:
         self.max_sequences, self.max_tokens = max_sequences, max_tokens
         self.trunk, self.hidden_size, self.train = trunk, hidden_size, train
         self.seed, self.timeout = seed, timeout
-        self.policy = build_policy(trunk, train)
+        self.policy = POLICIES[train.strategy](trunk, train)
         self.device = next(trunk.parameters()).device
         self._round: Round | None = None
         self._kept: dict[str, Any] | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from strategies.errors import TrunkError
 from strategies.transport import trunk_pb2 as pb
 
-WIRE_VERSION = 1
+WIRE_VERSION = 2
 """Raised when a frame's meaning changes; both sides must agree."""
 
 MAX_DIMENSIONS = 4
@@ -116,6 +117,19 @@ def decode(message: pb.Tensor, what: str) -> Tensor:
     if not (math.isfinite(message.scale) and message.scale > 0):
         raise TrunkError(f"{what}: scale {message.scale} is not a positive number", kind="codec")
     return tensor.float() * message.scale
+
+
+def encode_named(tensors: Mapping[str, Tensor]) -> list[pb.NamedTensor]:
+    """Describe named tensors, in fp32: weights and their gradients are not rounded on the way."""
+    return [
+        pb.NamedTensor(name=name, tensor=encode(tensor, torch.float32))
+        for name, tensor in tensors.items()
+    ]
+
+
+def decode_named(messages: Iterable[pb.NamedTensor]) -> dict[str, Tensor]:
+    """Rebuild `encode_named`; a scalar or an empty tensor is refused like any odd shape."""
+    return {message.name: decode(message.tensor, f"'{message.name}'") for message in messages}
 
 
 def shape_of(message: pb.Tensor, what: str) -> tuple[int, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -16,7 +16,15 @@ from conf.schema import LinkConfig
 from strategies.errors import TrunkError
 from strategies.session import Session, StepResult
 from strategies.transport import trunk_pb2 as pb
-from strategies.transport.codec import WIRE_DTYPES, WIRE_VERSION, decode, encode, encode_mask
+from strategies.transport.codec import (
+    WIRE_DTYPES,
+    WIRE_VERSION,
+    decode,
+    decode_named,
+    encode,
+    encode_mask,
+    encode_named,
+)
 from strategies.transport.service import CLIENT_KEY, METHOD, STEPS_KEY, TOKEN_KEY
 
 
@@ -43,12 +51,14 @@ class Link(Protocol):
     def compute(self, step: int, micro: int, h_BTD: Tensor, mask_BT: Tensor | None) -> Tensor: ...
 
     def backward(
-        self, step: int, micro: int, grad_BTD: Tensor, *, last: bool
+        self, step: int, micro: int, grad_BTD: Tensor, *, last: bool, tokens: int = 0
     ) -> tuple[Tensor, float]: ...
 
     def get_gradients(self, step: int, micro: int) -> tuple[Tensor, float]: ...
 
-    def apply(self, step: int, counters: StepCounters) -> None: ...
+    def apply(
+        self, step: int, counters: StepCounters, gradients: Mapping[str, Tensor] | None = None
+    ) -> None: ...
 
     def applied(self) -> StepResult: ...
 
@@ -67,10 +77,15 @@ class LocalLink:
         self.backward = session.backward
         self.get_gradients = session.get_gradients
 
-    def apply(self, step: int, counters: StepCounters) -> None:
+    def apply(
+        self, step: int, counters: StepCounters, gradients: Mapping[str, Tensor] | None = None
+    ) -> None:
         """Take the step at once."""
         self._result = self._session.apply(
-            step, client_square_norm=counters.client_square_norm, tokens=counters.tokens
+            step,
+            client_square_norm=counters.client_square_norm,
+            tokens=counters.tokens,
+            gradients=gradients,
         )
 
     def applied(self) -> StepResult:
@@ -163,11 +178,15 @@ class GrpcLink:
         return _expect(reply.activations, "activations", h_BTD)
 
     def backward(
-        self, step: int, micro: int, grad_BTD: Tensor, *, last: bool
+        self, step: int, micro: int, grad_BTD: Tensor, *, last: bool, tokens: int = 0
     ) -> tuple[Tensor, float]:
         """Send dL/dh2 back through the trunk, get dL/dh1; see `Session.backward`."""
         gradient = encode(grad_BTD, self._dtype)
-        self._send(backward=pb.Backward(step=step, micro=micro, gradient=gradient, last=last))
+        self._send(
+            backward=pb.Backward(
+                step=step, micro=micro, gradient=gradient, last=last, tokens=tokens
+            )
+        )
         reply = self._receive("gradients")
         self.trunk_seconds += reply.seconds
         return _expect(reply.gradient, "gradient", grad_BTD), reply.square_norm
@@ -178,15 +197,20 @@ class GrpcLink:
         reply = self._receive("gradients")
         return decode(reply.gradient, "gradient"), reply.square_norm
 
-    def apply(self, step: int, counters: StepCounters) -> None:
+    def apply(
+        self, step: int, counters: StepCounters, gradients: Mapping[str, Tensor] | None = None
+    ) -> None:
         """Ask for the trunk's optimizer step, without waiting for it."""
-        self._send(apply=pb.Apply(step=step, **vars(counters)))
+        frame = pb.Apply(step=step, **vars(counters))
+        frame.gradients.extend(encode_named(gradients or {}))
+        self._send(apply=frame)
 
     def applied(self) -> StepResult:
         """Wait for the result of the last `apply`."""
         reply = self._receive("applied")
         self.trunk_seconds += reply.seconds
-        return StepResult(step=reply.step, grad_norm=reply.grad_norm, lr=reply.lr)
+        state = decode_named(reply.state)
+        return StepResult(step=reply.step, grad_norm=reply.grad_norm, lr=reply.lr, state=state)
 
     def close(self) -> None:
         """Say good-bye and end the stream. Called after an error, it only ends the stream."""

@@ -6,7 +6,7 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +17,20 @@ import torch
 from google.protobuf.message import DecodeError
 
 from conf.schema import LinkConfig
+from models import Cut
 from strategies.errors import TrunkError
 from strategies.session import Session
 from strategies.transport import trunk_pb2 as pb
 from strategies.transport.certificates import is_loopback, self_signed
-from strategies.transport.codec import WIRE_DTYPES, WIRE_VERSION, decode, encode, shape_of
+from strategies.transport.codec import (
+    WIRE_DTYPES,
+    WIRE_VERSION,
+    decode,
+    decode_named,
+    encode,
+    encode_named,
+    shape_of,
+)
 from strategies.trunk import TrunkEngine
 
 logger = logging.getLogger(__name__)
@@ -63,6 +72,18 @@ class _Traffic:
     waiting_since: float | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Broken:
+    """A session whose stream ended without a good-bye."""
+
+    since: float
+    """When, by `time.monotonic`."""
+    done: int
+    """Optimizer steps that were applied."""
+    steps: int
+    """Optimizer steps that were planned."""
+
+
 class TrunkService:
     """Serves a `TrunkEngine` to clients that hold a token of the open round.
 
@@ -90,6 +111,8 @@ class TrunkService:
         self._engine, self._link, self.on_step = engine, link, on_step
         self._dtype = WIRE_DTYPES[link.dtype]
         self._tokens: dict[str, str] = {}
+        self._cuts: dict[str, Cut | None] = {}
+        self._broken: dict[str, Broken] = {}
         self._calls: dict[grpc.ServicerContext, _Traffic] = {}
         self._lock = threading.Lock()
         self._stopped = threading.Event()
@@ -116,17 +139,33 @@ class TrunkService:
         threading.Thread(target=self._end_idle_sessions, daemon=True, name="graft-idle").start()
         return self.address
 
-    def admit(self, key: str) -> str:
-        """Issue the token (256 random bits) that opens session `key`, once, in this round."""
+    def admit(self, key: str, cut: Cut | None = None) -> str:
+        """Issue the token (256 random bits) that opens session `key`, once, in this round.
+
+        Parameters
+        ----------
+        key : str
+            Names the session; it differs in every round and attempt.
+        cut : Cut, optional
+            The client's own cut, if it is not the trunk's.
+        """
         token = secrets.token_hex(32)
         with self._lock:
             self._tokens[token] = key
+            self._cuts[key] = cut
         return token
+
+    def broken(self, key: str) -> Broken | None:
+        """When and where session `key` lost its stream; None if it did not, or has not begun."""
+        with self._lock:
+            return self._broken.get(key)
 
     def end_round(self) -> None:
         """Withdraw all tokens and end the streams that are still open."""
         with self._lock:
             self._tokens.clear()
+            self._cuts.clear()
+            self._broken.clear()
             calls = list(self._calls)
         for call in calls:
             call.cancel()
@@ -174,17 +213,22 @@ class TrunkService:
         with self._lock:
             self._calls[context] = traffic
         session: Session | None = None
+        closed = False
         try:
             session = self._open(str(key), metadata)
             opened = pb.Opened(hidden_size=self._engine.hidden_size, steps=session.steps)
             yield _frame(traffic, opened=opened)
-            yield from self._converse(str(key), session, requests, traffic)
+            closed = yield from self._converse(str(key), session, requests, traffic)
         except TrunkError as error:
             logger.warning("session %s: %s", key, error)
             yield _frame(traffic, failure=pb.Failure(kind=error.kind, message=str(error)))
         finally:
             with self._lock:
                 self._calls.pop(context, None)
+                if session is not None and not closed and key in self._cuts:
+                    self._broken[key] = Broken(
+                        since=time.monotonic(), done=session.applied, steps=session.steps
+                    )
             if session is not None:
                 session.close()
 
@@ -193,19 +237,22 @@ class TrunkService:
             steps = int(metadata.get(STEPS_KEY, "0"))
         except ValueError as error:
             raise TrunkError(f"{STEPS_KEY} must be a whole number: {error}") from error
-        return self._engine.open(key, client=str(metadata.get(CLIENT_KEY, "")), steps=steps)
+        client = str(metadata.get(CLIENT_KEY, ""))
+        with self._lock:
+            cut = self._cuts.get(key)
+        return self._engine.open(key, client=client, steps=steps, cut=cut)
 
     def _converse(
         self, key: str, session: Session, requests: Iterator[bytes], traffic: _Traffic
-    ) -> Iterator[bytes]:
-        """Answer frames until the client closes or falls silent."""
+    ) -> Generator[bytes, None, bool]:
+        """Answer frames until the client closes or falls silent; returns whether it closed."""
         while True:
             # Neither sending nor reading may hold a client up who does not read or send.
             traffic.waiting_since = time.monotonic()
             raw = next(requests, None)
             traffic.waiting_since = None
             if raw is None:
-                return
+                return False
             traffic.bytes_up += len(raw)
             started = time.perf_counter()
             reply = self._answer(key, session, _parse(raw), traffic, started)
@@ -213,7 +260,7 @@ class TrunkService:
             traffic.waiting_since = time.monotonic()
             yield _frame(traffic, **reply)
             if "closed" in reply:
-                return
+                return True
 
     def _answer(
         self,
@@ -256,7 +303,11 @@ class TrunkService:
 
     def _backward(self, session: Session, frame: pb.Backward, started: float) -> pb.Gradients:
         grad_BTD, square = session.backward(
-            frame.step, frame.micro, decode(frame.gradient, "gradient"), last=frame.last
+            frame.step,
+            frame.micro,
+            decode(frame.gradient, "gradient"),
+            last=frame.last,
+            tokens=frame.tokens,
         )
         return self._gradients(frame, grad_BTD, square, started)
 
@@ -279,10 +330,14 @@ class TrunkService:
         before = session.applied
         started = time.perf_counter()
         result = session.apply(
-            frame.step, client_square_norm=frame.client_square_norm, tokens=frame.tokens
+            frame.step,
+            client_square_norm=frame.client_square_norm,
+            tokens=frame.tokens,
+            gradients=decode_named(frame.gradients),
         )
         seconds = time.perf_counter() - started
-        if session.applied > before:  # a step that came twice is reported once
+        # A step that came twice is reported once, one without an example of this client not at all.
+        if session.applied > before and frame.tokens:
             self.on_step(
                 StepReport(
                     key=key,
@@ -307,7 +362,11 @@ class TrunkService:
             traffic.bytes_up = traffic.bytes_down = 0
             traffic.seconds = -seconds
         return pb.Applied(
-            step=frame.step, grad_norm=result.grad_norm, lr=result.lr, seconds=seconds
+            step=frame.step,
+            grad_norm=result.grad_norm,
+            lr=result.lr,
+            seconds=seconds,
+            state=encode_named(result.state),
         )
 
     def _end_idle_sessions(self) -> None:

@@ -47,6 +47,14 @@ class Tensor(_message.Message):
     data: bytes
     def __init__(self, version: _Optional[int] = ..., dtype: _Optional[_Union[DType, str]] = ..., shape: _Optional[_Iterable[int]] = ..., codec: _Optional[_Union[Codec, str]] = ..., scale: _Optional[float] = ..., data: _Optional[bytes] = ...) -> None: ...
 
+class NamedTensor(_message.Message):
+    __slots__ = ("name", "tensor")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    TENSOR_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    tensor: Tensor
+    def __init__(self, name: _Optional[str] = ..., tensor: _Optional[_Union[Tensor, _Mapping]] = ...) -> None: ...
+
 class Compute(_message.Message):
     __slots__ = ("step", "micro", "activations", "mask")
     STEP_FIELD_NUMBER: _ClassVar[int]
@@ -60,16 +68,18 @@ class Compute(_message.Message):
     def __init__(self, step: _Optional[int] = ..., micro: _Optional[int] = ..., activations: _Optional[_Union[Tensor, _Mapping]] = ..., mask: _Optional[_Union[Tensor, _Mapping]] = ...) -> None: ...
 
 class Backward(_message.Message):
-    __slots__ = ("step", "micro", "gradient", "last")
+    __slots__ = ("step", "micro", "gradient", "last", "tokens")
     STEP_FIELD_NUMBER: _ClassVar[int]
     MICRO_FIELD_NUMBER: _ClassVar[int]
     GRADIENT_FIELD_NUMBER: _ClassVar[int]
     LAST_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
     step: int
     micro: int
     gradient: Tensor
     last: bool
-    def __init__(self, step: _Optional[int] = ..., micro: _Optional[int] = ..., gradient: _Optional[_Union[Tensor, _Mapping]] = ..., last: _Optional[bool] = ...) -> None: ...
+    tokens: int
+    def __init__(self, step: _Optional[int] = ..., micro: _Optional[int] = ..., gradient: _Optional[_Union[Tensor, _Mapping]] = ..., last: _Optional[bool] = ..., tokens: _Optional[int] = ...) -> None: ...
 
 class GetGradients(_message.Message):
     __slots__ = ("step", "micro")
@@ -80,7 +90,7 @@ class GetGradients(_message.Message):
     def __init__(self, step: _Optional[int] = ..., micro: _Optional[int] = ...) -> None: ...
 
 class Apply(_message.Message):
-    __slots__ = ("step", "client_square_norm", "tokens", "loss", "seconds_bottom", "seconds_network", "seconds_top")
+    __slots__ = ("step", "client_square_norm", "tokens", "loss", "seconds_bottom", "seconds_network", "seconds_top", "gradients")
     STEP_FIELD_NUMBER: _ClassVar[int]
     CLIENT_SQUARE_NORM_FIELD_NUMBER: _ClassVar[int]
     TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -88,6 +98,7 @@ class Apply(_message.Message):
     SECONDS_BOTTOM_FIELD_NUMBER: _ClassVar[int]
     SECONDS_NETWORK_FIELD_NUMBER: _ClassVar[int]
     SECONDS_TOP_FIELD_NUMBER: _ClassVar[int]
+    GRADIENTS_FIELD_NUMBER: _ClassVar[int]
     step: int
     client_square_norm: float
     tokens: int
@@ -95,7 +106,8 @@ class Apply(_message.Message):
     seconds_bottom: float
     seconds_network: float
     seconds_top: float
-    def __init__(self, step: _Optional[int] = ..., client_square_norm: _Optional[float] = ..., tokens: _Optional[int] = ..., loss: _Optional[float] = ..., seconds_bottom: _Optional[float] = ..., seconds_network: _Optional[float] = ..., seconds_top: _Optional[float] = ...) -> None: ...
+    gradients: _containers.RepeatedCompositeFieldContainer[NamedTensor]
+    def __init__(self, step: _Optional[int] = ..., client_square_norm: _Optional[float] = ..., tokens: _Optional[int] = ..., loss: _Optional[float] = ..., seconds_bottom: _Optional[float] = ..., seconds_network: _Optional[float] = ..., seconds_top: _Optional[float] = ..., gradients: _Optional[_Iterable[_Union[NamedTensor, _Mapping]]] = ...) -> None: ...
 
 class Close(_message.Message):
     __slots__ = ()
@@ -152,16 +164,18 @@ class Gradients(_message.Message):
     def __init__(self, step: _Optional[int] = ..., micro: _Optional[int] = ..., gradient: _Optional[_Union[Tensor, _Mapping]] = ..., square_norm: _Optional[float] = ..., seconds: _Optional[float] = ...) -> None: ...
 
 class Applied(_message.Message):
-    __slots__ = ("step", "grad_norm", "lr", "seconds")
+    __slots__ = ("step", "grad_norm", "lr", "seconds", "state")
     STEP_FIELD_NUMBER: _ClassVar[int]
     GRAD_NORM_FIELD_NUMBER: _ClassVar[int]
     LR_FIELD_NUMBER: _ClassVar[int]
     SECONDS_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
     step: int
     grad_norm: float
     lr: float
     seconds: float
-    def __init__(self, step: _Optional[int] = ..., grad_norm: _Optional[float] = ..., lr: _Optional[float] = ..., seconds: _Optional[float] = ...) -> None: ...
+    state: _containers.RepeatedCompositeFieldContainer[NamedTensor]
+    def __init__(self, step: _Optional[int] = ..., grad_norm: _Optional[float] = ..., lr: _Optional[float] = ..., seconds: _Optional[float] = ..., state: _Optional[_Iterable[_Union[NamedTensor, _Mapping]]] = ...) -> None: ...
 
 class Closed(_message.Message):
     __slots__ = ("steps", "tokens")

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from strategies.errors import TrunkError
 from strategies.transport import trunk_pb2 as pb
-from strategies.transport.codec import WIRE_DTYPES, decode, encode, encode_mask
+from strategies.transport.codec import WIRE_DTYPES, WIRE_VERSION, decode, encode, encode_mask
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 3, 5), (4, 7)])
@@ -65,7 +65,7 @@ def test_a_non_contiguous_tensor_keeps_its_order() -> None:
 @pytest.mark.parametrize(
     ("change", "word"),
     [
-        ({"version": 9}, "version 9 came, version 1"),
+        ({"version": 9}, f"version 9 came, version {WIRE_VERSION}"),
         ({"dtype": 0}, "dtype 0"),
         ({"dtype": 99}, "dtype 99"),
         ({"codec": pb.BITS}, "codec 3"),

@@ -134,11 +134,14 @@ def test_a_gradient_that_is_not_finite_moves_nothing(bad: float) -> None:
     engine = make_engine()
     session = open_one(engine)
     before = weights(session._lane.module)
+    with pytest.raises(TrunkError, match="activations of step 0 holds values that are not finite"):
+        session.compute(0, 0, torch.full_like(H, bad), None)
     session.compute(0, 0, H, None)
-    session.backward(0, 0, torch.full_like(H, bad), last=True)
-
-    with pytest.raises(TrunkError, match="gradient norm of step 0 is"):
-        session.apply(0, client_square_norm=0.0, tokens=1)
+    with pytest.raises(TrunkError, match="gradient of step 0 holds values that are not finite"):
+        session.backward(0, 0, torch.full_like(H, bad), last=True)
+    session.backward(0, 0, H, last=True)
+    with pytest.raises(TrunkError, match="norm of step 0 is|a square norm cannot be"):
+        session.apply(0, client_square_norm=bad, tokens=1)
 
     assert torch.equal(weights(session._lane.module), before)
 

@@ -66,7 +66,7 @@ def test_one_client_reproduces_unsplit_training(
 
 
 def test_an_identity_backward_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    def identity(self, step, micro, grad_BTD, last):  # type: ignore[no-untyped-def]
+    def identity(self, step, micro, grad_BTD, last, tokens):  # type: ignore[no-untyped-def]
         self._pending.pop(micro)
         self._square_norm = 0.0
         return grad_BTD, 0.0

@@ -19,7 +19,7 @@ from flower_app.data import Batch
 from models import split
 from strategies.errors import TrunkError
 from strategies.transport import trunk_pb2 as pb
-from strategies.transport.codec import encode
+from strategies.transport.codec import WIRE_VERSION, encode
 from strategies.transport.link import GrpcLink, LocalLink, StepCounters
 from strategies.transport.service import METHOD, TOKEN_KEY, TrunkService
 from strategies.trunk import TrunkEngine
@@ -153,14 +153,14 @@ def test_a_session_cannot_reach_anothers_gradients() -> None:
     [
         (b"\xff\xff\xff\xff", "is not a Graft frame"),
         (pb.ClientFrame(version=7, close=pb.Close()).SerializeToString(), "version 7 came"),
-        (pb.ClientFrame(version=1).SerializeToString(), "without a body"),
+        (pb.ClientFrame(version=WIRE_VERSION).SerializeToString(), "without a body"),
         (
-            pb.ClientFrame(version=1, compute=pb.Compute()).SerializeToString(),
+            pb.ClientFrame(version=WIRE_VERSION, compute=pb.Compute()).SerializeToString(),
             "activations: 0 dimensions",
         ),
         (
             pb.ClientFrame(
-                version=1,
+                version=WIRE_VERSION,
                 compute=pb.Compute(activations=encode(torch.ones(2, 3, 9), torch.float32)),
             ).SerializeToString(),
             r"\(2, 3, 9\); the trunk takes \(B, T, 32\)",

@@ -1,0 +1,451 @@
+"""`merged`: one trunk, and the micro-batches of all open sessions run as one.
+
+Every session has its own thread, as under the other policies; here they meet. A session asks for
+one thing at a time (a forward, a backward, a step) and waits; when all open sessions wait, what
+they ask for is done for all at once. A session that ends or dies leaves, and nobody waits for it.
+
+With every client present this is centralised training on the concatenated batch: gradients are
+summed with the weights of the tokens, whoever has them.
+
+Shapes: B sequences, T tokens, D hidden size.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from conf.schema import TrainConfig
+from models import Cut
+from strategies.errors import TrunkError
+from strategies.optim import (
+    Progress,
+    build_optimizer,
+    clipped_step,
+    learning_rate,
+    square_norm,
+    trainable,
+)
+from strategies.policies import Lane
+
+if TYPE_CHECKING:
+    from strategies.session import Session
+
+logger = logging.getLogger(__name__)
+
+MAX_PADDING = 0.25
+"""Largest share of a merged batch that padding to its longest member may take."""
+
+GATHER_SHARE = 0.5
+"""Of the engine's timeout: how long a round's first step waits for the whole cohort."""
+
+
+class Ends:
+    """The clients' bottom and top, which under `train.sync=step` take one common step.
+
+    Parameters
+    ----------
+    state : mapping
+        Their trainable tensors by global name, floating point.
+    train : TrainConfig
+        Optimizer settings. The optimizer lives as long as the run.
+    """
+
+    def __init__(self, state: Mapping[str, Tensor], train: TrainConfig) -> None:
+        self.parameters = {name: nn.Parameter(value.clone()) for name, value in state.items()}
+        self.optimizer = build_optimizer(list(self.parameters.values()), train)
+
+    def set_gradients(self, gradients: Sequence[tuple[int, Mapping[str, Tensor]]]) -> float:
+        """Take the mean of the clients' gradients, weighted by tokens; returns its squared norm."""
+        total = sum(tokens for tokens, _ in gradients)
+        for name, parameter in self.parameters.items():
+            mean = torch.zeros_like(parameter, dtype=torch.float64)
+            for tokens, own in gradients:
+                if tokens:
+                    mean.add_(own[name].to(mean), alpha=tokens / total)
+            parameter.grad = mean.to(parameter.dtype)
+        return square_norm(self.parameters.values())
+
+    def check(self, gradients: Mapping[str, Tensor]) -> None:
+        """Refuse gradients that are not of exactly these tensors."""
+        odd = sorted(self.parameters.keys() ^ gradients.keys())
+        odd = odd or [n for n, g in gradients.items() if g.shape != self.parameters[n].shape]
+        if odd:
+            raise TrunkError(
+                f"the gradients differ from the clients' common tensors in {odd[:3]}", kind="shape"
+            )
+
+    def state(self) -> dict[str, Tensor]:
+        """The tensors after the last step."""
+        return {name: parameter.detach() for name, parameter in self.parameters.items()}
+
+
+@dataclass(eq=False)
+class _Batch:
+    """One merged forward whose graph waits for its backward."""
+
+    h_in_BTD: Tensor
+    h_out_BTD: Tensor
+
+
+@dataclass(eq=False)
+class _Rows:
+    """A session's share of a batch."""
+
+    batch: _Batch
+    rows: slice
+    tokens: int
+
+
+@dataclass(eq=False)
+class _Request:
+    """What one session asks for, and the answer."""
+
+    member: Session
+    kind: str
+    payload: tuple[Any, ...]
+    answer: Any = None
+    error: Exception | None = None
+    done: bool = False
+
+
+@dataclass(eq=False)
+class Group:
+    """The sessions of one round that work as one; see the module's text."""
+
+    trunk_optimizer: torch.optim.Optimizer | None
+    parameters: list[nn.Parameter]
+    train: TrainConfig
+    ends: Ends | None
+    cohort: int = 0
+    patience: float = 0.0
+    steps: int = 0
+    padded: int = 0
+    positions: int = 0
+    _members: dict[Session, _Request | None] = field(default_factory=dict)
+    _rows: dict[Session, _Rows] = field(default_factory=dict)
+    _joined: int = 0
+    _deadline: float | None = None
+    _step: int = 0
+    _tokens: dict[Session, int] = field(default_factory=dict)
+    _reference: float = 0.0
+    _changed: threading.Condition = field(default_factory=threading.Condition)
+
+    def join(self, member: Session, *, cohort: int, patience: float) -> None:
+        """Take part from the next step on."""
+        with self._changed:
+            self.cohort, self.patience = cohort, patience
+            self.steps = max(self.steps, member.steps)
+            self._members[member] = None
+            self._joined += 1
+
+    def leave(self, member: Session) -> None:
+        """Take part no longer; a thread of this session that waits here learns so at once."""
+        with self._changed:
+            request = self._members.pop(member, None)
+            self._rows.pop(member, None)
+            if request is not None and not request.done:
+                request.error = TrunkError("the session has ended", kind="closed")
+                request.done = True
+            self._changed.notify_all()
+
+    def forward(self, member: Session, h_BTD: Tensor, mask_BT: Tensor | None) -> Tensor:
+        """The trunk's output (B, T, D) for this session's micro-batch."""
+        answer: Tensor = self._ask(_Request(member, "forward", (h_BTD, mask_BT)))
+        return answer
+
+    def backward(self, member: Session, grad_BTD: Tensor, tokens: int) -> Tensor:
+        """dL/dh1 (B, T, D) of the session's own mean loss over its step's `tokens` tokens."""
+        answer: Tensor = self._ask(_Request(member, "backward", (grad_BTD, tokens)))
+        return answer
+
+    def step(
+        self, member: Session, square: float, tokens: int, gradients: Mapping[str, Tensor]
+    ) -> tuple[float, float, dict[str, Tensor]]:
+        """Take the common step.
+
+        Returns
+        -------
+        norm : float
+            Gradient norm over all parts before clipping. With `train.sync=round` of the common
+            trunk and this client's own ends.
+        lr : float
+            Learning rate of the trunk.
+        state : dict[str, Tensor]
+            With `train.sync=step`, the clients' tensors after the step.
+        """
+        if self.ends is not None and tokens:
+            self.ends.check(gradients)
+        answer: tuple[float, float, dict[str, Tensor]] = self._ask(
+            _Request(member, "step", (square, tokens, gradients))
+        )
+        return answer
+
+    def _ask(self, request: _Request) -> Any:
+        with self._changed:
+            if request.member not in self._members:
+                raise TrunkError("the session has ended", kind="closed")
+            self._members[request.member] = request
+            if self._deadline is None:
+                self._deadline = time.monotonic() + self.patience
+            while not request.done:
+                if self._all_wait():
+                    self._serve()
+                    self._changed.notify_all()
+                else:
+                    self._changed.wait(self._until_deadline())
+            if request.error is not None:
+                raise request.error
+            return request.answer
+
+    def _all_wait(self) -> bool:
+        if any(request is None for request in self._members.values()):
+            return False
+        left = self._until_deadline()
+        if self._joined >= self.cohort or left is None:
+            return True
+        if left > 0:
+            return False
+        self._deadline = math.inf
+        logger.warning(
+            "merged: %d of %d clients of the cohort have come within %.0f s; the others join when "
+            "they do. In a simulation let all run at once (--federation-config "
+            "'client-resources-num-cpus=1 init-args-num-cpus=%d'), or set link.transport=messages",
+            *(self._joined, self.cohort, self.patience, self.cohort),
+        )
+        return True
+
+    def _until_deadline(self) -> float | None:
+        """Seconds until nobody waits for the whole cohort any more; None if nobody does."""
+        if self._deadline is None or math.isinf(self._deadline) or self._joined >= self.cohort:
+            return None
+        return max(0.0, self._deadline - time.monotonic())
+
+    def _serve(self) -> None:
+        """Do for all members what the first kind of request asks; the others go on waiting."""
+        waiting = [request for request in self._members.values() if request is not None]
+        # By name, so that the sums do not depend on the order of arrival.
+        waiting.sort(key=lambda request: request.member.client)
+        for kind, work in (
+            ("forward", self._forward),
+            ("backward", self._backward),
+            ("step", self._take_step),
+        ):
+            chosen = [request for request in waiting if request.kind == kind]
+            if not chosen:
+                continue
+            try:
+                work(chosen)
+            except (TrunkError, RuntimeError, ValueError) as error:
+                for request in chosen:
+                    request.error = error
+            for request in chosen:
+                request.done = True
+                if self._members.get(request.member) is request:
+                    self._members[request.member] = None
+            return
+
+    def _forward(self, requests: list[_Request]) -> None:
+        for bucket in buckets(requests, lambda request: tuple(request.payload[0].shape[:2])):
+            self._forward_bucket(bucket)
+
+    def _forward_bucket(self, requests: list[_Request]) -> None:
+        longest = max(request.payload[0].shape[1] for request in requests)
+        parts, masks, start = [], [], 0
+        for request in requests:
+            h_BTD, mask_BT = request.payload
+            sequences, tokens = h_BTD.shape[:2]
+            missing = longest - tokens
+            parts.append(F.pad(h_BTD.detach(), (0, 0, 0, missing)))
+            mask_BT = (
+                h_BTD.new_ones((sequences, tokens), dtype=torch.long)
+                if mask_BT is None
+                else mask_BT
+            )
+            masks.append(F.pad(mask_BT, (0, missing)))
+            self.padded += sequences * missing
+            self.positions += sequences * longest
+        mask = torch.cat(masks)
+        h_in = torch.cat(parts).requires_grad_()
+        # Any member's forward is everybody's: they share the trunk and the round.
+        first = requests[0].member
+        place = (self._step, "merged", "+".join(request.member.client for request in requests))
+        h_out = first.run(h_in, None if bool(mask.all()) else mask, *place)
+        batch = _Batch(h_in, h_out)
+        for request in requests:
+            sequences, tokens = request.payload[0].shape[:2]
+            rows = slice(start, start + sequences)
+            start += sequences
+            self._rows[request.member] = _Rows(batch, rows, tokens)
+            request.answer = h_out.detach()[rows, :tokens]
+
+    def _backward(self, requests: list[_Request]) -> None:
+        if not self._reference:
+            # A power of two near the step's tokens keeps gradients in range and loses no bit.
+            self._reference = 2.0 ** round(math.log2(sum(r.payload[1] for r in requests)))
+        batches: dict[int, list[_Request]] = {}
+        for request in requests:
+            batches.setdefault(id(self._rows[request.member].batch), []).append(request)
+        for members in batches.values():
+            self._backward_batch(members)
+
+    def _backward_batch(self, requests: list[_Request]) -> None:
+        batch = self._rows[requests[0].member].batch
+        grad_out = torch.zeros_like(batch.h_out_BTD)
+        for request in requests:
+            grad_BTD, tokens = request.payload
+            own = self._rows[request.member]
+            grad_out[own.rows, : own.tokens] = grad_BTD.to(grad_out) * (tokens / self._reference)
+        torch.autograd.backward(batch.h_out_BTD, grad_out)
+        grad_in = batch.h_in_BTD.grad
+        if grad_in is None:
+            raise TrunkError("no gradient reached the trunk's input; is this part differentiable?")
+        for request in requests:
+            own, tokens = self._rows.pop(request.member), request.payload[1]
+            self._tokens[request.member] = tokens
+            request.answer = grad_in[own.rows, : own.tokens] * (self._reference / tokens)
+
+    def _take_step(self, requests: list[_Request]) -> None:
+        total = sum(self._tokens.values())
+        if not total:
+            raise TrunkError("no client has a token that counts in this step", kind="order")
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        if gradients:
+            torch._foreach_mul_(gradients, self._reference / total)
+        trunk = square_norm(self.parameters)
+        if self.ends is not None:
+            clients = self.ends.set_gradients([(r.payload[1], r.payload[2]) for r in requests])
+        else:
+            clients = sum(r.payload[0] * r.payload[1] for r in requests) / total
+        norm = math.sqrt(trunk + clients)
+        if not math.isfinite(norm):
+            raise TrunkError(
+                f"the gradient norm of merged step {self._step} is {norm}; lower train.lr, or set "
+                "train.clip",
+                kind="not-finite",
+            )
+        member = requests[0].member
+        here = Progress(
+            round=member.round.number,
+            rounds=member.round.rounds,
+            step=min(self._step, self.steps - 1),
+            steps=self.steps,
+        )
+        lr = learning_rate(self.train, here, trunk=True)
+        clipped_step(self.trunk_optimizer, lr=lr, norm=norm, clip=self.train.clip)
+        state: dict[str, Tensor] = {}
+        if self.ends is not None:
+            own_lr = learning_rate(self.train, here)
+            clipped_step(self.ends.optimizer, lr=own_lr, norm=norm, clip=self.train.clip)
+            state = self.ends.state()
+        for request in requests:
+            own_norm = norm if self.ends is not None else math.sqrt(trunk + request.payload[0])
+            request.answer = own_norm, lr, state
+        self._step += 1
+        self._tokens.clear()
+        self._reference = 0.0
+
+
+class Merged:
+    """One trunk, and one step for the whole cohort.
+
+    The concatenation of the clients' smashed activations is that of Jeon & Kim 2020, *Privacy-
+    Sensitive Parallel Split Learning* (ICOIN), with the gradient of the global mean loss.
+
+    Parameters
+    ----------
+    trunk : nn.Module
+        Moves with every step; its optimizer lives as long as the run.
+    train : TrainConfig
+        Optimizer settings, and `sync`.
+    """
+
+    def __init__(self, trunk: nn.Module, train: TrainConfig) -> None:
+        self.trunk, self._train = trunk, train
+        self._parameters = trainable(trunk)
+        self._optimizer = build_optimizer(self._parameters, train)
+        self.ends: Ends | None = None
+        self._group: Group | None = None
+
+    def start_ends(self, state: Mapping[str, Tensor]) -> None:
+        """Set the clients' common tensors, which `train.sync=step` moves."""
+        self.ends = Ends(state, self._train)
+
+    def open(self, key: str, *, training: bool, cut: Cut | None = None) -> Lane:
+        """The shared trunk and the round's group; without the group for evaluation."""
+        if not training:
+            return Lane(self.trunk)
+        if self._train.sync == "step" and self.ends is None:
+            raise RuntimeError("train.sync=step: give the clients' first tensors to start_ends")
+        if self._group is None:
+            self._group = Group(self._optimizer, self._parameters, self._train, self.ends)
+        return Lane(self.trunk, None, None, self._parameters, group=self._group)
+
+    def close_round(self, weights: Mapping[str, float]) -> None:
+        """Nothing to fold: every step has moved the one trunk already."""
+        self._group = None
+        for parameter in self._parameters:
+            parameter.grad = None
+
+    def statistics(self) -> dict[str, float]:
+        """Of the open round: the share of merged positions that padded a shorter micro-batch."""
+        group = self._group
+        return {"padding": group.padded / group.positions} if group and group.positions else {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Both optimizers, and the clients' common tensors."""
+        own = {"optimizer": self._optimizer and self._optimizer.state_dict(), "ends": None}
+        if self.ends is not None:
+            optimizer = self.ends.optimizer
+            own["ends"] = (self.ends.state(), optimizer and optimizer.state_dict())
+        return own
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go back to a `state_dict`."""
+        if self._optimizer is not None:
+            self._optimizer.load_state_dict(state["optimizer"])
+        self.ends = None
+        if state["ends"] is not None:
+            tensors, optimizer = state["ends"]
+            self.ends = Ends(tensors, self._train)
+            if self.ends.optimizer is not None:
+                self.ends.optimizer.load_state_dict(optimizer)
+
+
+def buckets(items: Sequence[Any], shape: Any, most: float = MAX_PADDING) -> list[list[Any]]:
+    """Group micro-batches of like length, so that padding stays bounded.
+
+    Parameters
+    ----------
+    items : sequence
+        What is grouped.
+    shape : callable
+        Gives an item's (B, T).
+    most : float
+        Largest share of a group's B x longest T that is padding.
+
+    Returns
+    -------
+    list of list
+        Groups of falling length, each in the order given. Greedy: the longest starts a group, and
+        ever shorter ones join while the bound holds.
+    """
+    found: list[list[Any]] = []
+    for item in sorted(items, key=lambda item: -shape(item)[1]):
+        if found:
+            together = [shape(other) for other in (*found[-1], item)]
+            room = sum(sequences for sequences, _ in together) * together[0][1]
+            if 1 - sum(b * t for b, t in together) / room <= most:
+                found[-1].append(item)
+                continue
+        found.append([item])
+    return [sorted(group, key=items.index) for group in found]
