@@ -29,7 +29,7 @@ class Study:
     blocks: int = 4
     cut: tuple[int, int] = (1, 1)
     seeds: tuple[int, ...] = (0, 1, 2)
-    rates: tuple[float, ...] = (2e-3, 4e-3, 8e-3)
+    rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3)
     """Learning rates tried, with the first seed, for each method and division."""
     heldout: float = 0.05
     max_examples: int = 0
