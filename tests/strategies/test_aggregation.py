@@ -54,6 +54,7 @@ def test_whoever_does_not_fit_is_named() -> None:
         ([{"a": torch.ones(1)}], [1, 2], "1 states but 2 weights"),
         ([{"a": torch.ones(1)}], [0], "not all zero"),
         ([{"a": torch.ones(1)}] * 2, [1, -1], ">= 0"),
+        ([{"a": torch.ones(1)}] * 2, [3, -1], ">= 0"),
         ([{"a": torch.ones(1)}], [float("nan")], "finite"),
         ([{"a": torch.ones(1)}, {"b": torch.ones(1)}], [1, 1], "differ in names"),
         ([{"a": torch.ones(1)}, {"a": torch.ones(2)}], [1, 1], r"shape \(2,\)"),

@@ -35,10 +35,11 @@ def config(lora: str = "factors", **aggregation: Any) -> Config:
 
 def random_state(seed: int, rank: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    state = {PLAIN: torch.randn(5, 7, generator=generator)}
+    state = {}
     for layer, (out, inputs) in LAYERS.items():
         state[layer + A_NAME] = torch.randn(rank, inputs, generator=generator)
         state[layer + B_NAME] = torch.randn(out, rank, generator=generator)
+    state[PLAIN] = torch.randn(5, 7, generator=generator)
     return state
 
 
@@ -224,6 +225,7 @@ def test_exact_keeps_the_mean_factors_if_the_ranks_are_equal() -> None:
     state.update(1, contributions)
 
     found = state.tensors(everything, RANK)
+    assert [n for n in found if not n.endswith(RESIDUAL)] == list(contributions[0].state)
     for name in contributions[0].state:
         expected = mean_of([c.state[name] for c in contributions])
         torch.testing.assert_close(found[name].double(), expected, rtol=1e-6, atol=1e-7)
@@ -267,6 +269,20 @@ def test_svd_is_within_a_hundredth_of_the_optimum(ranks: tuple[int, ...]) -> Non
         assert best * (1 - 1e-6) <= error <= best * 1.01
         assert not any(name.endswith(RESIDUAL) for name in found)
     assert report.lora_error == pytest.approx(error, rel=1e-4)
+
+
+def test_svd_keeps_the_rank_of_a_wide_client_that_sits_a_round_out() -> None:
+    state, wide = GlobalState(config("svd")), 12
+    state.update(1, cohort((wide, 4, 4)))
+    contributions = cohort((4, 4, 4), seed=1)
+
+    state.update(2, contributions)
+
+    found = state.tensors(everything, wide)
+    for layer in LAYERS:
+        expected = mean_added(contributions, layer)
+        assert torch.linalg.matrix_rank(expected, rtol=1e-4) == wide
+        torch.testing.assert_close(added(found, layer), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_svd_of_two_clients_is_better_than_the_mean_of_factors() -> None:
@@ -405,6 +421,19 @@ def test_a_contribution_of_another_form_is_refused(method: str, change: str, hel
         state.update(2, contributions)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_whole_cohort_of_another_form_is_refused(method: str) -> None:
+    state = GlobalState(config(method))
+    state.update(1, suited(method))
+    other = [
+        Contribution(c.client, c.weight, {**c.state, PLAIN: torch.ones(7, 5)})
+        for c in suited(method)
+    ]
+
+    with pytest.raises(ValueError, match=r"lm_head.weight.* at client-0 and .* at the federation"):
+        state.update(2, other)
+
+
 @pytest.mark.parametrize("method", ["factors", "exact", "svd"])
 def test_a_start_is_given_as_it_is(method: str) -> None:
     state, initial = GlobalState(config(method)), random_state(0, RANK)
@@ -533,6 +562,15 @@ def test_a_server_optimizer_is_part_of_the_snapshot() -> None:
         again.load_state_dict(kept)
         again.update(2, cohort(seed=1))
         assert same(again.tensors(everything, RANK), expected)
+
+
+def test_a_new_start_forgets_what_was_added() -> None:
+    state, initial = GlobalState(config("exact")), random_state(0, RANK)
+    state.update(1, cohort())
+
+    state.start(initial)
+
+    assert same(state.tensors(everything, RANK), initial)
 
 
 def test_a_new_start_forgets_the_moments() -> None:
