@@ -31,7 +31,7 @@ from simulations import study_methods, study_plot
 from simulations.reference import heldout_loss
 from simulations.study_methods import METHODS, SAME
 from simulations.study_plot import DIVISIONS
-from simulations.study_settings import Study, cohort_of, load_clients, scratch
+from simulations.study_settings import Study, cohort_of, divergence, load_clients, scratch
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,7 @@ def run_study(
     curves = sorted(compute(study, say, workers), key=_place)
     result = {
         "study": asdict(study),
+        "divisions": {division: described(study, division) for division in DIVISIONS},
         "versions": versions(),
         "workers": workers or os.cpu_count(),
         "seconds": round(time.perf_counter() - started, 1),
@@ -184,6 +185,15 @@ def differences(curves: Sequence[Curve]) -> dict[str, float]:
             for one, two in zip(losses, by_key[other, *rest], strict=True)  # type: ignore[index]
         )
         for method, other in SAME.items()
+    }
+
+
+def described(study: Study, division: str) -> dict[str, Any]:
+    """What the first seed gives to the clients: bytes to train on, and how much they differ."""
+    clients = load_clients(study, division, study.seeds[0])
+    return {
+        "bytes": [sum(len(example.input_ids) for example in data.train) for data in clients],
+        "divergence": round(divergence(clients), 4),
     }
 
 

@@ -23,19 +23,9 @@ COLOURS = {
 
 
 def table(result: dict[str, Any]) -> str:
-    """Return the results, the search for learning rates and the equalities as Markdown."""
-    return "\n".join(
-        [
-            *_results(result),
-            "",
-            *_search(result),
-            "",
-            *_equalities(result),
-            "",
-            *_context(result),
-            "",
-        ]
-    )
+    """Return results, learning rates tried, divisions and equalities as Markdown."""
+    pieces = (_results, _search, _divisions, _equalities, _context)
+    return "\n".join(line for piece in pieces for line in (*piece(result), ""))
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
@@ -138,6 +128,15 @@ def _equalities(result: dict[str, Any]) -> list[str]:
     return [
         f"Largest difference of two curves, any round: {pair}: {gap:.1e}." for pair, gap in found
     ]
+
+
+def _divisions(result: dict[str, Any]) -> list[str]:
+    lines = _head(["division", "smallest and largest client, thousand bytes", "divergence, nats"])
+    for division, title in DIVISIONS.items():
+        own = result["divisions"][division]
+        sizes = f"{min(own['bytes']) / 1000:.0f} and {max(own['bytes']) / 1000:.0f}"
+        lines.append(_row([title, sizes, f"{own['divergence']:.3f}"]))
+    return lines
 
 
 def _context(result: dict[str, Any]) -> list[str]:

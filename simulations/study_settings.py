@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 
 from conf.schema import DataConfig, ModelConfig, TrainConfig
@@ -92,6 +93,37 @@ def cohort_of(study: Study, clients: Sequence[ClientData], seed: int, number: in
         list(_steps(study, data, derive_seed(seed, number, f"client-{client}", "order")))
         for client, data in enumerate(clients)
     ]
+
+
+def divergence(clients: Sequence[ClientData], vocabulary: int = 259) -> float:
+    """How much clients differ: the Jensen-Shannon divergence of their pairs of neighbours.
+
+    Parameters
+    ----------
+    clients : sequence of ClientData
+        Each has the same weight.
+    vocabulary : int
+        Number of token ids.
+
+    Returns
+    -------
+    float
+        Nats: 0 if all have the same pairs equally often, log K if K clients share none. A finite
+        text divided at random has some, too.
+    """
+    shares = []
+    for data in clients:
+        counts = np.zeros(vocabulary**2)
+        for example in data.train:
+            ids = example.input_ids.numpy()
+            np.add.at(counts, ids[:-1] * vocabulary + ids[1:], 1)
+        shares.append(counts / counts.sum())
+    return _entropy(np.mean(shares, axis=0)) - float(np.mean([_entropy(s) for s in shares]))
+
+
+def _entropy(share: np.ndarray) -> float:
+    some = share[share > 0]
+    return float(-(some * np.log(some)).sum())
 
 
 def _steps(study: Study, data: ClientData, seed: int) -> Iterator[list[Batch]]:

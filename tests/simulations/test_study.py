@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from flower_app.data import ClientData, Example
 from simulations import study as tool
 from simulations.study import Curve, Job
 from simulations.study_methods import METHODS, SAME
 from simulations.study_plot import DIVISIONS, table
-from simulations.study_settings import Study
+from simulations.study_settings import Study, divergence
 
 TINY = Study(
     clients=3,
@@ -93,6 +96,16 @@ def test_the_study_leaves_curves_table_and_plot(
     assert text == table(result)
     assert all(f"| {name} |" in text for name in METHODS.values())
     assert said[-1] == text
+    assert "| by topic |" in text
+
+
+def test_divergence_is_none_of_equals_and_the_most_of_strangers() -> None:
+    def having(*ids: int) -> ClientData:
+        tensor = torch.tensor(ids)
+        return ClientData("", [Example(tensor, tensor)], [], 1, 0)
+
+    assert divergence([having(1, 2, 3), having(1, 2, 3)]) == pytest.approx(0.0)
+    assert divergence([having(1, 2, 3), having(4, 5, 6)]) == pytest.approx(math.log(2))
 
 
 def test_rates_are_searched_with_the_first_seed_and_shared_by_what_must_coincide() -> None:
