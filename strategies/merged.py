@@ -16,7 +16,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from conf.schema import TrainConfig
-from models import Cut
+from models import Cut, load_trainable_state
 from strategies.errors import TrunkError
 from strategies.optim import (
     Progress,
@@ -35,7 +35,7 @@ from strategies.optim import (
     square_norm,
     trainable,
 )
-from strategies.policies import Lane
+from strategies.policies import Lane, refuse_cut
 
 if TYPE_CHECKING:
     from strategies.session import Session
@@ -138,6 +138,7 @@ class Group:
     _step: int = 0
     _tokens: dict[Session, int] = field(default_factory=dict)
     _reference: float = 0.0
+    _trunk_square: float = 0.0
     _changed: threading.Condition = field(default_factory=threading.Condition)
 
     def join(self, member: Session, *, cohort: int, patience: float) -> None:
@@ -163,9 +164,21 @@ class Group:
         answer: Tensor = self._ask(_Request(member, "forward", (h_BTD, mask_BT)))
         return answer
 
-    def backward(self, member: Session, grad_BTD: Tensor, tokens: int) -> Tensor:
-        """dL/dh1 (B, T, D) of the session's own mean loss over its step's `tokens` tokens."""
-        answer: Tensor = self._ask(_Request(member, "backward", (grad_BTD, tokens)))
+    def backward(
+        self, member: Session, grad_BTD: Tensor, tokens: int, *, last: bool
+    ) -> tuple[Tensor, float]:
+        """Go back through the session's micro-batch.
+
+        Returns
+        -------
+        grad_BTD : Tensor
+            dL/dh1 (B, T, D) of the session's own mean loss over its step's `tokens` tokens.
+        square_norm : float
+            If `last`, squared norm of the common trunk's gradient, for which all have come to
+            their last micro-batch; else 0.
+        """
+        kind = "last backward" if last else "backward"
+        answer: tuple[Tensor, float] = self._ask(_Request(member, kind, (grad_BTD, tokens)))
         return answer
 
     def step(
@@ -238,6 +251,7 @@ class Group:
         for kind, work in (
             ("forward", self._forward),
             ("backward", self._backward),
+            ("last backward", self._last_backward),
             ("step", self._take_step),
         ):
             chosen = [request for request in waiting if request.kind == kind]
@@ -312,16 +326,22 @@ class Group:
         for request in requests:
             own, tokens = self._rows.pop(request.member), request.payload[1]
             self._tokens[request.member] = tokens
-            request.answer = grad_in[own.rows, : own.tokens] * (self._reference / tokens)
+            request.answer = grad_in[own.rows, : own.tokens] * (self._reference / tokens), 0.0
 
-    def _take_step(self, requests: list[_Request]) -> None:
-        total = sum(self._tokens.values())
-        if not total:
-            raise TrunkError("no client has a token that counts in this step", kind="order")
+    def _last_backward(self, requests: list[_Request]) -> None:
+        self._backward(requests)
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         if gradients:
-            torch._foreach_mul_(gradients, self._reference / total)
-        trunk = square_norm(self.parameters)
+            torch._foreach_mul_(gradients, self._reference / sum(self._tokens.values()))
+        self._trunk_square = square_norm(self.parameters)
+        for request in requests:
+            request.answer = request.answer[0], self._trunk_square
+
+    def _take_step(self, requests: list[_Request]) -> None:
+        total = sum(request.payload[1] for request in requests)
+        if not total:
+            raise TrunkError("no client has a token that counts in this step", kind="order")
+        trunk = self._trunk_square
         if self.ends is not None:
             clients = self.ends.set_gradients([(r.payload[1], r.payload[2]) for r in requests])
         else:
@@ -382,6 +402,7 @@ class Merged:
 
     def open(self, key: str, *, training: bool, cut: Cut | None = None) -> Lane:
         """The shared trunk and the round's group; without the group for evaluation."""
+        refuse_cut(self.trunk, cut, "merged")
         if not training:
             return Lane(self.trunk)
         if self._train.sync == "step" and self.ends is None:
@@ -390,11 +411,24 @@ class Merged:
             self._group = Group(self._optimizer, self._parameters, self._train, self.ends)
         return Lane(self.trunk, None, None, self._parameters, group=self._group)
 
-    def close_round(self, weights: Mapping[str, float]) -> None:
-        """Nothing to fold: every step has moved the one trunk already."""
+    def states(self, keys: Iterable[str]) -> dict[str, dict[str, Tensor]]:
+        """Nothing for any session: there is one trunk."""
+        return {key: {} for key in keys}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Copy `state` into the trunk; an empty one changes nothing."""
+        if state:
+            load_trainable_state(self.trunk, state)
+
+    def forget(self) -> None:
+        """Drop the group, and what was under way in it."""
         self._group = None
         for parameter in self._parameters:
             parameter.grad = None
+
+    def close_round(self, weights: Mapping[str, float]) -> None:
+        """Nothing to fold: every step has moved the one trunk already."""
+        self.forget()
 
     def statistics(self) -> dict[str, float]:
         """Of the open round: the share of merged positions that padded a shorter micro-batch."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -237,22 +237,6 @@ class SplitFedV2:
         """Go back to a `state_dict`."""
         if self._optimizer is not None:
             self._optimizer.load_state_dict(state["optimizer"])
-
-
-POLICIES: dict[str, Callable[[nn.Module, TrainConfig], Policy]] = {
-    "splitfed-v1": SplitFedV1,
-    "splitfed-v2": SplitFedV2,
-}
-
-
-def build_policy(trunk: nn.Module, train: TrainConfig) -> Policy:
-    """The policy that `train.strategy` names."""
-    try:
-        return POLICIES[train.strategy](trunk, train)
-    except KeyError:
-        raise ValueError(
-            f"unknown train.strategy '{train.strategy}': use one of {sorted(POLICIES)}"
-        ) from None
 
 
 def refuse_cut(trunk: nn.Module, cut: Cut | None, strategy: str) -> None:

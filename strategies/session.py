@@ -178,8 +178,8 @@ class Session:
         grad_BTD : Tensor
             Gradient of the loss with respect to the trunk's input.
         square_norm : float
-            Squared norm of the trunk's accumulated gradient if `last`, else 0. Under `merged` 0:
-            `apply` tells the norm.
+            Squared norm of the trunk's accumulated gradient if `last`, else 0. Under `merged` it is
+            the gradient of the whole cohort's loss.
         """
         with self._working():
             return self._backward(step, micro, grad_BTD, last, tokens)
@@ -207,12 +207,12 @@ class Session:
         if self._lane.group is not None:
             if not 0 < tokens <= self._most_tokens():
                 raise TrunkError(f"step {step}: a gradient over {tokens} tokens cannot be weighed")
-            grad_in = self._lane.group.backward(self, grad_BTD, tokens)
+            grad_in, square = self._lane.group.backward(self, grad_BTD, tokens, last=last)
             self._declared = tokens
             del self._pending[micro]
         else:
             del self._pending[micro]
-            grad_in = _back_through(pending, grad_BTD)
+            grad_in, square = _back_through(pending, grad_BTD), 0.0
         self._gradients[step, micro] = grad_in
         if last:
             if self._pending:
@@ -224,7 +224,7 @@ class Session:
             if self._lane.anchor is not None:
                 add_proximal(self._lane.parameters, self._lane.anchor, self._engine.train.prox)
             merged = self._lane.group is not None
-            self._square_norm = 0.0 if merged else square_norm(self._lane.parameters)
+            self._square_norm = square if merged else square_norm(self._lane.parameters)
         return grad_in, self._square_norm or 0.0
 
     def get_gradients(self, step: int, micro: int) -> tuple[Tensor, float]:

@@ -6,15 +6,12 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import grpc
-import torch
-from google.protobuf.message import DecodeError
 
 from conf.schema import LinkConfig
 from models import Cut
@@ -22,15 +19,8 @@ from strategies.errors import TrunkError
 from strategies.session import Session
 from strategies.transport import trunk_pb2 as pb
 from strategies.transport.certificates import is_loopback, self_signed
-from strategies.transport.codec import (
-    WIRE_DTYPES,
-    WIRE_VERSION,
-    decode,
-    decode_named,
-    encode,
-    encode_named,
-    shape_of,
-)
+from strategies.transport.codec import WIRE_DTYPES
+from strategies.transport.conversation import Conversation, StepReport, server_frame
 from strategies.trunk import TrunkEngine
 
 logger = logging.getLogger(__name__)
@@ -45,30 +35,10 @@ MAX_SESSIONS = 256
 """Streams served at once; each takes a thread while it is open."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class StepReport:
-    """One applied step as seen from the trunk, for the run's metrics."""
-
-    key: str
-    client: str
-    step: int
-    steps: int
-    loss: float
-    tokens: int
-    grad_norm: float
-    lr: float
-    bytes_up: int
-    bytes_down: int
-    seconds: dict[str, float]
-
-
 @dataclass(eq=False)
-class _Traffic:
-    """What one session has moved since its last step, and when it last said something."""
+class _Call:
+    """One stream, and since when it waits for its client."""
 
-    bytes_up: int = 0
-    bytes_down: int = 0
-    seconds: float = 0.0
     waiting_since: float | None = None
 
 
@@ -113,7 +83,7 @@ class TrunkService:
         self._tokens: dict[str, str] = {}
         self._cuts: dict[str, Cut | None] = {}
         self._broken: dict[str, Broken] = {}
-        self._calls: dict[grpc.ServicerContext, _Traffic] = {}
+        self._calls: dict[grpc.ServicerContext, _Call] = {}
         self._lock = threading.Lock()
         self._stopped = threading.Event()
         limit = int(link.max_frame_mb * 2**20)
@@ -209,28 +179,28 @@ class TrunkService:
                 grpc.StatusCode.UNAUTHENTICATED,
                 "no session has this token: it is wrong, was used before, or its round has ended",
             )
-        traffic = _Traffic()
+        call = _Call()
         with self._lock:
-            self._calls[context] = traffic
-        session: Session | None = None
-        closed = False
+            self._calls[context] = call
+        talk: Conversation | None = None
         try:
             session = self._open(str(key), metadata)
+            talk = Conversation(str(key), session, self._dtype, self.on_step)
             opened = pb.Opened(hidden_size=self._engine.hidden_size, steps=session.steps)
-            yield _frame(traffic, opened=opened)
-            closed = yield from self._converse(str(key), session, requests, traffic)
+            yield talk.frame(opened=opened)
+            yield from self._converse(talk, requests, call)
         except TrunkError as error:
             logger.warning("session %s: %s", key, error)
-            yield _frame(traffic, failure=pb.Failure(kind=error.kind, message=str(error)))
+            yield server_frame(failure=pb.Failure(kind=error.kind, message=str(error)))
         finally:
             with self._lock:
                 self._calls.pop(context, None)
-                if session is not None and not closed and key in self._cuts:
-                    self._broken[key] = Broken(
-                        since=time.monotonic(), done=session.applied, steps=session.steps
+                if talk is not None and not talk.closed and key in self._cuts:
+                    self._broken[str(key)] = Broken(
+                        since=time.monotonic(), done=talk.session.applied, steps=talk.session.steps
                     )
-            if session is not None:
-                session.close()
+            if talk is not None:
+                talk.session.close()
 
     def _open(self, key: str, metadata: dict[str, str | bytes]) -> Session:
         try:
@@ -243,131 +213,19 @@ class TrunkService:
         return self._engine.open(key, client=client, steps=steps, cut=cut)
 
     def _converse(
-        self, key: str, session: Session, requests: Iterator[bytes], traffic: _Traffic
-    ) -> Generator[bytes, None, bool]:
-        """Answer frames until the client closes or falls silent; returns whether it closed."""
-        while True:
+        self, talk: Conversation, requests: Iterator[bytes], call: _Call
+    ) -> Iterator[bytes]:
+        """Answer frames until the client closes or falls silent."""
+        while not talk.closed:
             # Neither sending nor reading may hold a client up who does not read or send.
-            traffic.waiting_since = time.monotonic()
+            call.waiting_since = time.monotonic()
             raw = next(requests, None)
-            traffic.waiting_since = None
+            call.waiting_since = None
             if raw is None:
-                return False
-            traffic.bytes_up += len(raw)
-            started = time.perf_counter()
-            reply = self._answer(key, session, _parse(raw), traffic, started)
-            traffic.seconds += time.perf_counter() - started
-            traffic.waiting_since = time.monotonic()
-            yield _frame(traffic, **reply)
-            if "closed" in reply:
-                return True
-
-    def _answer(
-        self,
-        key: str,
-        session: Session,
-        frame: pb.ClientFrame,
-        traffic: _Traffic,
-        started: float,
-    ) -> dict[str, Any]:
-        body = frame.WhichOneof("body")
-        if body == "compute":
-            return {"activations": self._compute(session, frame.compute, started)}
-        if body == "backward":
-            return {"gradients": self._backward(session, frame.backward, started)}
-        if body == "get_gradients":
-            return {"gradients": self._again(session, frame.get_gradients, started)}
-        if body == "apply":
-            return {"applied": self._apply(key, session, frame.apply, traffic)}
-        return {"closed": pb.Closed(steps=session.applied, tokens=session.tokens)}
-
-    def _compute(self, session: Session, frame: pb.Compute, started: float) -> pb.Activations:
-        masked = frame.HasField("mask")
-        # Before memory is taken: a mask unpacks to 64 times its bytes, attention grows with T * T.
-        session.check_shapes(
-            shape_of(frame.activations, "activations"),
-            shape_of(frame.mask, "mask") if masked else None,
-        )
-        h_BTD = decode(frame.activations, "activations")
-        mask_BT = decode(frame.mask, "mask") if masked else None
-        if mask_BT is not None and mask_BT.dtype != torch.bool:
-            raise TrunkError(f"the mask must be BOOL, got {mask_BT.dtype}", kind="codec")
-        mask_BT = None if mask_BT is None else mask_BT.long()
-        h_BTD = session.compute(frame.step, frame.micro, h_BTD, mask_BT)
-        return pb.Activations(
-            step=frame.step,
-            micro=frame.micro,
-            activations=encode(h_BTD, self._dtype),
-            seconds=time.perf_counter() - started,
-        )
-
-    def _backward(self, session: Session, frame: pb.Backward, started: float) -> pb.Gradients:
-        grad_BTD, square = session.backward(
-            frame.step,
-            frame.micro,
-            decode(frame.gradient, "gradient"),
-            last=frame.last,
-            tokens=frame.tokens,
-        )
-        return self._gradients(frame, grad_BTD, square, started)
-
-    def _again(self, session: Session, frame: pb.GetGradients, started: float) -> pb.Gradients:
-        grad_BTD, square = session.get_gradients(frame.step, frame.micro)
-        return self._gradients(frame, grad_BTD, square, started)
-
-    def _gradients(
-        self, frame: pb.Backward | pb.GetGradients, grad: torch.Tensor, square: float, start: float
-    ) -> pb.Gradients:
-        return pb.Gradients(
-            step=frame.step,
-            micro=frame.micro,
-            gradient=encode(grad, self._dtype),
-            square_norm=square,
-            seconds=time.perf_counter() - start,
-        )
-
-    def _apply(self, key: str, session: Session, frame: pb.Apply, traffic: _Traffic) -> pb.Applied:
-        before = session.applied
-        started = time.perf_counter()
-        result = session.apply(
-            frame.step,
-            client_square_norm=frame.client_square_norm,
-            tokens=frame.tokens,
-            gradients=decode_named(frame.gradients),
-        )
-        seconds = time.perf_counter() - started
-        # A step that came twice is reported once, one without an example of this client not at all.
-        if session.applied > before and frame.tokens:
-            self.on_step(
-                StepReport(
-                    key=key,
-                    client=session.client,
-                    step=frame.step,
-                    steps=session.steps,
-                    loss=frame.loss,
-                    tokens=frame.tokens,
-                    grad_norm=result.grad_norm,
-                    lr=result.lr,
-                    bytes_up=traffic.bytes_up,
-                    bytes_down=traffic.bytes_down,
-                    seconds={
-                        "bottom": frame.seconds_bottom,
-                        "network": frame.seconds_network,
-                        "trunk": traffic.seconds + seconds,
-                        "top": frame.seconds_top,
-                    },
-                )
-            )
-            # What this frame and its reply weigh belongs to the next step.
-            traffic.bytes_up = traffic.bytes_down = 0
-            traffic.seconds = -seconds
-        return pb.Applied(
-            step=frame.step,
-            grad_norm=result.grad_norm,
-            lr=result.lr,
-            seconds=seconds,
-            state=encode_named(result.state),
-        )
+                return
+            reply = talk.answer(raw)
+            call.waiting_since = time.monotonic()
+            yield reply
 
     def _end_idle_sessions(self) -> None:
         """A client that fell silent must not hold a turn, a replica or a thread for ever."""
@@ -376,32 +234,10 @@ class TrunkService:
             now = time.monotonic()
             with self._lock:
                 idle = [
-                    call
-                    for call, traffic in self._calls.items()
-                    if traffic.waiting_since is not None and now - traffic.waiting_since > limit
+                    context
+                    for context, call in self._calls.items()
+                    if call.waiting_since is not None and now - call.waiting_since > limit
                 ]
-            for call in idle:
+            for context in idle:
                 logger.warning("a client was silent for %g s: session ended", limit)
-                call.cancel()
-
-
-def _parse(raw: bytes) -> pb.ClientFrame:
-    try:
-        frame = pb.ClientFrame.FromString(raw)
-    except DecodeError as error:
-        raise TrunkError(f"a frame of {len(raw)} bytes is not a Graft frame: {error}") from error
-    if frame.version != WIRE_VERSION:
-        raise TrunkError(
-            f"wire version {frame.version} came, version {WIRE_VERSION} is spoken here; run the "
-            "same release of Graft on both sides",
-            kind="version",
-        )
-    if frame.WhichOneof("body") is None:
-        raise TrunkError("a frame without a body came")
-    return frame
-
-
-def _frame(traffic: _Traffic, **body: object) -> bytes:
-    raw: bytes = pb.ServerFrame(version=WIRE_VERSION, **body).SerializeToString()  # type: ignore[arg-type]
-    traffic.bytes_down += len(raw)
-    return raw
+                context.cancel()
