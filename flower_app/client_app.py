@@ -42,12 +42,12 @@ def query(message: Message, context: Context) -> Message:
     """Tell this client's name, cut and rank, and, if asked, how many examples it trains on."""
 
     def profile(site: Site) -> RecordDict:
-        config, own = site.config, context.node_config
+        config = site.config
         counted = message.content.config_records[TICKET]["count-examples"]
         told = {
-            "cut-bottom": int(own.get("cut-bottom", config.cut.bottom)),
-            "cut-top": int(own.get("cut-top", config.cut.top)),
-            "lora-rank": int(own.get("lora-rank", config.lora.rank)),
+            "cut-bottom": config.cut.bottom,
+            "cut-top": config.cut.top,
+            "lora-rank": config.lora.rank,
             "examples": len(site.data()[0].train) if counted else 0,
         }
         return RecordDict({PROFILE: Record(told)})

@@ -42,7 +42,7 @@ class Cohort:
         self.profiles, self.count = profiles, count
         self.keys = {profile.node: f"{stem}-{profile.node}" for profile in profiles}
         self.answers: list[Answer] = []
-        self.turnout = Turnout(asked=[profile.client for profile in profiles])
+        self.turnout = Turnout(asked=sorted(profile.client for profile in profiles))
 
     def enough(self) -> bool:
         """Whether so many answers hold as are needed."""

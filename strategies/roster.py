@@ -118,11 +118,18 @@ class Roster:
         attempt: int = 1,
         avoid: Iterable[str] = (),
     ) -> list[Profile]:
-        """Draw the cohort of an attempt at round `number`; see `choose`."""
+        """Draw the cohort of an attempt at round `number`; see `choose`.
+
+        Their order is drawn too, for the round: where clients run one by one, those asked first
+        answer first, and should not be the same ones in every round.
+        """
         again = (attempt,) if attempt > 1 else ()
         seed = derive_seed(self._config.seed, number, "sample", *again)
         weighted = self._config.federation.sampling == "weighted"
-        return choose(present, count, seed, weighted=weighted, avoid=avoid)
+        cohort = choose(present, count, seed, weighted=weighted, avoid=avoid)
+        return sorted(
+            cohort, key=lambda p: derive_seed(self._config.seed, number, "order", p.client)
+        )
 
     def _forget_all_but(self, nodes: set[int]) -> None:
         self._profiles = {node: p for node, p in self._profiles.items() if node in nodes}
