@@ -70,17 +70,19 @@ class InProcessGrid(Grid):
         return [self.first_id + number for number in numbers]
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        taken = []
+        taken, in_turn = [], []
         for message in messages:
             message.metadata.__dict__["_message_id"] = f"message-{next(self._ids)}"
             taken.append(message.metadata.message_id)
             event = self.held.get(self._number(message))
             if event is None or message.metadata.message_type != "train":
-                self._work(message)
+                in_turn.append(message)
             else:
                 thread = threading.Thread(target=self._work_later, args=(message, event))
                 thread.start()
                 self.threads.append(thread)
+        for message in in_turn:
+            self._work(message)
         return taken
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
