@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
-import torch
 from flwr.app import ConfigRecord as Record
 from flwr.app import Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from flower_app import training
-from flower_app.data import batches, num_steps, steps
+from flower_app import stepwise, training
+from flower_app.data import batches
+from flower_app.plan import Plan, check_fit
 from flower_app.site import Site, client_name
-from flower_app.text import Example
-from models import Part, client_state
+from flower_app.stepwise import Round, Training
+from models import client_state
 from strategies.answers import ARRAYS, METRICS, OUTCOME, PROFILE, TICKET, to_arrays
 from strategies.errors import TrunkError
-from strategies.optim import derive_seed
 from strategies.transport.link import GrpcLink
 
 logger = logging.getLogger(__name__)
@@ -41,7 +40,7 @@ def evaluate(message: Message, context: Context) -> Message:
 def query(message: Message, context: Context) -> Message:
     """Tell this client's name, cut and rank, and, if asked, how many examples it trains on."""
 
-    def profile(site: Site) -> RecordDict:
+    def profile(site: Site, *_: Context) -> RecordDict:
         config = site.config
         counted = message.content.config_records[TICKET]["count-examples"]
         told = {
@@ -50,31 +49,31 @@ def query(message: Message, context: Context) -> Message:
             "lora-rank": config.lora.rank,
             "examples": len(site.data()[0].train) if counted else 0,
         }
-        return RecordDict({PROFILE: Record(told)})
+        content = RecordDict({PROFILE: Record(told)})
+        if message.content.config_records[TICKET].get("send-tensors"):
+            content[ARRAYS] = to_arrays(client_state(*site.parts()))
+        return content
 
     return _answer(profile, message, context)
 
 
-def _train(site: Site) -> RecordDict:
-    config, place = site.config, site.place
+def _train(site: Site, context: Context) -> RecordDict:
     data, tokenizer = site.data()
     bottom, top = site.parts()
-    check_fit(bottom, data.train, config.data.context)
-    count = num_steps(len(data.train), config.train)
-    order = torch.Generator().manual_seed(
-        derive_seed(config.seed, place.round, place.client, "order")
-    )
-    plan = steps(
+    check_fit(bottom, data.train, site.config.data.context)
+    plan = Plan(
         data.train,
-        batch_size=config.train.batch_size,
-        accumulate=config.train.accumulate,
-        steps=count,
+        site.config,
+        site.place,
         pad_id=int(tokenizer.pad_token_id),
-        generator=order,
+        sizes=site.batch_sizes,
     )
-    link = site.link(count)
+    if site.session:
+        round = Round(site, context, site.frames)
+        return Training(site, round, bottom, top, plan).answer()
+    link = site.link(plan.count)
     try:
-        outcome = training.train(bottom, top, link, plan, count, config.train, place)
+        outcome = training.train(bottom, top, link, plan, plan.count, site.config.train, site.place)
         link.close()
     finally:
         link.abort()
@@ -83,16 +82,20 @@ def _train(site: Site) -> RecordDict:
     )
 
 
-def _evaluate(site: Site) -> RecordDict:
+def _evaluate(site: Site, context: Context) -> RecordDict:
     data, tokenizer = site.data()
     bottom, top = site.parts()
     check_fit(bottom, data.heldout, site.config.data.context)
-    held_out = batches(
-        data.heldout,
-        site.config.train.batch_size,
-        pad_id=int(tokenizer.pad_token_id),
-        generator=None,
+    held_out = list(
+        batches(
+            data.heldout,
+            site.config.train.batch_size,
+            pad_id=int(tokenizer.pad_token_id),
+            generator=None,
+        )
     )
+    if site.session:
+        return stepwise.evaluate(site, Round(site, context, site.frames), bottom, top, held_out)
     link = site.link(0)
     try:
         outcome = training.evaluate(bottom, top, link, held_out, site.config.train)
@@ -102,27 +105,13 @@ def _evaluate(site: Site) -> RecordDict:
     return RecordDict({METRICS: _metrics(outcome, link)})
 
 
-def check_fit(bottom: Part, examples: Sequence[Example], context: int) -> None:
-    """Refuse texts that the model cannot embed, which torch would answer with an IndexError."""
-    config = bottom.config.get_text_config(decoder=True)
-    positions = getattr(config, "max_position_embeddings", None)
-    if positions and context > positions:
-        raise ValueError(
-            f"data.context={context} exceeds the {positions} positions of this model; lower it"
-        )
-    largest = max((int(example.input_ids.max()) for example in examples), default=0)
-    if largest >= config.vocab_size:
-        raise ValueError(
-            f"the tokenizer gave id {largest}, the model embeds {config.vocab_size}; set "
-            "model.tokenizer to the model's own, or leave it empty"
-        )
-
-
-def _answer(work: Callable[[Site], RecordDict], message: Message, context: Context) -> Message:
+def _answer(
+    work: Callable[[Site, Context], RecordDict], message: Message, context: Context
+) -> Message:
     """Reply with what `work` returns, or with the words of the error it met."""
     outcome = Record({"client": client_name(context), "error": ""})
     try:
-        content = work(Site(message, context))
+        content = work(Site(message, context), context)
     except (TrunkError, ValueError, OSError) as error:
         outcome["error"] = f"{error}"
         content = RecordDict()

@@ -7,14 +7,14 @@ from pathlib import Path
 from flwr.app import ArrayRecord, Context
 from flwr.serverapp import Grid, ServerApp
 from safetensors.torch import save_file
+from torch import Tensor
 
 from conf.load import load_config
 from conf.schema import Config
 from flower_app.assembly import build_trunk, describe, export_model, resolve_model, set_threads
 from flower_app.recorder import Recorder
 from flower_app.text import load_tokenizer
-from models import Part, trainable_state
-from strategies.answers import from_arrays
+from strategies.lockstep import Lockstep
 from strategies.splitfed import SplitFed
 from strategies.transport.service import TURN_SHARE, TrunkService
 from strategies.trunk import TrunkEngine
@@ -47,21 +47,22 @@ def run_experiment(config: Config, grid: Grid, recorder: Recorder) -> Path | Non
     """
     set_threads(config.runtime.trunk_threads)
     trunk = build_trunk(config)
+    link, messages = config.link, config.link.transport == "messages"
     engine = TrunkEngine(
         trunk,
         hidden_size=trunk.hidden_size,
         train=config.train,
         seed=config.seed,
-        timeout=config.link.timeout * TURN_SHARE,
+        timeout=config.federation.round_timeout if messages else link.timeout * TURN_SHARE,
         max_sequences=config.train.batch_size,
         max_tokens=config.data.context,
     )
-    service = TrunkService(engine, config.link)
+    service = Lockstep(engine, link.dtype) if messages else TrunkService(engine, link)
     strategy = SplitFed(engine, service, config, recorder, model=describe(trunk))
     service.on_step = strategy.on_step
     service.start()
     try:
-        result = strategy.start(
+        strategy.start(
             grid=grid,
             initial_arrays=ArrayRecord(),
             num_rounds=config.train.rounds,
@@ -70,13 +71,14 @@ def run_experiment(config: Config, grid: Grid, recorder: Recorder) -> Path | Non
     finally:
         service.stop()
     return (
-        _save(config, trunk, result.arrays, recorder.folder) if config.output.save_model else None
+        _save(config, strategy.joint.tensors(), recorder.folder)
+        if config.output.save_model
+        else None
     )
 
 
-def _save(config: Config, trunk: Part, arrays: ArrayRecord, folder: Path) -> Path:
+def _save(config: Config, state: dict[str, Tensor], folder: Path) -> Path:
     """Export what was trained; if that fails, keep the tensors themselves."""
-    state = {**from_arrays(arrays), **trainable_state(trunk)}
     try:
         return export_model(config, state, load_tokenizer(config.model), folder / "model")
     except (ValueError, OSError, RuntimeError) as error:

@@ -16,7 +16,7 @@ from flower_app.assembly import build_client, describe, num_blocks, set_threads,
 from flower_app.data import ClientData, load_client_data
 from flower_app.text import load_tokenizer
 from models import Part, fold_residuals, load_client_state
-from strategies.answers import ARRAYS, CONFIG, TICKET, from_arrays
+from strategies.answers import ARRAYS, CONFIG, FRAMES, TICKET, from_arrays
 from strategies.transport.link import GrpcLink
 
 
@@ -35,6 +35,12 @@ class Site:
             round=int(self._ticket["round"]),  # type: ignore[arg-type]
             rounds=int(self._ticket["rounds"]),  # type: ignore[arg-type]
         )
+        self.session = str(self._ticket.get("session", ""))
+        """Under link.transport=messages, what this node's state belongs to; else empty."""
+        self.batch_sizes: list[int] = list(self._ticket.get("batch-sizes", []))  # type: ignore[arg-type]
+        """Examples of each step as the server drew them; empty without train.global_batch."""
+        records = content.config_records
+        self.frames: list[bytes] = list(records[FRAMES]["frames"]) if FRAMES in records else []  # type: ignore[arg-type]
         set_threads(config.runtime.client_threads)
 
     def data(self) -> tuple[ClientData, PreTrainedTokenizerBase]:

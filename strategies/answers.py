@@ -8,13 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, Message
 from torch import Tensor
 
 ARRAYS, CONFIG, TICKET = "arrays", "config", "ticket"
-METRICS, OUTCOME, PROFILE = "metrics", "outcome", "profile"
+METRICS, OUTCOME, PROFILE, FRAMES = "metrics", "outcome", "profile", "frames"
 """Names of the records in a message and its reply."""
 
 COUNTERS = ("num-tokens", "loss", "steps", "bytes-up", "bytes-down")
@@ -37,9 +36,7 @@ def to_arrays(state: dict[str, Tensor]) -> ArrayRecord:
     return ArrayRecord(
         {
             name: Array(
-                np.ascontiguousarray(
-                    (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).cpu().numpy()
-                )
+                (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).cpu().numpy()
             )
             for name, tensor in state.items()
         }

@@ -144,7 +144,8 @@ class Group:
     def join(self, member: Session, *, cohort: int, patience: float) -> None:
         """Take part from the next step on."""
         with self._changed:
-            self.cohort, self.patience = cohort, patience
+            if not self._joined:
+                self.cohort, self.patience = cohort, patience
             self.steps = max(self.steps, member.steps)
             self._members[member] = None
             self._joined += 1
@@ -157,6 +158,12 @@ class Group:
             if request is not None and not request.done:
                 request.error = TrunkError("the session has ended", kind="closed")
                 request.done = True
+            self._changed.notify_all()
+
+    def miss(self) -> None:
+        """Expect one session less."""
+        with self._changed:
+            self.cohort -= 1
             self._changed.notify_all()
 
     def forward(self, member: Session, h_BTD: Tensor, mask_BT: Tensor | None) -> Tensor:
@@ -429,6 +436,11 @@ class Merged:
     def close_round(self, weights: Mapping[str, float]) -> None:
         """Nothing to fold: every step has moved the one trunk already."""
         self.forget()
+
+    def miss(self) -> None:
+        """One client of the cohort will not come."""
+        if self._group is not None:
+            self._group.miss()
 
     def statistics(self) -> dict[str, float]:
         """Of the open round: the share of merged positions that padded a shorter micro-batch."""

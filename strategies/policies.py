@@ -98,6 +98,12 @@ class Policy(Protocol):
     def close_round(self, weights: Mapping[str, float]) -> None:
         """Fold the lanes of the sessions in `weights` into the trunk; forget all lanes."""
 
+    def miss(self) -> None:
+        """One client of the cohort will open no session."""
+
+    def statistics(self) -> dict[str, float]:
+        """What there is to tell of the open round."""
+
     def state_dict(self) -> dict[str, Any]:
         """What outlives a round besides the trunk's tensors: optimizers."""
 
@@ -185,6 +191,13 @@ class SplitFedV1:
         finally:
             self.forget()
 
+    def miss(self) -> None:
+        """Nobody waits for another."""
+
+    def statistics(self) -> dict[str, float]:
+        """Nothing."""
+        return {}
+
     def state_dict(self) -> dict[str, Any]:
         """Nothing: every round starts with fresh optimizers."""
         return {}
@@ -228,6 +241,13 @@ class SplitFedV2:
 
     def close_round(self, weights: Mapping[str, float]) -> None:
         """Nothing to fold: every step has moved the one trunk already."""
+
+    def miss(self) -> None:
+        """Nobody waits for another's coming."""
+
+    def statistics(self) -> dict[str, float]:
+        """Nothing."""
+        return {}
 
     def state_dict(self) -> dict[str, Any]:
         """The trunk's optimizer."""

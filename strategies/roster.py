@@ -10,13 +10,15 @@ from dataclasses import dataclass
 from logging import INFO, WARNING
 from typing import Any
 
+import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore import log
+from torch import Tensor
 
 from conf.load import to_json
-from conf.schema import Config, FederationConfig
-from strategies.answers import ARRAYS, CONFIG, OUTCOME, PROFILE, TICKET
+from conf.schema import Config, FederationConfig, TrainConfig
+from strategies.answers import ARRAYS, CONFIG, OUTCOME, PROFILE, TICKET, from_arrays
 from strategies.optim import derive_seed
 from strategies.replies import push, receive
 
@@ -110,6 +112,29 @@ class Roster:
             if node in self._refused:
                 log(WARNING, "node %d does not take part: %s", node, self._refused[node])
 
+    def first_tensors(
+        self, grid: Grid, present: Sequence[Profile], model: str
+    ) -> dict[str, Tensor]:
+        """The tensors with which clients start, from the first of `present` that tells them.
+
+        Raises
+        ------
+        RuntimeError
+            If nobody does, with every reason.
+        """
+        reasons = []
+        for profile in present:
+            question = self._question(profile.node, model=model, **{"send-tensors": True})
+            waiting, refused = push(grid, [question])
+            timeout = self._config.federation.round_timeout
+            for reply in [*refused, *receive(grid, waiting, timeout=timeout)]:
+                records = {} if reply.has_error() else reply.content.config_records
+                error = reply.error.reason if reply.has_error() else records[OUTCOME]["error"]
+                if not error:
+                    return from_arrays(reply.content.array_records[ARRAYS])
+                reasons.append(f"{profile.client}: {error}")
+        raise RuntimeError(f"no client tells the tensors it starts from: {'; '.join(reasons)}")
+
     def draw(
         self,
         present: Sequence[Profile],
@@ -136,10 +161,9 @@ class Roster:
         self._refused = {node: why for node, why in self._refused.items() if node in nodes}
         self._asked = {i: m for i, m in self._asked.items() if m.metadata.dst_node_id in nodes}
 
-    def _question(self, node: int) -> Message:
-        ticket = ConfigRecord(
-            {"round": 0, "rounds": self._config.train.rounds, "count-examples": self._count}
-        )
+    def _question(self, node: int, **more: str | bool) -> Message:
+        rounds, count = self._config.train.rounds, self._count
+        ticket = ConfigRecord({"round": 0, "rounds": rounds, "count-examples": count, **more})
         shared = ConfigRecord({"json": to_json(self._config)})
         content = RecordDict({ARRAYS: ArrayRecord(), CONFIG: shared, TICKET: ticket})
         return Message(content=content, message_type=MessageType.QUERY, dst_node_id=node)
@@ -199,6 +223,37 @@ def read_profile(node: int, reply: Message) -> Profile:
         rank=told["lora-rank"],
         examples=told["examples"],
     )
+
+
+def draw_batches(
+    cohort: Sequence[Profile], train: TrainConfig, seed: int, number: int
+) -> dict[str, list[int]]:
+    """Draw how many examples each client gives to each step, so that all steps have `global_batch`.
+
+    As if the clients' examples lay in one heap and were drawn without replacement, anew when the
+    heap is empty: multivariate hypergeometric counts. Source: Kohankhaki et al. 2024, *Parallel
+    Split Learning with Global Sampling* (arXiv:2407.15738). Which examples they are, clients draw.
+
+    Returns
+    -------
+    dict[str, list of int]
+        By client; one number for each step, 0 where it has no example in it. Without
+        `train.local_steps` an epoch's last step has what is left.
+    """
+    names = [profile.client for profile in cohort]
+    heap = np.array([profile.examples for profile in cohort], dtype=np.int64)
+    if heap.sum() == 0:
+        raise RuntimeError("train.global_batch: no client of the cohort has an example")
+    random = np.random.default_rng(derive_seed(seed, number, "global-batch"))
+    epoch = math.ceil(heap.sum() / train.global_batch)
+    steps, left, drawn = train.local_steps or epoch * train.local_epochs, heap * 0, []
+    for _ in range(steps):
+        if not left.sum():
+            left = heap.copy()
+        taken = random.multivariate_hypergeometric(left, min(train.global_batch, int(left.sum())))
+        left = left - taken
+        drawn.append(taken)
+    return {name: [int(taken[i]) for taken in drawn] for i, name in enumerate(names)}
 
 
 def sizes(present: int, fraction: float, federation: FederationConfig) -> tuple[int, int]:

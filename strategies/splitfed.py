@@ -17,24 +17,18 @@ from flwr.app import (
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 from flwr.supercore import log
-from torch import Tensor
 
 from conf.load import to_json
 from conf.schema import Config
 from models import Cut
-from strategies.aggregation import weighted_mean
-from strategies.answers import (
-    ARRAYS,
-    CONFIG,
-    TICKET,
-    Answer,
-    from_arrays,
-    mismatches,
-    to_arrays,
-)
+from strategies.answers import ARRAYS, CONFIG, TICKET, Answer
+from strategies.averaging import Contribution
 from strategies.cohort import Cohort
+from strategies.joint import JointModel
+from strategies.lockstep import Lockstep
+from strategies.merged import Merged
 from strategies.replies import exchange
-from strategies.roster import Profile, Roster, quorum, sizes
+from strategies.roster import Profile, Roster, draw_batches, quorum, sizes
 from strategies.tally import Tally
 from strategies.transport.service import Broken, StepReport, TrunkService
 from strategies.trunk import TrunkEngine
@@ -52,6 +46,11 @@ class Observer(Protocol):
         """Called with the fields of an ended round; round 0 is the evaluation before training."""
 
 
+def needs_first_tensors(config: Config) -> bool:
+    """Whether the server must know what the clients start from: not for plain averaging."""
+    return config.train.sync == "step" or config.aggregation.optimizer != "fedavg"
+
+
 class SplitFed(Strategy):
     """Federated split learning: clients keep bottom and top, the server keeps the trunk.
 
@@ -64,8 +63,8 @@ class SplitFed(Strategy):
     ----------
     engine : TrunkEngine
         The trunk and its policy.
-    service : TrunkService
-        The engine's data plane, started.
+    service : TrunkService or Lockstep
+        The engine's data plane, started: streams, or Flower's messages.
     config : Config
         The run's configuration, which travels to the clients.
     observer : Observer
@@ -82,7 +81,7 @@ class SplitFed(Strategy):
     def __init__(
         self,
         engine: TrunkEngine,
-        service: TrunkService,
+        service: TrunkService | Lockstep,
         config: Config,
         observer: Observer,
         *,
@@ -91,9 +90,9 @@ class SplitFed(Strategy):
         self.model = model
         self.engine, self.service, self.config, self.observer = engine, service, config, observer
         self.roster = Roster(config)
+        self.joint = JointModel(engine, config)
         self._rounds = config.train.rounds
         self._grid: Grid | None = None
-        self._sent: dict[str, Tensor] = {}
         self._cohort = Cohort()
         self._tally = Tally(number=-1)
 
@@ -125,6 +124,8 @@ class SplitFed(Strategy):
         self._grid, self._rounds = grid, num_rounds
         self.summary()
         result, arrays = Result(arrays=initial_arrays), initial_arrays
+        if needs_first_tensors(self.config):
+            self._start_joint(grid)
         self._evaluate(0, arrays, grid)
         for number in range(1, num_rounds + 1):
             arrays, result.train_metrics_clientapp[number] = self._train(number, arrays, grid)
@@ -139,7 +140,6 @@ class SplitFed(Strategy):
         """Open a training round and make a message with a ticket for each client of the cohort."""
         if self._tally.number != server_round:
             self._tally = Tally(number=server_round)
-        self._sent = from_arrays(arrays)
         federation, tally = self.config.federation, self._tally
         present = self.roster.gather(grid)
         count, asked = sizes(len(present), federation.fraction_train, federation)
@@ -147,7 +147,7 @@ class SplitFed(Strategy):
         # Those who were just lost are asked again only if a round needs them.
         asked = max(count, min(asked, len([p for p in present if p.client not in lost])))
         cohort = self.roster.draw(present, asked, server_round, tally.attempt, avoid=lost)
-        return self._open(server_round, arrays, cohort, count, training=True)
+        return self._open(server_round, cohort, count, training=True)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -158,18 +158,22 @@ class SplitFed(Strategy):
         """
         cohort, tally = self._cohort, self._tally
         answers = cohort.collect(replies, self._train_error)
-        answers = cohort.drop(mismatches(answers, self._sent))
-        weights = {answer.key: answer.metrics["num-tokens"] for answer in answers}
         self.service.end_round()
+        replicas, statistics = self.engine.collect([answer.key for answer in answers])
+        contributions: list[Contribution] = []
+        if answers:
+            contributions, odd = self.joint.contributions(answers, replicas)
+            answers = cohort.drop(odd)
         if len(answers) < quorum(cohort.count, self.config.federation.quorum):
             self._give_up(server_round)
             return None, None
-        self.engine.close_round(weights)
-        mean = weighted_mean([answer.state for answer in answers], list(weights.values()))
-        metrics = self._fold(answers)
+        error = self.joint.update(server_round, contributions)
+        metrics = self._fold(answers) | statistics
+        if error is not None:
+            metrics["lora-error"] = error
         tally.training, tally.train = cohort.turnout, metrics
         tally.tokens = int(metrics["num-tokens"])
-        return to_arrays(mean), MetricRecord(dict(metrics))
+        return self.joint.arrays_for(), MetricRecord(dict(metrics))
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -183,7 +187,7 @@ class SplitFed(Strategy):
         present = self.roster.gather(grid)
         count, _ = sizes(len(present), federation.fraction_evaluate, federation)
         cohort = self.roster.draw(present, count, server_round)
-        return self._open(server_round, arrays, cohort, count, training=False)
+        return self._open(server_round, cohort, count, training=False)
 
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]
@@ -235,6 +239,14 @@ class SplitFed(Strategy):
         """Bring messages to the clients and yield one reply for each; see `replies.exchange`."""
         assert self._grid is not None
         federation = self.config.federation
+        if isinstance(self.service, Lockstep):
+            return self.service.exchange(
+                self._grid,
+                list(messages),
+                self._cohort.keys,
+                timeout=federation.round_timeout,
+                enough=enough,
+            )
         return exchange(
             self._grid,
             list(messages),
@@ -245,12 +257,12 @@ class SplitFed(Strategy):
         )
 
     def _broken(self, node: int) -> Broken | None:
+        assert isinstance(self.service, TrunkService)
         return self.service.broken(self._cohort.keys[node])
 
     def _open(
         self,
         number: int,
-        arrays: ArrayRecord,
         cohort: Sequence[Profile],
         count: int,
         *,
@@ -267,10 +279,17 @@ class SplitFed(Strategy):
         stem = f"{purpose}-{number}.{self._tally.attempt}"
         self._cohort = Cohort(cohort, count, stem)
         shared = ConfigRecord({"json": to_json(self.config)})
+        drawn: dict[str, list[int]] = {}
+        if training and self.config.train.global_batch:
+            drawn = draw_batches(cohort, self.config.train, self.config.seed, number)
         return [
             Message(
                 content=RecordDict(
-                    {ARRAYS: arrays, CONFIG: shared, TICKET: self._ticket(number, profile)}
+                    {
+                        ARRAYS: self.joint.arrays_for(profile),
+                        CONFIG: shared,
+                        TICKET: self._ticket(number, profile, drawn.get(profile.client)),
+                    }
                 ),
                 message_type=MessageType.TRAIN if training else MessageType.EVALUATE,
                 dst_node_id=profile.node,
@@ -278,28 +297,42 @@ class SplitFed(Strategy):
             for profile in cohort
         ]
 
-    def _ticket(self, number: int, profile: Profile) -> ConfigRecord:
+    def _ticket(
+        self, number: int, profile: Profile, sizes: list[int] | None = None
+    ) -> ConfigRecord:
         cut = Cut(bottom=profile.bottom, top=profile.top)
         usual = Cut(bottom=self.config.cut.bottom, top=self.config.cut.top)
-        return ConfigRecord(
+        ticket = ConfigRecord(
             {
-                "address": self.service.address,
-                "token": self.service.admit(
+                **self.service.ticket(
                     self._cohort.keys[profile.node], None if cut == usual else cut
                 ),
-                "certificate": self.service.certificate,
                 "model": self.model,
                 "round": number,
                 "rounds": self._rounds,
             }
         )
+        if sizes is not None:
+            ticket["batch-sizes"] = sizes
+        return ticket
+
+    def _start_joint(self, grid: Grid) -> None:
+        """Learn the clients' first tensors from one of them; all start alike."""
+        usual = (self.config.cut.bottom, self.config.cut.top)
+        present = self.roster.gather(grid)
+        # One with the run's own cut has all that the trunk has not.
+        present.sort(key=lambda profile: ((profile.bottom, profile.top) != usual, profile.client))
+        ends = self.roster.first_tensors(grid, present, self.model)
+        self.joint.start(ends)
+        if isinstance(self.engine.policy, Merged) and self.config.train.sync == "step":
+            self.engine.policy.start_ends(ends)
 
     def _train_error(self, answer: Answer) -> str:
-        """Why an answer cannot be averaged: its tokens are its weight, its tensors must fit."""
+        """Why an answer cannot be averaged: its tokens are its weight."""
         seen, told = self.engine.session_tokens(answer.key), answer.metrics["num-tokens"]
         if told != seen:
             return f"it reports {told:g} trained tokens, the trunk has applied steps of {seen}"
-        return mismatches([answer], self._sent).get(answer.key, "") if self._sent else ""
+        return ""
 
     def _fold(self, answers: Sequence[Answer]) -> dict[str, float]:
         """Sum counters and weight the loss by tokens."""

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from conf.schema import TrainConfig
 from models import Cut, load_trainable_state, trainable_state
@@ -128,15 +129,35 @@ class TrunkEngine:
             self._sessions[key] = session
             return session
 
+    def collect(self, keys: Iterable[str]) -> tuple[dict[str, dict[str, Tensor]], dict[str, float]]:
+        """End the round without folding anything into the trunk.
+
+        Returns
+        -------
+        replicas : dict
+            What each of these sessions trained of the trunk apart from the others, by name in the
+            whole model; empty where there is one trunk.
+        statistics : dict
+            What the policy has to tell of the round.
+        """
+        self._close_sessions()
+        replicas, statistics = self.policy.states(keys), self.policy.statistics()
+        self.policy.forget()
+        self.trunk.eval()
+        return replicas, statistics
+
     def close_round(self, weights: Mapping[str, float]) -> None:
         """End the round: close all sessions and fold those named, by weight, into the trunk."""
+        self._close_sessions()
+        self.policy.close_round(weights)
+        self.trunk.eval()
+
+    def _close_sessions(self) -> None:
         with self._lock:
             sessions, self._sessions = self._sessions, {}
             self._round = None
         for session in sessions.values():
             session.close()
-        self.policy.close_round(weights)
-        self.trunk.eval()
 
     def abandon_round(self) -> None:
         """End a revocable round as if it had never been."""
@@ -154,6 +175,13 @@ class TrunkEngine:
         """Go back to a `state_dict`; `ValueError` if its tensors are not this trunk's."""
         load_trainable_state(self.trunk, state["trunk"])
         self.policy.load_state_dict(state["policy"])
+
+    def miss(self) -> None:
+        """Say that one client of the cohort will open no session: nobody need wait for it."""
+        with self._lock:
+            if self._round is not None:
+                self._round = replace(self._round, cohort=self._round.cohort - 1)
+        self.policy.miss()
 
     def session_tokens(self, key: str) -> int:
         """Tokens whose steps session `key` has applied; 0 for an unknown session."""

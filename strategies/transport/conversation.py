@@ -202,6 +202,23 @@ def parse(raw: bytes) -> pb.ClientFrame:
     return frame
 
 
+def read_server_frame(raw: bytes) -> pb.ServerFrame:
+    """Read the trunk's frame; `TrunkError` if it is none of this version, or says what failed."""
+    try:
+        frame = pb.ServerFrame.FromString(raw)
+    except DecodeError as error:
+        raise TrunkError(f"a frame of {len(raw)} bytes is not a Graft frame: {error}") from error
+    if frame.WhichOneof("body") == "failure":
+        raise TrunkError(frame.failure.message, kind=frame.failure.kind)
+    if frame.version != WIRE_VERSION:
+        raise TrunkError(
+            f"wire version {frame.version} came from the trunk, version {WIRE_VERSION} is spoken "
+            "here; run the same release of Graft on both sides",
+            kind="version",
+        )
+    return frame
+
+
 def server_frame(**body: object) -> bytes:
     """A frame to a client."""
     raw: bytes = pb.ServerFrame(version=WIRE_VERSION, **body).SerializeToString()  # type: ignore[arg-type]

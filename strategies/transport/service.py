@@ -125,6 +125,14 @@ class TrunkService:
             self._cuts[key] = cut
         return token
 
+    def ticket(self, key: str, cut: Cut | None = None) -> dict[str, str | bytes]:
+        """What a client needs to open session `key`; see `admit`."""
+        return {
+            "address": self.address,
+            "token": self.admit(key, cut),
+            "certificate": self.certificate,
+        }
+
     def broken(self, key: str) -> Broken | None:
         """When and where session `key` lost its stream; None if it did not, or has not begun."""
         with self._lock:

@@ -280,7 +280,6 @@ def sites(tmp_path: Path, stated: tuple[dict[str, Any], ...]) -> InProcessGrid:
     return grid
 
 
-@pytest.mark.xfail(strict=True, reason="splitfed.py does not average by name yet")
 def test_three_nodes_of_three_cuts_equal_fedavg_of_unsplit_models(tmp_path: Path) -> None:
     config = configured(
         tmp_path, "train.lr=0.01 train.warmup=0 train.local_steps=0 data.max_examples=0"
@@ -301,7 +300,6 @@ def test_three_nodes_of_three_cuts_equal_fedavg_of_unsplit_models(tmp_path: Path
     assert largest_difference(saved, whole) < 1e-4
 
 
-@pytest.mark.xfail(strict=True, reason="splitfed.py does not send each rank its own yet")
 def test_nodes_of_three_ranks_and_cuts_leave_the_model_that_was_evaluated(tmp_path: Path) -> None:
     config = configured(tmp_path, f"{LORA} aggregation.lora=exact train.lr=0.01")
     ranks = ({"lora-rank": 2}, {"lora-rank": 16, "cut-bottom": 2}, {"cut-top": 2})

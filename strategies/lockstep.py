@@ -1,0 +1,233 @@
+"""The messages transport: steps driven from the Strategy, by nothing but Flower's messages.
+
+For sites that may open no second port. The frames of a session are those of the stream; here they
+lie in Flower messages, all micro-batches of a step in one. Each session has a thread of its own on
+the server, as a stream has, so that the trunk's policies cannot tell one transport from the other.
+
+A step takes two messages: one brings h2 and takes dL/dh2 back; the other brings dL/dh1 and takes
+the next step's h1 back. With `train.sync=step` the step itself, which needs all, is a third.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.serverapp import Grid
+
+from models import Cut
+from strategies.answers import ARRAYS, CONFIG, FRAMES, OUTCOME, TICKET
+from strategies.errors import TrunkError
+from strategies.replies import LONGEST_PAUSE, never, push, unanswered
+from strategies.session import Session
+from strategies.transport.codec import WIRE_DTYPES
+from strategies.transport.conversation import Conversation, StepReport
+from strategies.trunk import TrunkEngine
+
+logger = logging.getLogger(__name__)
+
+PAUSE = 0.02
+"""Seconds between two looks at the mail while something came lately."""
+
+
+class Seat:
+    """One client's session, while its messages come and go.
+
+    Parameters
+    ----------
+    lockstep : Lockstep
+        Where it sits.
+    key : str
+        The session's name on the server.
+    opening : Message
+        The message that asked this client; configuration and ticket go with all that follow.
+    """
+
+    def __init__(self, lockstep: Lockstep, key: str, opening: Message) -> None:
+        self._lockstep, self._key, self._opening = lockstep, key, opening
+        self._talk: Conversation | None = None
+
+    def answer(self, reply: Message) -> Message:
+        """The next message to this client: what the trunk says to the frames in its reply."""
+        record = reply.content.config_records[FRAMES]
+        frames = [bytes(frame) for frame in record["frames"]]  # type: ignore[union-attr]
+        if self._talk is None:
+            client = str(reply.content.config_records[OUTCOME]["client"])
+            self._talk = self._lockstep.open(self._key, client, int(record["steps"]))  # type: ignore[arg-type]
+        answers = [self._talk.answer(frame) for frame in frames]
+        content = self._opening.content
+        return Message(
+            content=RecordDict(
+                {
+                    ARRAYS: ArrayRecord(),
+                    CONFIG: content[CONFIG],
+                    TICKET: content[TICKET],
+                    FRAMES: ConfigRecord({"frames": answers}),
+                }
+            ),
+            message_type=self._opening.metadata.message_type,
+            dst_node_id=self._opening.metadata.dst_node_id,
+        )
+
+    @property
+    def opened(self) -> bool:
+        """Whether the client has begun."""
+        return self._talk is not None
+
+    def leave(self) -> None:
+        """Hold nobody up."""
+        session: Session | None = self._talk.session if self._talk else None
+        if session is not None:
+            session.leave()
+
+
+class Lockstep:
+    """Serves a `TrunkEngine` through Flower's messages.
+
+    Parameters
+    ----------
+    engine : TrunkEngine
+        What the sessions drive.
+    dtype : str
+        Of activations and gradients in the messages: fp32, fp16 or bf16.
+    """
+
+    address = "Flower's messages"
+
+    def __init__(self, engine: TrunkEngine, dtype: str) -> None:
+        self._engine, self._dtype = engine, WIRE_DTYPES[dtype]
+        self.on_step: Callable[[StepReport], None] = lambda report: None
+        self._cuts: dict[str, Cut | None] = {}
+        self._reporting = threading.Lock()
+
+    def ticket(self, key: str, cut: Cut | None = None) -> dict[str, str]:
+        """What a client needs to take part: the session's name, with which its state goes."""
+        self._cuts[key] = cut
+        return {"session": key}
+
+    def open(self, key: str, client: str, steps: int) -> Conversation:
+        """Open a client's session."""
+        session = self._engine.open(key, client=client, steps=steps, cut=self._cuts.get(key))
+        return Conversation(key, session, self._dtype, self._report)
+
+    def end_round(self) -> None:
+        """Nobody admitted to the round may begin now."""
+        self._cuts.clear()
+
+    def start(self) -> str:
+        """Nothing listens."""
+        return self.address
+
+    def stop(self) -> None:
+        """Nothing to stop."""
+
+    def exchange(
+        self,
+        grid: Grid,
+        openings: Sequence[Message],
+        keys: dict[int, str],
+        *,
+        timeout: float,
+        enough: Callable[[], bool] = never,
+    ) -> Iterator[Message]:
+        """Take the cohort through the round.
+
+        Parameters
+        ----------
+        grid : Grid
+            Flower's.
+        openings : sequence of Message
+            The round's first message to each client.
+        keys : dict
+            The session's name for each node.
+        timeout : float
+            Seconds for the whole round (`federation.round_timeout`).
+        enough : callable
+            Whether the answers so far suffice.
+
+        Yields
+        ------
+        Message
+            One final reply for each opening: the client's, or an error that says why not.
+        """
+        deadline = time.monotonic() + timeout
+        seats = {
+            m.metadata.dst_node_id: Seat(self, keys[m.metadata.dst_node_id], m) for m in openings
+        }
+        open_to = {m.metadata.dst_node_id: m for m in openings}
+        pool = ThreadPoolExecutor(max(1, len(seats)), thread_name_prefix="graft-seat")
+        working: dict[int, Future[Message]] = {}
+        waiting, refused = push(grid, openings)
+        try:
+            for final in refused:
+                yield from self._finish(final, seats, open_to)
+            quiet = PAUSE
+            while open_to and not enough() and time.monotonic() < deadline:
+                busy = False
+                for reply in list(grid.pull_messages(list(waiting))) if waiting else []:
+                    message = waiting.pop(reply.metadata.reply_to_message_id, None)
+                    if message is None:
+                        continue
+                    busy, node = True, message.metadata.dst_node_id
+                    if _goes_on(reply):
+                        working[node] = pool.submit(seats[node].answer, reply)
+                    else:
+                        yield from self._finish(_under(message, reply), seats, open_to)
+                done = {node: future for node, future in working.items() if future.done()}
+                following = []
+                for node, future in done.items():
+                    busy = True
+                    del working[node]
+                    try:
+                        following.append(future.result())
+                    except (TrunkError, KeyError, TypeError, ValueError) as error:
+                        final = unanswered(open_to[node], f"the trunk refused it: {error}")
+                        yield from self._finish(final, seats, open_to)
+                sent, refused = push(grid, following)
+                waiting |= sent
+                for final in refused:
+                    yield from self._finish(final, seats, open_to)
+                quiet = PAUSE if busy else min(LONGEST_PAUSE, quiet * 1.2)
+                time.sleep(quiet)
+            for node, message in open_to.items():
+                reason = f"no answer within federation.round_timeout={timeout:g} s"
+                if enough():
+                    reason = (
+                        f"not needed: {len(openings) - len(open_to)} of {len(openings)} answered"
+                    )
+                seats[node].leave()
+                yield unanswered(message, reason)
+        finally:
+            for seat in seats.values():
+                seat.leave()
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def _finish(
+        self, final: Message, seats: dict[int, Seat], open_to: dict[int, Message]
+    ) -> Iterator[Message]:
+        """Yield a client's last reply; nobody waits for it any more."""
+        node = final.metadata.src_node_id
+        if open_to.pop(node, None) is None:
+            return
+        if not seats[node].opened:
+            self._engine.miss()
+        seats[node].leave()
+        yield final
+
+    def _report(self, report: StepReport) -> None:
+        with self._reporting:
+            self.on_step(report)
+
+
+def _goes_on(reply: Message) -> bool:
+    """Whether a reply asks for more; one without frames is the client's last."""
+    return not reply.has_error() and FRAMES in reply.content.config_records
+
+
+def _under(message: Message, reply: Message) -> Message:
+    """The reply under its node's id: Flower's word that a node is lost bears the server's."""
+    return Message(reply.error, reply_to=message) if reply.has_error() else reply
