@@ -183,11 +183,24 @@ def parity(
     families: Annotated[
         bool, typer.Option("--families", help="A tiny model of every named family.")
     ] = False,
+    everything: Annotated[
+        bool,
+        typer.Option("--all", help="Every claim of equality, on --model or on tiny models."),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Compare a split model with the unsplit one: logits and every gradient, padded and not."""
+    """Compare a split model with the unsplit one: logits and every gradient, padded and not.
+
+    With --all compare training, too: splitfed-v1 with FedAvg, merged with centralised training,
+    one transport with the other.
+    """
+    if everything:
+        if families or cut:
+            raise ValueError("--all chooses models and cuts itself: leave out --families and --cut")
+        _equivalence(model, attention, allow_untested, as_json)
+        return
     if families == bool(model):
-        raise ValueError("give either --model PATH_OR_ID or --families")
+        raise ValueError("give either --model PATH_OR_ID or --families, or --all")
     cuts = [_cut(text) for text in cut or []]
 
     from simulations import parity as tool
@@ -237,6 +250,20 @@ def study(
     folder = Path(out) if out else new_folder(runs_folder().parent / "studies", name)
     run_study(QUICK if quick else Study(), folder, say=typer.echo)
     typer.echo(f"in {folder.absolute()}")
+
+
+def _equivalence(model: str, attention: str, allow_untested: bool, as_json: bool) -> None:
+    from simulations import equivalence as tool
+
+    report = tool.run_equivalence(
+        model,
+        attention=attention,
+        allow_untested=allow_untested,
+        say=lambda line: typer.echo(line, err=True),
+    )
+    typer.echo(json.dumps(report.as_dict(), indent=2) if as_json else tool.render(report))
+    if not report.ok:
+        raise typer.Exit(1)
 
 
 def _joined(overrides: list[str] | None) -> str:
