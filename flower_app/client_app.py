@@ -59,7 +59,8 @@ def query(message: Message, context: Context) -> Message:
 
 def _train(site: Site, context: Context) -> RecordDict:
     data, tokenizer = site.data()
-    bottom, top = site.parts()
+    round = Round(site, context, site.frames) if site.session else None
+    bottom, top = round.parts() if round else site.parts()
     check_fit(bottom, data.train, site.config.data.context)
     plan = Plan(
         data.train,
@@ -68,8 +69,7 @@ def _train(site: Site, context: Context) -> RecordDict:
         pad_id=int(tokenizer.pad_token_id),
         sizes=site.batch_sizes,
     )
-    if site.session:
-        round = Round(site, context, site.frames)
+    if round:
         return Training(site, round, bottom, top, plan).answer()
     link = site.link(plan.count)
     try:
@@ -84,7 +84,8 @@ def _train(site: Site, context: Context) -> RecordDict:
 
 def _evaluate(site: Site, context: Context) -> RecordDict:
     data, tokenizer = site.data()
-    bottom, top = site.parts()
+    round = Round(site, context, site.frames) if site.session else None
+    bottom, top = round.parts() if round else site.parts()
     check_fit(bottom, data.heldout, site.config.data.context)
     held_out = list(
         batches(
@@ -94,8 +95,8 @@ def _evaluate(site: Site, context: Context) -> RecordDict:
             generator=None,
         )
     )
-    if site.session:
-        return stepwise.evaluate(site, Round(site, context, site.frames), bottom, top, held_out)
+    if round:
+        return stepwise.evaluate(site, round, bottom, top, held_out)
     link = site.link(0)
     try:
         outcome = training.evaluate(bottom, top, link, held_out, site.config.train)

@@ -30,11 +30,7 @@ class Plan:
         Fills a batch where there is no token.
     sizes : sequence of int, optional
         Examples of each step as the server drew them (`train.global_batch`); 0 is a step without.
-
-    Raises
-    ------
-    ValueError
-        If the server wants more examples in a step than `batch_size` x `accumulate`.
+        They come in as many micro-batches of `train.batch_size` as it takes.
     """
 
     def __init__(
@@ -51,14 +47,6 @@ class Plan:
         )  # fmt: skip
         self.count = len(self._sizes) or num_steps(len(examples), config.train)
         self._seed = derive_seed(config.seed, place.round, place.client, "order")
-        most = config.train.batch_size * config.train.accumulate
-        if max(self._sizes, default=0) > most:
-            raise ValueError(
-                f"train.global_batch={config.train.global_batch} gives this client "
-                f"{max(self._sizes)} examples in a step; at most train.batch_size="
-                f"{config.train.batch_size} x train.accumulate={config.train.accumulate} fit. "
-                "Raise one of these or lower train.global_batch"
-            )
 
     def __iter__(self) -> Iterator[list[Batch]]:
         generator = torch.Generator().manual_seed(self._seed)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 from flwr.app import Context, Message
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from conf.load import from_json
+from conf.load import from_json, to_json
 from conf.schema import Config
 from flower_app import training
 from flower_app.assembly import build_client, describe, num_blocks, set_threads, take_residuals
@@ -51,31 +53,43 @@ class Site:
                 "this node has neither data-path nor partition-id; start its SuperNode with "
                 "--node-config 'data-path=\"/path/to/data\"'"
             )
-        tokenizer = load_tokenizer(self.config.model)
-        data = load_client_data(
-            self.config.data,
-            tokenizer,
-            partition=int(self._node.get("partition-id", 0)),
-            partitions=int(self._node.get("num-partitions", 1)),
-            data_path=path,
-            seed=self.config.seed,
-        )
-        return data, tokenizer
+        partition = int(self._node.get("partition-id", 0))
+        partitions = int(self._node.get("num-partitions", 1))
+        # A step takes several messages; within a session the data is what it was.
+        load = _data_of_session if self.session else _data_of_session.__wrapped__
+        return load(self.session, to_json(self.config), partition, partitions, path)
 
-    def parts(self) -> tuple[Part, Part]:
-        """Bottom and top with the federation's current tensors; the initial ones in round 1."""
-        bottom, top = build_client(self.config)
+    def parts(
+        self,
+        weights: Mapping[str, Tensor] | None = None,
+        residuals: Mapping[str, Tensor] | None = None,
+    ) -> tuple[Part, Part]:
+        """Bottom and top with the federation's current tensors; the initial ones in round 1.
+
+        Given `weights`, all that is trained, and `residuals`, with these.
+        """
+        if weights is None:
+            residuals, weights = take_residuals(from_arrays(self._arrays))
+            bottom, top = build_client(self.config)
+        elif residuals:
+            bottom, top = build_client(self.config)
+        else:  # every trained tensor is replaced below: another message's parts will do
+            bottom, top = _parts_to_fill(to_json(self.config))
         mine, trunk = describe(bottom), str(self._ticket["model"])
         if mine != trunk:
             raise ValueError(
                 f"this node's model is {mine}; the trunk was cut from {trunk}. Give both the same "
                 "model.path, or this node's copy of it as model-path in --node-config"
             )
-        if self._arrays:
-            residuals, state = take_residuals(from_arrays(self._arrays))
-            load_client_state(bottom, top, state)
-            fold_residuals((bottom, top), residuals)
+        if weights:
+            load_client_state(bottom, top, weights)
+            fold_residuals((bottom, top), residuals or {})
         return bottom, top
+
+    @property
+    def residuals(self) -> dict[str, Tensor]:
+        """Those that came with this message."""
+        return take_residuals(from_arrays(self._arrays))[0]
 
     def link(self, steps: int) -> GrpcLink:
         """Open the session that the ticket is for."""
@@ -89,6 +103,28 @@ class Site:
             config=self.config.link,
             certificate=certificate,
         )
+
+
+@lru_cache(maxsize=16)
+def _data_of_session(
+    session: str, config: str, partition: int, partitions: int, path: str
+) -> tuple[ClientData, PreTrainedTokenizerBase]:
+    run = from_json(config)
+    tokenizer = load_tokenizer(run.model)
+    data = load_client_data(
+        run.data,
+        tokenizer,
+        partition=partition,
+        partitions=partitions,
+        data_path=path,
+        seed=run.seed,
+    )
+    return data, tokenizer
+
+
+@lru_cache(maxsize=2)
+def _parts_to_fill(config: str) -> tuple[Part, Part]:
+    return build_client(from_json(config))
 
 
 def client_name(context: Context) -> str:

@@ -52,7 +52,8 @@ class Round:
     """
 
     def __init__(self, site: Site, context: Context, frames: Sequence[bytes]) -> None:
-        self.session, self._state = site.session, context.state
+        self.session, self._site, self._state = site.session, site, context.state
+        self.begun = bool(frames)
         self._dtype = WIRE_DTYPES[site.config.link.dtype]
         self.frames = [read_server_frame(raw) for raw in frames]
         self.tensors: dict[str, Tensor] = {}
@@ -73,6 +74,24 @@ class Round:
             )
         self.numbers = {name: float(kept[name]) for name in self.numbers}  # type: ignore[arg-type]
         self.tensors = from_arrays(self._state.array_records[TENSORS])
+
+    def parts(self) -> tuple[Part, Part]:
+        """Bottom and top as the last message left them, or as the round begins with them."""
+        site = self._site
+        if self.begun:
+            return site.parts(self.kept("weight/"), self.kept("residual/"))
+        bottom, top = site.parts()
+        self.keep_weights(bottom, top)
+        self.tensors |= {f"residual/{name}": tensor for name, tensor in site.residuals.items()}
+        return bottom, top
+
+    def kept(self, prefix: str) -> dict[str, Tensor]:
+        """The tensors kept under a prefix."""
+        return {n.removeprefix(prefix): t for n, t in self.tensors.items() if n.startswith(prefix)}
+
+    def keep_weights(self, bottom: Part, top: Part) -> None:
+        """Keep all that is trained."""
+        self.tensors |= {f"weight/{n}": tensor for n, tensor in client_state(bottom, top).items()}
 
     def take(self, kind: str) -> list[Any]:
         """The frames of one kind that come next."""
@@ -137,19 +156,19 @@ class Training:
     def __init__(self, site: Site, round: Round, bottom: Part, top: Part, plan: Plan) -> None:
         self._round, self._bottom, self._top, self._plan = round, bottom, top, plan
         self._config = site.config.train
-        if not round.tensors:
-            self._ends = Ends(bottom, top, plan.count, self._config, site.place)
-            if self._config.prox:
-                round.tensors |= {f"first/{n}": t.clone() for n, t in self._weights().items()}
-            return
-        # FedProx's anchor is what the ends hold when they are made.
-        load_client_state(bottom, top, _under(round.tensors, "first/") or self._kept())
+        first = round.kept("first/")
+        if first:  # FedProx's anchor is what the ends hold when they are made
+            load_client_state(bottom, top, first)
         self._ends = Ends(bottom, top, plan.count, self._config, site.place)
-        load_client_state(bottom, top, self._kept())
-        gradients = _under(round.tensors, "gradient/")
+        if first:
+            load_client_state(bottom, top, round.kept("weight/"))
+        elif self._config.prox:
+            weights = client_state(bottom, top)
+            round.tensors |= {f"first/{name}": tensor.clone() for name, tensor in weights.items()}
+        gradients = round.kept("gradient/")
         self._ends.set_gradients({int(index): tensor for index, tensor in gradients.items()})
         moments: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in _under(round.tensors, "moment/").items():
+        for name, tensor in round.kept("moment/").items():
             index, _, key = name.partition("/")
             moments.setdefault(int(index), {})[key] = tensor
         self._ends.load_optimizer_state(moments)
@@ -170,7 +189,7 @@ class Training:
                 kind = round.frames[0].WhichOneof("body")
                 raise TrunkError(f"'{kind}' from the trunk in the middle of a round", kind="order")
         if round.silent:
-            return round.finish(self._weights(), count)
+            return round.finish(client_state(self._bottom, self._top), count)
         self._keep()
         return round.go_on(count)
 
@@ -249,12 +268,6 @@ class Training:
             )
         return batches
 
-    def _weights(self) -> dict[str, Tensor]:
-        return client_state(self._bottom, self._top)
-
-    def _kept(self) -> dict[str, Tensor]:
-        return _under(self._round.tensors, "weight/")
-
     def _count_seconds(self) -> None:
         for name in ("bottom", "top"):
             self._round.numbers[name] += self._ends.clock.seconds[name]
@@ -262,14 +275,15 @@ class Training:
 
     def _keep(self) -> None:
         self._count_seconds()
-        kept = {f"weight/{n}": tensor for n, tensor in self._weights().items()}
+        lasting = ("first/", "residual/")
+        kept = {n: t for n, t in self._round.tensors.items() if n.startswith(lasting)}
         kept |= {f"gradient/{i}": tensor for i, tensor in self._ends.kept_gradients().items()}
         for index, moments in self._ends.optimizer_state().items():
             for key, value in moments.items():
                 if isinstance(value, Tensor):
                     kept[f"moment/{index}/{key}"] = value
-        first = {n: t for n, t in self._round.tensors.items() if n.startswith("first/")}
-        self._round.tensors = kept | first
+        self._round.tensors = kept
+        self._round.keep_weights(self._bottom, self._top)
 
 
 @torch.no_grad()
@@ -308,7 +322,3 @@ def evaluate(
             "no held-out token to evaluate on; raise data.heldout or data.max_examples"
         )
     return round.finish(None, 0)
-
-
-def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}

@@ -58,6 +58,11 @@ def read_answer(key: str, reply: Message, node: str) -> Answer:
         return Answer(key=key, client=node, error=f"its reply is not one of Graft's: {error}")
 
 
+def error_of(reply: Message) -> str:
+    """The reason that a reply gives for having no result; empty if it gives none."""
+    return str(reply.content.config_records.get(OUTCOME, {}).get("error", ""))
+
+
 def _read(key: str, reply: Message) -> Answer:
     content = reply.content
     outcome = content.config_records[OUTCOME]

@@ -14,6 +14,7 @@ from models.adapters import RESIDUAL
 from strategies.answers import Answer, to_arrays
 from strategies.averaging import Contribution, GlobalState
 from strategies.lora_average import form_but_rank
+from strategies.policies import SplitFedV1
 from strategies.roster import Profile
 from strategies.trunk import TrunkEngine
 
@@ -38,7 +39,9 @@ class JointModel:
 
     def start(self, ends: Mapping[str, Tensor]) -> None:
         """Set the clients' first tensors, where averaging needs to know them."""
-        self._state.start({**ends, **self._trunk_state()})
+        # Where there is one trunk, no client contributes to it.
+        replicated = isinstance(self._engine.policy, SplitFedV1)
+        self._state.start({**ends, **(self._trunk_state() if replicated else {})})
         self._arrays.clear()
 
     def arrays_for(self, profile: Profile | None = None) -> ArrayRecord:

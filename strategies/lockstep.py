@@ -23,7 +23,6 @@ from models import Cut
 from strategies.answers import ARRAYS, CONFIG, FRAMES, OUTCOME, TICKET
 from strategies.errors import TrunkError
 from strategies.replies import LONGEST_PAUSE, never, push, unanswered
-from strategies.session import Session
 from strategies.transport.codec import WIRE_DTYPES
 from strategies.transport.conversation import Conversation, StepReport
 from strategies.trunk import TrunkEngine
@@ -73,16 +72,10 @@ class Seat:
             dst_node_id=self._opening.metadata.dst_node_id,
         )
 
-    @property
-    def opened(self) -> bool:
-        """Whether the client has begun."""
-        return self._talk is not None
-
-    def leave(self) -> None:
-        """Hold nobody up."""
-        session: Session | None = self._talk.session if self._talk else None
-        if session is not None:
-            session.leave()
+    def close(self) -> None:
+        """End the session: nobody waits for it, or for its turn."""
+        if self._talk is not None:
+            self._talk.session.close()
 
 
 class Lockstep:
@@ -199,11 +192,11 @@ class Lockstep:
                     reason = (
                         f"not needed: {len(openings) - len(open_to)} of {len(openings)} answered"
                     )
-                seats[node].leave()
+                seats[node].close()
                 yield unanswered(message, reason)
         finally:
             for seat in seats.values():
-                seat.leave()
+                seat.close()
             pool.shutdown(wait=False, cancel_futures=True)
 
     def _finish(
@@ -213,9 +206,7 @@ class Lockstep:
         node = final.metadata.src_node_id
         if open_to.pop(node, None) is None:
             return
-        if not seats[node].opened:
-            self._engine.miss()
-        seats[node].leave()
+        seats[node].close()
         yield final
 
     def _report(self, report: StepReport) -> None:

@@ -108,12 +108,13 @@ class _Rows:
 
 @dataclass(eq=False)
 class _Request:
-    """What one session asks for, and the answer."""
+    """What one session asks for, and the answer. `grad_BTD` is a part of it, known before."""
 
     member: Session
     kind: str
     payload: tuple[Any, ...]
     answer: Any = None
+    grad_BTD: Tensor | None = None
     error: Exception | None = None
     done: bool = False
 
@@ -132,7 +133,7 @@ class Group:
     padded: int = 0
     positions: int = 0
     _members: dict[Session, _Request | None] = field(default_factory=dict)
-    _rows: dict[Session, _Rows] = field(default_factory=dict)
+    _rows: dict[Session, list[_Rows]] = field(default_factory=dict)
     _joined: int = 0
     _deadline: float | None = None
     _step: int = 0
@@ -306,34 +307,46 @@ class Group:
             sequences, tokens = request.payload[0].shape[:2]
             rows = slice(start, start + sequences)
             start += sequences
-            self._rows[request.member] = _Rows(batch, rows, tokens)
+            self._rows.setdefault(request.member, []).append(_Rows(batch, rows, tokens))
             request.answer = h_out.detach()[rows, :tokens]
 
     def _backward(self, requests: list[_Request]) -> None:
         if not self._reference:
             # A power of two near the step's tokens keeps gradients in range and loses no bit.
             self._reference = 2.0 ** round(math.log2(sum(r.payload[1] for r in requests)))
-        batches: dict[int, list[_Request]] = {}
+        batches: dict[int, _Batch] = {}
         for request in requests:
-            batches.setdefault(id(self._rows[request.member].batch), []).append(request)
-        for members in batches.values():
-            self._backward_batch(members)
+            if request.grad_BTD is None:
+                batch = self._rows[request.member][0].batch
+                batches[id(batch)] = batch
+        for batch in batches.values():
+            self._backward_batch(batch)
+        for request in requests:
+            request.answer = request.grad_BTD, 0.0
 
-    def _backward_batch(self, requests: list[_Request]) -> None:
-        batch = self._rows[requests[0].member].batch
+    def _backward_batch(self, batch: _Batch) -> None:
+        """Go back once, for all that have rows in the batch, though it be the last for some."""
+        waiting = [
+            request
+            for member, request in self._members.items()
+            if request is not None and self._rows.get(member)
+            and request.kind.endswith("backward")
+            and request.grad_BTD is None
+            and self._rows[member][0].batch is batch
+        ]  # fmt: skip
         grad_out = torch.zeros_like(batch.h_out_BTD)
-        for request in requests:
+        for request in waiting:
             grad_BTD, tokens = request.payload
-            own = self._rows[request.member]
+            own = self._rows[request.member][0]
             grad_out[own.rows, : own.tokens] = grad_BTD.to(grad_out) * (tokens / self._reference)
         torch.autograd.backward(batch.h_out_BTD, grad_out)
         grad_in = batch.h_in_BTD.grad
         if grad_in is None:
             raise TrunkError("no gradient reached the trunk's input; is this part differentiable?")
-        for request in requests:
-            own, tokens = self._rows.pop(request.member), request.payload[1]
+        for request in waiting:
+            own, tokens = self._rows[request.member].pop(0), request.payload[1]
             self._tokens[request.member] = tokens
-            request.answer = grad_in[own.rows, : own.tokens] * (self._reference / tokens), 0.0
+            request.grad_BTD = grad_in[own.rows, : own.tokens] * (self._reference / tokens)
 
     def _last_backward(self, requests: list[_Request]) -> None:
         self._backward(requests)
@@ -342,7 +355,7 @@ class Group:
             torch._foreach_mul_(gradients, self._reference / sum(self._tokens.values()))
         self._trunk_square = square_norm(self.parameters)
         for request in requests:
-            request.answer = request.answer[0], self._trunk_square
+            request.answer = request.grad_BTD, self._trunk_square
 
     def _take_step(self, requests: list[_Request]) -> None:
         total = sum(request.payload[1] for request in requests)

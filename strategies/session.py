@@ -127,9 +127,10 @@ class Session:
     def _compute(self, step: int, micro: int, h_BTD: Tensor, mask_BT: Tensor | None) -> Tensor:
         if micro in self._pending or (step, micro) in self._gradients:
             raise TrunkError(f"step {step}, micro-batch {micro} was computed before", kind="order")
-        if micro >= (most := self._engine.train.accumulate):
+        if micro >= (most := self._engine.max_micro_batches):
             raise TrunkError(
-                f"micro-batch {micro} came; train.accumulate={most} allows 0 to {most - 1}",
+                f"micro-batch {micro} came; train.accumulate="
+                f"{self._engine.train.accumulate} allows 0 to {most - 1}",
                 kind="order",
             )
         if len(self._pending) >= MAX_IN_FLIGHT:
@@ -205,6 +206,12 @@ class Session:
             )
         _check_finite(grad_BTD, f"the gradient of step {step}")
         if self._lane.group is not None:
+            if micro != min(self._pending):
+                raise TrunkError(
+                    f"micro-batch {micro} goes back before {min(self._pending)}; merged needs them "
+                    "in order",
+                    kind="order",
+                )
             if not 0 < tokens <= self._most_tokens():
                 raise TrunkError(f"step {step}: a gradient over {tokens} tokens cannot be weighed")
             grad_in, square = self._lane.group.backward(self, grad_BTD, tokens, last=last)
@@ -356,7 +363,7 @@ class Session:
     def _most_tokens(self) -> int:
         """More tokens than a step's micro-batches can hold are a lie."""
         engine = self._engine
-        return engine.train.accumulate * engine.max_sequences * engine.max_tokens
+        return engine.max_micro_batches * engine.max_sequences * engine.max_tokens
 
     def _check_open(self) -> None:
         if self._closed:

@@ -21,7 +21,7 @@ from flwr.supercore import log
 from conf.load import to_json
 from conf.schema import Config
 from models import Cut
-from strategies.answers import ARRAYS, CONFIG, TICKET, Answer
+from strategies.answers import ARRAYS, CONFIG, TICKET, Answer, error_of
 from strategies.averaging import Contribution
 from strategies.cohort import Cohort
 from strategies.joint import JointModel
@@ -237,6 +237,15 @@ class SplitFed(Strategy):
         self, messages: Iterable[Message], enough: Callable[[], bool]
     ) -> Iterable[Message]:
         """Bring messages to the clients and yield one reply for each; see `replies.exchange`."""
+        for reply in self._replies(messages, enough):
+            key = self._cohort.keys.get(reply.metadata.src_node_id, "")
+            if not self.engine.has(key) and (reply.has_error() or error_of(reply)):
+                self.engine.miss()  # so that `merged` does not wait for it
+            yield reply
+
+    def _replies(
+        self, messages: Iterable[Message], enough: Callable[[], bool]
+    ) -> Iterable[Message]:
         assert self._grid is not None
         federation = self.config.federation
         if isinstance(self.service, Lockstep):

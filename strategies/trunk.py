@@ -6,6 +6,7 @@ Shapes: B sequences, T tokens, D hidden size.
 from __future__ import annotations
 
 import copy
+import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -69,6 +70,9 @@ class TrunkEngine:
         self.max_sequences, self.max_tokens = max_sequences, max_tokens
         self.trunk, self.hidden_size, self.train = trunk, hidden_size, train
         self.seed, self.timeout = seed, timeout
+        # A drawn batch may fall to one client as a whole.
+        drawn = math.ceil(train.global_batch / train.batch_size)
+        self.max_micro_batches = max(train.accumulate, drawn)
         self.policy = POLICIES[train.strategy](trunk, train)
         self.device = next(trunk.parameters()).device
         self._round: Round | None = None
@@ -175,6 +179,10 @@ class TrunkEngine:
         """Go back to a `state_dict`; `ValueError` if its tensors are not this trunk's."""
         load_trainable_state(self.trunk, state["trunk"])
         self.policy.load_state_dict(state["policy"])
+
+    def has(self, key: str) -> bool:
+        """Whether session `key` was opened in this round."""
+        return key in self._sessions
 
     def miss(self) -> None:
         """Say that one client of the cohort will open no session: nobody need wait for it."""

@@ -24,10 +24,10 @@ class Vanished(BaseException):
 class WatchedLink(GrpcLink):
     """A client's link in a test of `dying` or `before_step`: put it in place of the ClientApp's."""
 
-    def apply(self, step: int, counters: StepCounters) -> None:
+    def apply(self, step: int, counters: StepCounters, gradients: Any = None) -> None:
         if hook := getattr(_thread, "before_step", None):
             hook(step)
-        super().apply(step, counters)
+        super().apply(step, counters, gradients)
 
 
 def _vanish_at(last: int) -> Callable[[int], None]:
@@ -59,6 +59,7 @@ class InProcessGrid(Grid):
     held: dict[int, threading.Event] = field(default_factory=dict)
     meanwhile: Callable[[Message], None] = lambda message: None
     seen: list[Message] = field(default_factory=list)
+    states: dict[int, RecordDict] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._ids = itertools.count(1)
@@ -110,7 +111,8 @@ class InProcessGrid(Grid):
             return Message(Error(code=7, reason="the process was killed"), reply_to=message)
         config = {"partition-id": number, "num-partitions": self.clients}
         config = self.node_configs.get(number, config)
-        context = Context(1, message.metadata.dst_node_id, config, RecordDict(), {})
+        state = self.states.setdefault(number, RecordDict())
+        context = Context(1, message.metadata.dst_node_id, config, state, {})
         return self._act(message, context)
 
     def _act(self, message: Message, context: Context) -> Message | None:

@@ -166,7 +166,8 @@ def test_a_loss_that_explodes_stops_both_sides_in_words() -> None:
     model = tiny_model()
     before = twin(model)
 
-    with pytest.raises(TrunkError, match="of step 1 (is (nan|inf)|holds values that are not finite); lower train.lr"):
+    words = "of step 1 (is (nan|inf)|holds values that are not finite); lower train.lr"
+    with pytest.raises(TrunkError, match=words):
         train_split(model, random_steps(3, seed=0), TrainConfig(optimizer="sgd", lr=1e30, clip=0))
 
     trunk, untouched = split(model, CUT).trunk, split(before, CUT).trunk
