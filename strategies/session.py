@@ -141,10 +141,6 @@ class Session:
         if self._square_norm is not None:
             raise TrunkError(f"step {step} had its last micro-batch: apply it", kind="order")
         if self._lane.group is not None:
-            if self._pending:
-                raise TrunkError(
-                    "merged takes one micro-batch of a session at a time", kind="order"
-                )
             h_in_BTD = h_BTD
             h_out_BTD = self._lane.group.forward(self, h_BTD, mask_BT)
         else:
