@@ -175,10 +175,10 @@ def chosen_rates(study: Study, curves: Iterable[Curve]) -> dict[str, dict[str, f
 
 
 def differences(curves: Sequence[Curve]) -> dict[str, float]:
-    """Largest difference of held-out loss, over all rounds, of methods that must coincide."""
+    """Largest difference of held-out loss, in any round, from the method it must coincide with."""
     by_key = {(c.method, c.division, c.seed, c.lr): c.losses for c in curves}
     return {
-        f"{method}, {other}": max(
+        method: max(
             abs(one - two)
             for (name, *rest), losses in by_key.items()
             if name == method

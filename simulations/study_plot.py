@@ -98,7 +98,7 @@ def _results(result: dict[str, Any]) -> list[str]:
             base = curves_of(result, division, "centralised")
             last = [curve["losses"][-1] for curve in curves]
             gaps = [own - c["losses"][-1] for own, c in zip(last, base, strict=True)]
-            cells += [_spread(last, ".3f"), _spread(gaps, "+.3f")]
+            cells += [_spread(last, "z.3f"), _spread(gaps, "+z.3f")]
         lines.append(_row([*cells, str(curves[0]["steps"][-1])]))
     return lines
 
@@ -124,10 +124,11 @@ def _search(result: dict[str, Any]) -> list[str]:
 
 
 def _equalities(result: dict[str, Any]) -> list[str]:
-    found = result["differences"].items()
-    return [
-        f"Largest difference of two curves, any round: {pair}: {gap:.1e}." for pair, gap in found
-    ]
+    lines = _head(["methods that must coincide", "largest difference of held-out loss, any round"])
+    for method, other in SAME.items():
+        gap = result["differences"][method]
+        lines.append(_row([f"{METHODS[method]} and {METHODS[other]}", f"{gap:.1e}"]))
+    return lines
 
 
 def _divisions(result: dict[str, Any]) -> list[str]:
@@ -154,11 +155,11 @@ def _context(result: dict[str, Any]) -> list[str]:
 
 
 def _spread(values: Sequence[float], form: str) -> str:
-    """The mean, and the range where there is one."""
-    mean = format(statistics.mean(values), form)
-    if len(values) == 1:
-        return mean
-    return f"{mean} ({min(values):{form}} to {max(values):{form}})"
+    """The mean, and the range where it shows."""
+    mean, low, high = (
+        format(value, form) for value in (statistics.mean(values), min(values), max(values))
+    )
+    return mean if low == high else f"{mean} ({low} to {high})"
 
 
 def _head(cells: Sequence[str]) -> list[str]:

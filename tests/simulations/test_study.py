@@ -142,6 +142,6 @@ def test_differences_are_of_the_same_division_seed_and_rate() -> None:
     ]
 
     assert tool.differences(curves) == {
-        "splitfed-v1, fedavg": 0.5,
-        "merged-step, centralised": 0.0,
+        "splitfed-v1": 0.5,
+        "merged-step": 0.0,
     }
