@@ -89,9 +89,14 @@ class Federation:
         *,
         allow_untested: bool = False,
     ) -> None:
-        self._model, self._config, self._clients = model, config, clients
-        self._allow = allow_untested
-        trunk = copy.deepcopy(split(model, cut_of(config), allow_untested=allow_untested).trunk)
+        self._config, self._clients = config, clients
+        self._ends: dict[int, tuple[Part, Part]] = {}
+        self.replicas: dict[str, dict[str, Tensor]] = {}
+        self._parts = {
+            cut: split(model, cut, allow_untested=allow_untested)
+            for cut in {cut_of(config), *(client.cut for client in clients)}
+        }
+        trunk = copy.deepcopy(self._parts[cut_of(config)].trunk)
         self.trunk = _tuned(trunk, config, config.lora.rank)
         self._engine = TrunkEngine(
             trunk, hidden_size=trunk.hidden_size, train=config.train, seed=config.seed
@@ -106,9 +111,7 @@ class Federation:
         """Train all clients for one round, and average what they trained."""
         self.update(number, self.learn(cohort, number)[1])
 
-    def learn(
-        self, cohort: Cohort, number: int
-    ) -> tuple[list[tuple[Part, Part]], list[Answer], dict[str, dict[str, Tensor]]]:
+    def learn(self, cohort: Cohort, number: int) -> tuple[list[tuple[Part, Part]], list[Answer]]:
         """Train all clients for one round.
 
         Returns
@@ -116,9 +119,7 @@ class Federation:
         ends : list
             Each client's bottom and top.
         answers : list of Answer
-            What each would send.
-        replicas : dict
-            What each trained of the trunk, by session.
+            What each would send. What it trained of the trunk is in `replicas`, by its key.
         """
         config, engine = self._config, self._engine
         engine.open_round(number, config.train.rounds, training=True, cohort=len(cohort))
@@ -143,16 +144,16 @@ class Federation:
 
         with ThreadPoolExecutor(len(cohort) if config.train.strategy == "merged" else 1) as pool:
             tokens = list(pool.map(work, range(len(cohort))))
-        self._replicas, _ = engine.collect(names)
+        self.replicas, _ = engine.collect(names)
         answers = [
             Answer(key=name, client=name, state=client_state(*own), metrics={"num-tokens": count})
             for name, own, count in zip(names, ends, tokens, strict=True)
         ]
-        return ends, answers, self._replicas
+        return ends, answers
 
     def update(self, number: int, answers: Sequence[Answer]) -> None:
         """Average what the clients trained, as the strategy does it."""
-        contributions, odd = self._joint.contributions(answers, self._replicas)
+        contributions, odd = self._joint.contributions(answers, self.replicas)
         if odd:
             raise ValueError(f"clients do not fit together: {odd}")
         self._joint.update(number, contributions)
@@ -160,11 +161,6 @@ class Federation:
     def ends(self, client: int) -> tuple[Part, Part]:
         """Bottom and top as a client begins the next round with them."""
         own = self._clients[client]
-        parts = split(self._model, own.cut, allow_untested=self._allow)
-        # Together, so that a tied embedding stays one tensor.
-        bottom, top = copy.deepcopy((parts.bottom, parts.top))
-        for part in (bottom, top):
-            _tuned(part, self._config, own.rank)
         profile = Profile(
             node=client,
             client=f"client-{client}",
@@ -173,6 +169,14 @@ class Federation:
             rank=own.rank,
         )
         residuals, weights = take_residuals(from_arrays(self._joint.arrays_for(profile)))
+        # Residuals are for original weights; otherwise every trained tensor is replaced.
+        if residuals or not weights or client not in self._ends:
+            parts = self._parts[own.cut]
+            # Together, so that a tied embedding stays one tensor.
+            self._ends[client] = bottom, top = copy.deepcopy((parts.bottom, parts.top))
+            for part in (bottom, top):
+                _tuned(part, self._config, own.rank)
+        bottom, top = self._ends[client]
         if weights:
             load_client_state(bottom, top, weights)
             fold_residuals((bottom, top), residuals)
@@ -236,11 +240,11 @@ def exact_lora(federation: Federation, cohorts: Sequence[Cohort], alpha: float) 
     """Do all clients start from the mean of what the clients ended with? Effective weights."""
     worst, moved = 0.0, 0.0
     for number, cohort in enumerate(cohorts, start=1):
-        ends, answers, replicas = federation.learn(cohort, number)
+        ends, answers = federation.learn(cohort, number)
         tokens = [answer.metrics["num-tokens"] for answer in answers]
         means: dict[str, Tensor] = {}
         for own, answer, count in zip(ends, answers, tokens, strict=True):
-            state = {**answer.state, **replicas[answer.key]}
+            state = {**answer.state, **federation.replicas[answer.key]}
             for name, weight_OI in effective([*own, federation.trunk], state, alpha):
                 share = (count / sum(tokens)) * weight_OI
                 means[name] = means[name] + share if name in means else share

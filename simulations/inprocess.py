@@ -25,16 +25,19 @@ from flower_app.server_app import run_experiment
 
 
 class InProcessGrid(Grid):
-    """Brings each message to the real ClientApp; all clients work at once, a thread each.
+    """Brings each message to the real ClientApp.
 
     Parameters
     ----------
     clients : int
         How many nodes there are.
+    at_once : bool
+        Clients work in threads of their own, as `merged` needs it over the stream. Otherwise in
+        turn: with messages they share what a process keeps from one message to the next.
     """
 
-    def __init__(self, clients: int) -> None:
-        self._clients, self._ids = clients, itertools.count(1)
+    def __init__(self, clients: int, *, at_once: bool) -> None:
+        self._clients, self._at_once, self._ids = clients, at_once, itertools.count(1)
         self._states: dict[int, RecordDict] = {}
         self._replies: dict[str, Message] = {}
 
@@ -49,7 +52,10 @@ class InProcessGrid(Grid):
             message.metadata.__dict__["_message_id"] = f"message-{next(self._ids)}"
             pushed.append(message)
         for message in pushed:
-            threading.Thread(target=self._work, args=(message,), daemon=True).start()
+            if self._at_once:
+                threading.Thread(target=self._work, args=(message,), daemon=True).start()
+            else:
+                self._work(message)
         return [message.metadata.message_id for message in pushed]
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
@@ -105,7 +111,8 @@ def run_app(config: Config, clients: int) -> dict[str, Tensor]:
     """
     with _as_flower_runs_it():
         recorder = Recorder(config, say=lambda line: None)
-        folder = run_experiment(config, InProcessGrid(clients), recorder)
+        grid = InProcessGrid(clients, at_once=config.link.transport == "stream")
+        folder = run_experiment(config, grid, recorder)
     assert folder is not None, "output.save_model is off"
     return read_tensors(folder)
 
