@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 
 from flower_app import cli
 from simulations import equivalence
-from simulations.equivalence import CLAIMS, Claim, EquivalenceReport, NotTriedError, run_equivalence
+from simulations.equivalence import EquivalenceReport, run_equivalence
+from simulations.equivalence_claims import CLAIMS, Claim, NotTriedError
 from simulations.equivalence_runs import Gap
 from strategies.merged import Group
 from strategies.session import Session
