@@ -187,6 +187,13 @@ def _check_aggregated(config: Config) -> None:
             "tuning.bottom, tuning.trunk or tuning.top to lora, or clear aggregation.lora",
             key="aggregation.lora",
         )
+    if how.lora == "exact" and config.model.dtype != "fp32":
+        raise ConfigError(
+            f"aggregation.lora=exact with model.dtype={config.model.dtype}: what the adapters' "
+            "rank cannot hold goes into the base weights, and most of it would be rounded away; "
+            "set model.dtype=fp32, or aggregation.lora=svd",
+            key="aggregation.lora",
+        )
     if config.train.sync == "step" and (how.optimizer != "fedavg" or how.lora in ("exact", "svd")):
         raise ConfigError(
             f"train.sync=step keeps clients' ends equal, so that nothing is left to aggregate: "

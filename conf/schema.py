@@ -229,8 +229,8 @@ class AggregationConfig(_Section):
     cannot hold goes into the base weights) or svd (the mean of B.A, cut to the rank)."""
     optimizer: str = setting("fedavg", one_of("fedavg", "fedavgm", "fedadam", "fedyogi"))
     """fedavg (the mean itself), or a server optimizer: fedavgm, fedadam, fedyogi."""
-    lr: float = setting(1.0, rules.POSITIVE)
-    """Learning rate of the server optimizer."""
+    lr: float = setting(0.0, rules.NOT_NEGATIVE)
+    """Learning rate of the server optimizer; 0: 1 for fedavgm, 0.01 for fedadam and fedyogi."""
     momentum: float = setting(0.9, rules.BELOW_ONE)
     """fedavgm."""
     betas: tuple[float, float] = setting((0.9, 0.99), rules.BETAS)
@@ -240,6 +240,11 @@ class AggregationConfig(_Section):
 
     def _check_together(self) -> None:
         combinations.check_aggregation(self)
+
+    @property
+    def rate(self) -> float:
+        """The learning rate that is used."""
+        return self.lr or (1.0 if self.optimizer == "fedavgm" else 0.01)
 
 
 @dataclass(frozen=True, kw_only=True)

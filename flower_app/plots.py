@@ -69,11 +69,19 @@ def _curves(folder: Path) -> tuple[dict[str, list[float]], list[tuple[int, float
     """Return training losses by client, and held-out losses as (steps so far, loss)."""
     train: dict[str, list[float]] = defaultdict(list)
     evaluated: list[tuple[int, float]] = []
+    before: dict[str, int] = {}
+    attempt = 1
     for record in read_metrics(folder):
         if record["kind"] == "step":
+            if record.get("attempt", 1) > attempt:  # what the round did so far was undone
+                attempt = record["attempt"]
+                for client, losses in train.items():
+                    del losses[before.get(client, 0) :]
             loss = record["loss"]
             train[record["client"]].append(float("nan") if loss is None else loss)
-        elif (record.get("evaluate") or {}).get("loss") is not None:
+            continue
+        before, attempt = {client: len(losses) for client, losses in train.items()}, 1
+        if (record.get("evaluate") or {}).get("loss") is not None:
             steps = max((len(losses) for losses in train.values()), default=0)
             evaluated.append((steps, record["evaluate"]["loss"]))
     return train, evaluated

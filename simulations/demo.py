@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from conf.schema import Config
 from simulations.console import Console
 from simulations.local_flower import Outcome, local_superlink
 from simulations.preflight import check_run
@@ -44,8 +45,8 @@ def run_experiment(
     Outcome
         A completed run. Any other end raises a RuntimeError.
     """
-    check_run(experiment, overrides)
-    federation = f"num-supernodes={clients}" if clients else ""
+    config = check_run(experiment, overrides)
+    federation = _federation(config, clients)
     echo = Console(say, verbose)
     say(f"starting Flower and its simulated clients for experiment '{experiment}' ...")
     try:
@@ -62,6 +63,15 @@ def run_experiment(
         raise RuntimeError(f"the run did not complete: {outcome.details} ({outcome.status})")
     outcome.summary()
     return outcome
+
+
+def _federation(config: Config, clients: int) -> str:
+    """Value of `--federation-config`: how many clients, and all at once if the run needs that."""
+    count = f"num-supernodes={clients}" if clients else ""
+    if config.train.strategy != "merged" or config.link.transport != "stream":
+        return count
+    at_once = f"client-resources-num-cpus=1 init-args-num-cpus={clients or FLOWERS_CLIENTS}"
+    return f"{count} {at_once}".strip()
 
 
 def demo(say: Callable[[str], None] = print, verbose: bool = False) -> Path:
@@ -121,6 +131,9 @@ def check_fall(summary: dict[str, Any], nats: float) -> None:
             f"a fall of {nats:g} nats was expected"
         )
 
+
+FLOWERS_CLIENTS = 2
+"""SuperNodes that Flower simulates if nobody says how many."""
 
 _LEFT = {
     "summary.json": "how it ended, in numbers",

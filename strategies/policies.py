@@ -22,7 +22,7 @@ from strategies.errors import TrunkError
 from strategies.optim import build_optimizer, trainable
 
 if TYPE_CHECKING:
-    from strategies.merged import Group
+    from strategies.group import Group
 
 
 class Turn:

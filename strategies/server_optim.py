@@ -63,12 +63,12 @@ class ServerOptimizer:
         self._flower: Any
         if settings.optimizer == "fedavgm":
             self._flower = _Momentum(
-                server_learning_rate=settings.lr, server_momentum=settings.momentum
+                server_learning_rate=settings.rate, server_momentum=settings.momentum
             )
         else:
             kind = {"fedadam": _Adam, "fedyogi": _Yogi}[settings.optimizer]
             beta_1, beta_2 = settings.betas
-            self._flower = kind(eta=settings.lr, beta_1=beta_1, beta_2=beta_2, tau=settings.tau)
+            self._flower = kind(eta=settings.rate, beta_1=beta_1, beta_2=beta_2, tau=settings.tau)
         self._names: list[str] = []
 
     def step(

@@ -13,10 +13,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from strategies.checks import check_finite, check_shapes, has_dropout, norm_error
 from strategies.errors import TrunkError
-from strategies.merged import GATHER_SHARE
+from strategies.group import GATHER_SHARE
 from strategies.optim import (
     Progress,
     add_proximal,
@@ -82,7 +83,7 @@ class Session:
         self._closed = False
         # The round may end (in Flower's thread) while this session works (in its stream's thread).
         self._busy = threading.Lock()
-        self._dropout = round.training and _has_dropout(lane.module)
+        self._dropout = round.training and has_dropout(lane.module)
         if lane.group is not None:
             lane.group.join(self, cohort=round.cohort, patience=engine.timeout * GATHER_SHARE)
 
@@ -112,7 +113,7 @@ class Session:
         self.check_shapes(tuple(h_BTD.shape), None if mask_BT is None else tuple(mask_BT.shape))
         if not h_BTD.is_floating_point():
             raise TrunkError(f"activations must be floating point, got {h_BTD.dtype}", kind="shape")
-        _check_finite(h_BTD, f"the tensor of activations of step {step}")
+        check_finite(h_BTD, f"the tensor of activations of step {step}")
         h_BTD = h_BTD.to(self._engine.device)
         mask_BT = None if mask_BT is None else mask_BT.to(self._engine.device)
         if not self.round.training:
@@ -200,7 +201,7 @@ class Session:
                 f"{tuple(pending.h_out_BTD.shape)}",
                 kind="shape",
             )
-        _check_finite(grad_BTD, f"the gradient of step {step}")
+        check_finite(grad_BTD, f"the gradient of step {step}")
         if self._lane.group is not None:
             if micro != min(self._pending):
                 raise TrunkError(
@@ -290,7 +291,7 @@ class Session:
         if not client_square_norm >= 0:
             raise TrunkError(f"a square norm cannot be {client_square_norm}")
         if not math.isfinite(client_square_norm):
-            raise _norm_error(step, client_square_norm)
+            raise norm_error(step, client_square_norm)
         if not 0 < tokens <= self._learnable:
             raise TrunkError(
                 f"step {step} reports {tokens} tokens; its micro-batches held {self._learnable}"
@@ -304,7 +305,7 @@ class Session:
         assert self._square_norm is not None
         norm = math.sqrt(self._square_norm + client_square_norm)
         if not math.isfinite(norm):
-            raise _norm_error(step, norm)
+            raise norm_error(step, norm)
         progress = Progress(
             round=self.round.number, rounds=self.round.rounds, step=step, steps=self.steps
         )
@@ -374,26 +375,7 @@ class Session:
     def check_shapes(self, shape: tuple[int, ...], mask_shape: tuple[int, ...] | None) -> None:
         """Refuse a shape before anything is made of it: activations (B, T, D) and mask (B, T)."""
         engine = self._engine
-        if len(shape) != 3 or shape[2] != engine.hidden_size or 0 in shape:
-            raise TrunkError(
-                f"activations have shape {shape}; the trunk takes (B, T, {engine.hidden_size})",
-                kind="shape",
-            )
-        if shape[0] > engine.max_sequences or shape[1] > engine.max_tokens:
-            raise TrunkError(
-                f"activations have shape {shape}; at most train.batch_size={engine.max_sequences} "
-                f"sequences of data.context={engine.max_tokens} tokens are accepted",
-                kind="shape",
-            )
-        if mask_shape is not None and mask_shape != shape[:2]:
-            raise TrunkError(f"mask has shape {mask_shape}, activations {shape}", kind="shape")
-
-
-def _norm_error(step: int, norm: float) -> TrunkError:
-    return TrunkError(
-        f"the gradient norm of step {step} is {norm}; lower train.lr, or set train.clip",
-        kind="not-finite",
-    )
+        check_shapes(shape, mask_shape, engine.hidden_size, engine.max_sequences, engine.max_tokens)
 
 
 def _back_through(pending: _Pending, grad_BTD: Tensor) -> Tensor:
@@ -403,24 +385,3 @@ def _back_through(pending: _Pending, grad_BTD: Tensor) -> Tensor:
     if grad_in is None:
         raise TrunkError("no gradient reached the trunk's input; is this part differentiable?")
     return grad_in
-
-
-def _check_finite(tensor: Tensor, what: str) -> None:
-    if not torch.isfinite(tensor).all():
-        raise TrunkError(
-            f"{what} holds values that are not finite; lower train.lr, set train.clip, or use "
-            "train.precision=fp32",
-            kind="not-finite",
-        )
-
-
-def _has_dropout(module: nn.Module) -> bool:
-    """Whether a training forward draws random numbers: from modules, or from a config's rates."""
-    if any(isinstance(m, nn.Dropout) and m.p > 0 for m in module.modules()):
-        return True
-    config = getattr(module, "config", None)
-    rates = config.to_dict() if config is not None else {}
-    return any(
-        ("drop" in name or "jitter" in name) and isinstance(rate, float) and rate > 0
-        for name, rate in rates.items()
-    )

@@ -23,7 +23,8 @@ from models import client_state, load_client_state, named_trainable, split
 from simulations.reference import centralised_round, plain_optimizer
 from strategies.aggregation import weighted_mean
 from strategies.errors import TrunkError
-from strategies.merged import MAX_PADDING, Merged, buckets
+from strategies.group import MAX_PADDING, buckets
+from strategies.merged import Merged
 from strategies.session import Session
 from strategies.transport.link import LocalLink
 from strategies.trunk import TrunkEngine

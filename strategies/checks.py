@@ -1,0 +1,58 @@
+"""What the trunk refuses of a session, and what it must know of a module."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from strategies.errors import TrunkError
+
+
+def check_shapes(
+    shape: tuple[int, ...],
+    mask_shape: tuple[int, ...] | None,
+    hidden_size: int,
+    max_sequences: int,
+    max_tokens: int,
+) -> None:
+    """Refuse shapes that are not activations (B, T, D) and mask (B, T) within bounds."""
+    if len(shape) != 3 or shape[2] != hidden_size or 0 in shape:
+        raise TrunkError(
+            f"activations have shape {shape}; the trunk takes (B, T, {hidden_size})", kind="shape"
+        )
+    if shape[0] > max_sequences or shape[1] > max_tokens:
+        raise TrunkError(
+            f"activations have shape {shape}; at most train.batch_size={max_sequences} "
+            f"sequences of data.context={max_tokens} tokens are accepted",
+            kind="shape",
+        )
+    if mask_shape is not None and mask_shape != shape[:2]:
+        raise TrunkError(f"mask has shape {mask_shape}, activations {shape}", kind="shape")
+
+
+def check_finite(tensor: Tensor, what: str) -> None:
+    if not torch.isfinite(tensor).all():
+        raise TrunkError(
+            f"{what} holds values that are not finite; lower train.lr, set train.clip, or use "
+            "train.precision=fp32",
+            kind="not-finite",
+        )
+
+
+def norm_error(step: int, norm: float) -> TrunkError:
+    return TrunkError(
+        f"the gradient norm of step {step} is {norm}; lower train.lr, or set train.clip",
+        kind="not-finite",
+    )
+
+
+def has_dropout(module: nn.Module) -> bool:
+    """Whether a training forward draws random numbers: from modules, or from a config's rates."""
+    if any(isinstance(m, nn.Dropout) and m.p > 0 for m in module.modules()):
+        return True
+    config = getattr(module, "config", None)
+    rates = config.to_dict() if config is not None else {}
+    return any(
+        ("drop" in name or "jitter" in name) and isinstance(rate, float) and rate > 0
+        for name, rate in rates.items()
+    )
