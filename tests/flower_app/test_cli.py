@@ -66,6 +66,7 @@ def test_runs_and_plot_show_what_was_run() -> None:
         round=0,
         train=None,
         evaluate={"loss": 5.5},
+        asked=["a", "b"],
         clients=["a", "b"],
         missing={},
         tokens=0,
