@@ -236,6 +236,24 @@ def bench_memory(
     _figures(measure(), as_json)
 
 
+@bench.command("scale")
+def bench_scale(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    clients: Annotated[int, typer.Option(help="Simulated clients.", min=1)] = 100,
+    fraction: Annotated[float, typer.Option(help="Share of them in a round.")] = 0.1,
+    rounds: Annotated[int, typer.Option(help="Rounds.", min=3)] = 5,
+    steps: Annotated[int, typer.Option(help="Steps of a client in a round.", min=1)] = 2,
+    transport: Annotated[str, typer.Option(help="stream, messages or both.")] = "both",
+) -> None:
+    """Run many simulated clients, few in a round: seconds and memory, round by round."""
+    from simulations.scale import bench_scale as measure
+
+    def say(line: str) -> None:
+        typer.echo(line, err=True)
+
+    _figures(measure(clients, fraction, rounds, steps, transport, say), as_json)
+
+
 @app.command(rich_help_panel="Check and measure")
 def study(
     quick: Annotated[bool, typer.Option("--quick", help="The same in small, in a minute.")] = False,

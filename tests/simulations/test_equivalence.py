@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,12 +13,13 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from flower_app import cli
-from simulations import equivalence
+from simulations import equivalence, equivalence_claims
 from simulations.equivalence import EquivalenceReport, run_equivalence
 from simulations.equivalence_claims import CLAIMS, Claim, NotTriedError
 from simulations.equivalence_runs import Gap
 from strategies.merged import Group
 from strategies.session import Session
+from tests.models.helpers import saved
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -140,6 +142,18 @@ def test_bad_news_is_told(measure: Callable[..., Gap], verdict: str) -> None:
     assert report.rows[1].verdict == verdict
     assert not report.ok
     assert "1 NOT EQUAL" in equivalence.render(report)
+
+
+def test_a_large_model_trains_adapters_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved(tmp_path, "llama")
+    monkeypatch.setattr(equivalence_claims, "LARGE", 1)
+
+    report = run_equivalence(str(tmp_path), claims=chosen("splitfed-v1 ="))
+
+    assert [row.trains for row in report.rows] == ["LoRA, SGD", "LoRA, AdamW, eps 1e-05"]
+    assert report.ok
 
 
 def test_the_command_ends_as_the_table_says(monkeypatch: pytest.MonkeyPatch) -> None:
