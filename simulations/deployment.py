@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from simulations.credentials import ServerCredentials, make_node_key, make_server_credentials
 from simulations.local_flower import (
     LocalFlower,
@@ -23,7 +25,14 @@ from simulations.local_flower import (
     temporary_folder,
     worth_reading,
 )
-from simulations.processes import Started, free_ports, program, stopping, wait_until
+from simulations.processes import (
+    GRACE_SECONDS,
+    Started,
+    free_ports,
+    program,
+    stopping,
+    wait_until,
+)
 
 EXPERIMENT = "deployment"
 NODES = ("alder", "birch")
@@ -76,6 +85,23 @@ class Deployment:
         )
         self.started.append(node)
         return node
+
+    def cut_off(self, node: Started) -> None:
+        """End a SuperNode and all its processes at once, without a good-bye, as a power cut does.
+
+        Parameters
+        ----------
+        node : Started
+            What `add_node` returned.
+        """
+        assert node in self.started
+        parent = psutil.Process(node.process.pid)
+        family = [parent, *parent.children(recursive=True)]
+        for process in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        node.process.wait()
+        psutil.wait_procs(family[1:], timeout=GRACE_SECONDS)
 
     def online(self) -> int:
         """Return how many SuperNodes the SuperLink counts as online."""
