@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import lru_cache
@@ -74,7 +75,7 @@ class Site:
         elif residuals:
             bottom, top = build_client(self.config)
         else:  # every trained tensor is replaced below: another message's parts will do
-            bottom, top = _parts_to_fill(to_json(self.config))
+            bottom, top = _parts_to_fill(to_json(self.config), threading.get_ident())
         mine, trunk = describe(bottom), str(self._ticket["model"])
         if mine != trunk:
             raise ValueError(
@@ -123,7 +124,8 @@ def _data_of_session(
 
 
 @lru_cache(maxsize=2)
-def _parts_to_fill(config: str) -> tuple[Part, Part]:
+def _parts_to_fill(config: str, thread: int) -> tuple[Part, Part]:
+    """Parts for one thread's use: the next message's weights go into the same ones."""
     return build_client(from_json(config))
 
 

@@ -11,6 +11,7 @@ import ast
 import copy
 import inspect
 import textwrap
+import threading
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -102,10 +103,15 @@ def find_blocks(model: PreTrainedModel) -> str:
     return outer[0]
 
 
+_PARSING = threading.Lock()
+"""Python 3.11 cannot build syntax trees in two threads at once (CPython issue 106905)."""
+
+
 def returned_arity(block: nn.Module) -> int:
     """Read from its source how many values `block.forward` returns; 0 if a bare tensor."""
     forward = inspect.unwrap(type(block).forward)
-    tree = ast.parse(textwrap.dedent(inspect.getsource(forward)))
+    with _PARSING:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(forward)))
     named: dict[str, int] = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
