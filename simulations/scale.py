@@ -27,6 +27,7 @@ DATA = {"partitioner": "iid", "context": 64, "max_examples": 20}
 BATCH = 4
 PERIOD = 0.25
 """Seconds between two looks at the processes."""
+MEMORY = ("server", "server_own", "clients", "total")
 _MIB = 2**20
 
 
@@ -119,6 +120,8 @@ class Sample:
     """The round that is going on; 0 before the first."""
     server: float
     """The ServerApp, with Flower's simulation engine in the same process."""
+    server_own: float
+    """The same without pages that it shares: libraries, and Ray's object store."""
     clients: float
     """The processes in which simulated clients run."""
     total: float
@@ -157,11 +160,8 @@ class Sampler:
         while not self._over.wait(PERIOD):
             self.records = read_records(self.folder)
             ended = sum(record["kind"] == "round" for record in self.records)
-            server, clients, total = resident()
-            if server:
-                self.samples.append(
-                    Sample(round=ended, server=server, clients=clients, total=total)
-                )
+            if (sizes := resident())["server"]:
+                self.samples.append(Sample(round=ended, **sizes))
 
 
 def read_records(folder: Path) -> list[dict[str, Any]]:
@@ -182,21 +182,27 @@ def read_records(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
-def resident() -> tuple[float, float, float]:
-    """Return the resident memory of ServerApp, clients, and all descendants of this process, MiB.
+def resident() -> dict[str, float]:
+    """Return the resident memory of this process's descendants, in MiB.
 
     Pages that processes share count for each of them.
+
+    Returns
+    -------
+    dict
+        The fields of a `Sample`.
     """
-    server = clients = total = 0.0
+    sizes = dict.fromkeys(MEMORY, 0.0)
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):
-            size, command = process.memory_info().rss / _MIB, " ".join(process.cmdline())
-            total += size
+            info, command = process.memory_info(), " ".join(process.cmdline())
+            sizes["total"] += info.rss / _MIB
             if "ray::ClientAppActor" in command:
-                clients += size
+                sizes["clients"] += info.rss / _MIB
             elif "flwr-simulation" in command:
-                server += size
-    return server, clients, total
+                sizes["server"] += info.rss / _MIB
+                sizes["server_own"] += (info.rss - getattr(info, "shared", 0)) / _MIB
+    return sizes
 
 
 def report(
@@ -230,9 +236,7 @@ def report(
         number = record["round"]
         during = [sample for sample in samples if sample.round == number]
         rows[number] = {
-            "server_mib": _median([sample.server for sample in during]),
-            "clients_mib": _median([sample.clients for sample in during]),
-            "total_mib": _median([sample.total for sample in during]),
+            **{f"{name}_mib": _median([getattr(s, name) for s in during]) for name in MEMORY},
             "seconds": round(record["seconds"], 2),
             "tokens": record["tokens"],
             "messages": messages(transport, record, records),
@@ -242,7 +246,7 @@ def report(
         result[f"{transport} round {number}"] = rows[number]
     taken = [record for record in records if record["kind"] == "step"]
     last = max(rows)
-    for name in ("server", "clients", "total"):
+    for name in MEMORY:
         grown = rows[last][f"{name}_mib"] - rows[2][f"{name}_mib"]
         result[f"{transport}_{name}_growth_mib_per_round"] = round(grown / (last - 2), 3)
     result[f"{transport}_first_seconds"] = rows[0]["seconds"] if 0 in rows else None

@@ -59,8 +59,15 @@ def _run_and_kill(overrides: str, *, after: int) -> tuple[Outcome, Watched]:
         site.cut_off(nodes[VICTIM])
         outcome = run.result(timeout=540)
         family += psutil.Process().children(recursive=True)
-    assert not [process for process in family if process.is_running()]
+    assert not [process for process in family if _alive(process)]
     return outcome, watched
+
+
+def _alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _applied(watched: Watched) -> int:
