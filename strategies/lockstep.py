@@ -29,6 +29,9 @@ from strategies.trunk import TrunkEngine
 
 logger = logging.getLogger(__name__)
 
+MAX_SEATS = 256
+"""Clients whose frames are worked on at once; each takes a thread when it has some."""
+
 PAUSE = 0.02
 """Seconds between two looks at the mail while something came lately."""
 
@@ -96,6 +99,8 @@ class Lockstep:
         self.on_step: Callable[[StepReport], None] = lambda report: None
         self._cuts: dict[str, Cut | None] = {}
         self._reporting = threading.Lock()
+        # One pool for all rounds: every new thread would take memory of its own for good.
+        self._pool = ThreadPoolExecutor(MAX_SEATS, thread_name_prefix="graft-seat")
 
     def ticket(self, key: str, cut: Cut | None = None) -> dict[str, str]:
         """What a client needs to take part: the session's name, with which its state goes."""
@@ -116,7 +121,8 @@ class Lockstep:
         return self.address
 
     def stop(self) -> None:
-        """Nothing to stop."""
+        """Take no more work."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
 
     def exchange(
         self,
@@ -152,7 +158,6 @@ class Lockstep:
             m.metadata.dst_node_id: Seat(self, keys[m.metadata.dst_node_id], m) for m in openings
         }
         open_to = {m.metadata.dst_node_id: m for m in openings}
-        pool = ThreadPoolExecutor(max(1, len(seats)), thread_name_prefix="graft-seat")
         working: dict[int, Future[Message]] = {}
         waiting, refused = push(grid, openings)
         try:
@@ -167,7 +172,7 @@ class Lockstep:
                         continue
                     busy, node = True, message.metadata.dst_node_id
                     if _goes_on(reply):
-                        working[node] = pool.submit(seats[node].answer, reply)
+                        working[node] = self._pool.submit(seats[node].answer, reply)
                     else:
                         yield from self._finish(_under(message, reply), seats, open_to)
                 done = {node: future for node, future in working.items() if future.done()}
@@ -197,7 +202,6 @@ class Lockstep:
         finally:
             for seat in seats.values():
                 seat.close()
-            pool.shutdown(wait=False, cancel_futures=True)
 
     def _finish(
         self, final: Message, seats: dict[int, Seat], open_to: dict[int, Message]
