@@ -106,7 +106,7 @@ class Site:
         )
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=64)
 def _data_of_session(
     session: str, config: str, partition: int, partitions: int, path: str
 ) -> tuple[ClientData, PreTrainedTokenizerBase]:
