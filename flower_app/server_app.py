@@ -57,7 +57,9 @@ def run_experiment(config: Config, grid: Grid, recorder: Recorder) -> Path | Non
         max_sequences=config.train.batch_size,
         max_tokens=config.data.context,
     )
-    service = Lockstep(engine, link.dtype) if messages else TrunkService(engine, link)
+    if messages:  # a message holds all micro-batches of a step
+        engine.max_in_flight = engine.max_micro_batches
+    service = Lockstep(engine, link) if messages else TrunkService(engine, link)
     strategy = SplitFed(engine, service, config, recorder, model=describe(trunk))
     service.on_step = strategy.on_step
     service.start()

@@ -143,7 +143,7 @@ class Trainer:
                     step, micro, grad_BTD, last=last, tokens=tokens
                 )
             ends.down(h1_BTD, grad_BTD)
-        square = ends.square_norm()
+        square = ends.square_norm() if batches else 0.0
         # What the trunk used of the waiting is its own time, not the network's.
         network = ends.clock.seconds["network"] - (link.trunk_seconds - trunk_before)
         counters = StepCounters(
@@ -161,6 +161,7 @@ class Trainer:
             link.apply(step, counters)  # the trunk steps while this client does
             if not math.isfinite(trunk_square + square):
                 link.applied()  # the trunk found the same, and says so
-            ends.take_step(step, trunk_square + square)
+            if batches:
+                ends.take_step(step, trunk_square + square)
             link.applied()
         return counters.loss, tokens

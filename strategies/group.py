@@ -316,10 +316,10 @@ class Group:
 
     def _take_step(self, requests: list[_Request]) -> None:
         total = sum(request.payload[1] for request in requests)
-        if not total:
-            raise TrunkError("no client has a token that counts in this step", kind="order")
         trunk = self._trunk_square
-        if self.ends is not None:
+        if not total:  # those who had examples in this step have left
+            clients = 0.0
+        elif self.ends is not None:
             clients = self.ends.set_gradients([(r.payload[1], r.payload[2]) for r in requests])
         else:
             clients = sum(r.payload[0] * r.payload[1] for r in requests) / total
@@ -338,18 +338,20 @@ class Group:
             steps=self.steps,
         )
         lr = learning_rate(self.train, here, trunk=True)
-        clipped_step(self.trunk_optimizer, lr=lr, norm=norm, clip=self.train.clip)
+        if self._tokens:
+            clipped_step(self.trunk_optimizer, lr=lr, norm=norm, clip=self.train.clip)
         state: dict[str, Tensor] = {}
         if self.ends is not None:
             own_lr = learning_rate(self.train, here)
-            clipped_step(self.ends.optimizer, lr=own_lr, norm=norm, clip=self.train.clip)
+            if total:
+                clipped_step(self.ends.optimizer, lr=own_lr, norm=norm, clip=self.train.clip)
             state = self.ends.state()
         for request in requests:
             own_norm = norm if self.ends is not None else math.sqrt(trunk + request.payload[0])
             request.answer = own_norm, lr, state
         self._step += 1
         self._tokens.clear()
-        self._reference = 0.0
+        self._reference = self._trunk_square = 0.0
 
 
 def buckets(items: Sequence[Any], shape: Any, most: float = MAX_PADDING) -> list[list[Any]]:

@@ -14,6 +14,7 @@ from models.adapters import RESIDUAL
 from strategies.answers import Answer, to_arrays
 from strategies.averaging import Contribution, GlobalState
 from strategies.lora_average import form_but_rank
+from strategies.merged import Merged
 from strategies.policies import SplitFedV1
 from strategies.roster import Profile
 from strategies.trunk import TrunkEngine
@@ -99,6 +100,10 @@ class JointModel:
     def update(self, number: int, contributions: Sequence[Contribution]) -> float | None:
         """Average a round, and give the trunk its part; returns the error of averaging adapters."""
         report = self._state.update(number, contributions)
+        policy = self._engine.policy
+        if isinstance(policy, Merged) and policy.ends is not None:
+            # What the last step left; a client that ended before it holds something older.
+            self._state.start(policy.ends.state())
         self._arrays.clear()
         own = self._trunk_state()
         kept = self._state.tensors(

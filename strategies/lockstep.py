@@ -19,6 +19,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
+from conf.schema import LinkConfig
 from models import Cut
 from strategies.answers import ARRAYS, CONFIG, FRAMES, OUTCOME, TICKET
 from strategies.errors import TrunkError
@@ -56,11 +57,13 @@ class Seat:
     def answer(self, reply: Message) -> Message:
         """The next message to this client: what the trunk says to the frames in its reply."""
         record = reply.content.config_records[FRAMES]
-        frames = [bytes(frame) for frame in record["frames"]]  # type: ignore[union-attr]
+        frames = record["frames"]
+        if not isinstance(frames, list) or not all(isinstance(f, bytes) for f in frames):
+            raise TrunkError("frames must be a list of bytes")
         if self._talk is None:
             client = str(reply.content.config_records[OUTCOME]["client"])
             self._talk = self._lockstep.open(self._key, client, int(record["steps"]))  # type: ignore[arg-type]
-        answers = [self._talk.answer(frame) for frame in frames]
+        answers = [self._talk.answer(frame) for frame in frames if isinstance(frame, bytes)]
         content = self._opening.content
         return Message(
             content=RecordDict(
@@ -88,14 +91,15 @@ class Lockstep:
     ----------
     engine : TrunkEngine
         What the sessions drive.
-    dtype : str
-        Of activations and gradients in the messages: fp32, fp16 or bf16.
+    link : LinkConfig
+        Type of activations and gradients in the messages, and how long silence may last.
     """
 
     address = "Flower's messages"
 
-    def __init__(self, engine: TrunkEngine, dtype: str) -> None:
-        self._engine, self._dtype = engine, WIRE_DTYPES[dtype]
+    def __init__(self, engine: TrunkEngine, link: LinkConfig) -> None:
+        self._engine, self._dtype = engine, WIRE_DTYPES[link.dtype]
+        self._patience = link.timeout
         self.on_step: Callable[[StepReport], None] = lambda report: None
         self._cuts: dict[str, Cut | None] = {}
         self._reporting = threading.Lock()
@@ -108,8 +112,10 @@ class Lockstep:
         return {"session": key}
 
     def open(self, key: str, client: str, steps: int) -> Conversation:
-        """Open a client's session."""
-        session = self._engine.open(key, client=client, steps=steps, cut=self._cuts.get(key))
+        """Open a client's session, unless its round has ended."""
+        if key not in self._cuts:
+            raise TrunkError("the session came too late: its round has ended", kind="closed")
+        session = self._engine.open(key, client=client, steps=steps, cut=self._cuts[key])
         return Conversation(key, session, self._dtype, self._report)
 
     def end_round(self) -> None:
@@ -163,7 +169,7 @@ class Lockstep:
         try:
             for final in refused:
                 yield from self._finish(final, seats, open_to)
-            quiet = PAUSE
+            quiet, last = PAUSE, time.monotonic()
             while open_to and not enough() and time.monotonic() < deadline:
                 busy = False
                 for reply in list(grid.pull_messages(list(waiting))) if waiting else []:
@@ -182,13 +188,26 @@ class Lockstep:
                     del working[node]
                     try:
                         following.append(future.result())
-                    except (TrunkError, KeyError, TypeError, ValueError) as error:
+                    except TrunkError as error:
+                        final = unanswered(open_to[node], f"the trunk refused it: {error}")
+                        yield from self._finish(final, seats, open_to)
+                    except Exception as error:  # costs this client the round, nobody else
+                        logger.exception("session %s failed", keys[node])
                         final = unanswered(open_to[node], f"the trunk refused it: {error}")
                         yield from self._finish(final, seats, open_to)
                 sent, refused = push(grid, following)
                 waiting |= sent
                 for final in refused:
                     yield from self._finish(final, seats, open_to)
+                now = time.monotonic()
+                last = now if busy else last
+                if waiting and now - last > self._patience:
+                    # Nobody moves: those who wait for others are not among those asked.
+                    for message in waiting.values():
+                        reason = f"no answer within link.timeout={self._patience:g} s"
+                        yield from self._finish(unanswered(message, reason), seats, open_to)
+                    waiting.clear()
+                    last = now
                 quiet = PAUSE if busy else min(LONGEST_PAUSE, quiet * 1.2)
                 time.sleep(quiet)
             for node, message in open_to.items():

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from conf.schema import TrainConfig
 from models import Cut, load_trainable_state
+from strategies.checks import check_finite
 from strategies.errors import TrunkError
 from strategies.group import Group
 from strategies.optim import build_optimizer, square_norm, trainable
@@ -44,6 +45,8 @@ class Ends:
 
     def check(self, gradients: Mapping[str, Tensor]) -> None:
         """Refuse gradients that are not of exactly these tensors."""
+        for name, gradient in gradients.items():
+            check_finite(gradient, f"the gradient of '{name}'")
         odd = sorted(self.parameters.keys() ^ gradients.keys())
         odd = odd or [n for n, g in gradients.items() if g.shape != self.parameters[n].shape]
         if odd:

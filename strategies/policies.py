@@ -34,12 +34,21 @@ class Turn:
     def __init__(self) -> None:
         self._free = threading.Condition()
         self._holder: object | None = None
+        self._queue: list[object] = []
 
     def take(self, holder: object, timeout: float) -> None:
         """Wait for the turn; `TrunkError` after `timeout` seconds."""
         with self._free:
-            got = self._free.wait_for(lambda: self._holder in (None, holder), timeout)
+            if self._holder is holder:
+                return
+            self._queue.append(holder)
+            # First come, first served: who steps often must not keep the others out.
+            got = self._free.wait_for(
+                lambda: self._holder is None and self._queue[0] is holder, timeout
+            )
+            self._queue.remove(holder)
             if not got:
+                self._free.notify_all()
                 raise TrunkError(
                     f"no turn at the shared trunk within {timeout:g} s: another client holds it. "
                     "Raise link.timeout, or use train.strategy=splitfed-v1",
@@ -56,7 +65,7 @@ class Turn:
         with self._free:
             if self._holder is holder:
                 self._holder = None
-                self._free.notify()
+                self._free.notify_all()
 
 
 @dataclass(eq=False)

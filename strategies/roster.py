@@ -76,7 +76,9 @@ class Roster:
         for attempt in range(TRIES):
             if attempt:
                 time.sleep(1)
-            self.meet(grid, wait_for(grid, least))
+            # At first nodes may take their time; those who were here and left may not come back.
+            limit = self._config.federation.round_timeout if self._profiles else math.inf
+            self.meet(grid, wait_for(grid, least, limit))
             if len(self._profiles) >= least:
                 return sorted(self._profiles.values(), key=lambda profile: profile.client)
         reasons = "; ".join(f"node {node}: {why}" for node, why in sorted(self._refused.items()))
@@ -186,13 +188,18 @@ class Roster:
             self._profiles[node] = profile
 
 
-def wait_for(grid: Grid, least: int) -> list[int]:
-    """The ids of the connected nodes, once there are `least`."""
+def wait_for(grid: Grid, least: int, limit: float = math.inf) -> list[int]:
+    """The ids of the connected nodes, once there are `least`; RuntimeError after `limit` s."""
     waited = 0
     while len(nodes := sorted(grid.get_node_ids())) < least:
         if waited % 10 == 0:
             text = "waiting for clients: %d connected, federation.min_clients=%d required"
             log(INFO, text, len(nodes), least)
+        if waited >= limit:
+            raise RuntimeError(
+                f"{len(nodes)} nodes are connected, federation.min_clients={least} required, and "
+                f"no more came within federation.round_timeout={limit:g} s"
+            )
         time.sleep(1)
         waited += 1
     return nodes

@@ -134,10 +134,10 @@ class Session:
                 f"{self._engine.train.accumulate} allows 0 to {most - 1}",
                 kind="order",
             )
-        if len(self._pending) >= MAX_IN_FLIGHT:
+        if len(self._pending) >= self._engine.max_in_flight:
             raise TrunkError(
                 f"{len(self._pending)} micro-batches already wait for their backward; "
-                f"at most {MAX_IN_FLIGHT} may"
+                f"at most {self._engine.max_in_flight} may"
             )
         if self._square_norm is not None:
             raise TrunkError(f"step {step} had its last micro-batch: apply it", kind="order")

@@ -277,6 +277,12 @@ class SplitFed(Strategy):
         *,
         training: bool,
     ) -> list[Message]:
+        drawn: dict[str, list[int]] = {}
+        if training and self.config.train.global_batch:
+            drawn = draw_batches(cohort, self.config.train, self.config.seed, number)
+            # Whoever gives nothing to any step is not asked.
+            cohort = [profile for profile in cohort if any(drawn[profile.client])]
+            count = min(count, len(cohort))
         self.engine.open_round(
             number,
             self._rounds,
@@ -288,9 +294,6 @@ class SplitFed(Strategy):
         stem = f"{purpose}-{number}.{self._tally.attempt}"
         self._cohort = Cohort(cohort, count, stem)
         shared = ConfigRecord({"json": to_json(self.config)})
-        drawn: dict[str, list[int]] = {}
-        if training and self.config.train.global_batch:
-            drawn = draw_batches(cohort, self.config.train, self.config.seed, number)
         return [
             Message(
                 content=RecordDict(

@@ -22,7 +22,7 @@ from strategies.errors import TrunkError
 from strategies.merged import Merged
 from strategies.optim import derive_seed
 from strategies.policies import Policy, SplitFedV1, SplitFedV2
-from strategies.session import Round, Session
+from strategies.session import MAX_IN_FLIGHT, Round, Session
 
 POLICIES: dict[str, Callable[[nn.Module, TrainConfig], Policy]] = {
     "splitfed-v1": SplitFedV1,
@@ -70,6 +70,7 @@ class TrunkEngine:
         self.max_sequences, self.max_tokens = max_sequences, max_tokens
         self.trunk, self.hidden_size, self.train = trunk, hidden_size, train
         self.seed, self.timeout = seed, timeout
+        self.max_in_flight = MAX_IN_FLIGHT
         # A drawn batch may fall to one client as a whole.
         drawn = math.ceil(train.global_batch / train.batch_size)
         self.max_micro_batches = max(train.accumulate, drawn)

@@ -89,6 +89,8 @@ CHANGES = {
     "v1-fedadam": "aggregation.optimizer=fedadam aggregation.lr=0.01",
     "merged": "train.strategy=merged",
     "merged-common": "train.strategy=merged train.sync=step train.accumulate=2",
+    "merged-drawn-prox": "train.strategy=merged train.global_batch=7 train.prox=0.2",
+    "many": "train.accumulate=9 train.batch_size=1",
     "merged-drawn": "train.strategy=merged train.sync=step train.global_batch=9",
 }
 
@@ -213,7 +215,19 @@ def test_a_silent_client_ends_with_the_round(tmp_path: Path) -> None:
 
     _, metrics, _ = run(config, grid)
 
-    assert "no answer within federation.round_timeout=8 s" in metrics[-1]["missing"]["client-1"]
+    assert "no answer within" in metrics[-1]["missing"]["client-1"]
+
+
+@pytest.mark.parametrize("strategy", ["splitfed-v2", "merged"])
+def test_a_silent_client_costs_only_itself(strategy: str, tmp_path: Path) -> None:
+    grid = Watching(clients=3)
+    grid.at = (1, 4, lambda node: grid.absent.add(node))
+    changes = f"train.strategy={strategy} train.rounds=1 {MESSAGES} link.timeout=4 data.heldout=0"
+
+    _, metrics, _ = run(tiny_config(tmp_path, changes), grid)
+
+    assert metrics[-1]["clients"] == ["client-0", "client-2"]
+    assert "no answer within link.timeout=4 s" in metrics[-1]["missing"]["client-1"]
 
 
 def test_what_the_server_refuses_reaches_the_record(

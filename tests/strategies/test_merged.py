@@ -224,8 +224,14 @@ def test_clients_with_fewer_steps_leave_and_the_rest_go_on() -> None:
     federation.round(cohort)
     centralised_round(whole, cohort, train, 1, 1, optimizer=plain_optimizer(whole, train))
 
-    trunk, reference = split(model, CUT).trunk, split(whole, CUT).trunk
-    assert largest_difference(trunk, reference) < 1e-5
+    trunk, reference = split(model, CUT).trunk, split(whole, CUT)
+    assert largest_difference(trunk, reference.trunk) < 1e-5
+    policy = federation.engine.policy
+    assert isinstance(policy, Merged)
+    assert policy.ends is not None
+    want = client_state(reference.bottom, reference.top)
+    ends = policy.ends.state()
+    assert max(float((ends[name] - want[name]).abs().max()) for name in want) < 1e-5
 
 
 H = torch.randn(2, 5, HIDDEN, generator=torch.Generator().manual_seed(0))
