@@ -131,6 +131,14 @@ def check_link(link: LinkConfig) -> None:
             key="link.tls",
         )
 
+    if link.transport == "stream" and link.grace > link.timeout / 2:
+        raise ConfigError(
+            f"link.grace={link.grace:g} is more than half of link.timeout={link.timeout:g}: those "
+            "who wait for a client that is out of reach would give up before it is given up; lower "
+            "link.grace, or raise link.timeout",
+            key="link.grace",
+        )
+
 
 def check_config(config: Config) -> None:
     if not config.model.path and not config.model.scratch:

@@ -214,8 +214,6 @@ class FederationConfig(_Section):
     """Times a round without quorum is tried again, with a cohort drawn anew."""
     round_timeout: float = setting(3600.0, rules.POSITIVE)
     """Seconds after which a round ends without the clients that have not answered."""
-    lost_after: float = setting(30.0, rules.POSITIVE)
-    """Seconds after its stream broke at which a client that does not answer is given up."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -269,7 +267,12 @@ class LinkConfig(_Section):
     timeout: float = setting(120.0, rules.POSITIVE)
     """Seconds that a client waits for a reply, and the trunk for a client's next frame."""
     max_frame_mb: float = setting(64.0, rules.POSITIVE)
-    """Largest frame that is accepted, MiB."""
+    """Largest frame that is accepted, MiB; the trunk accepts none larger than a batch needs."""
+    max_in_flight_mb: float = setting(4096.0, rules.POSITIVE)
+    """Most activations whose step is not taken yet, over all sessions, MiB."""
+    grace: float = setting(30.0, rules.POSITIVE)
+    """Seconds that a client may be out of reach: so long the trunk keeps a session whose stream
+    broke and the client tries to come back, and so long a newcomer's first answer is waited for."""
 
     def _check_together(self) -> None:
         combinations.check_link(self)

@@ -56,9 +56,10 @@ def run_experiment(config: Config, grid: Grid, recorder: Recorder) -> Path | Non
         timeout=config.federation.round_timeout if messages else link.timeout * TURN_SHARE,
         max_sequences=config.train.batch_size,
         max_tokens=config.data.context,
+        max_in_flight=int(link.max_in_flight_mb * 2**20),
     )
     if messages:  # a message holds all micro-batches of a step
-        engine.max_in_flight = engine.max_micro_batches
+        engine.max_graphs = engine.max_micro_batches
     service = Lockstep(engine, link) if messages else TrunkService(engine, link)
     strategy = SplitFed(engine, service, config, recorder, model=describe(trunk))
     service.on_step = strategy.on_step

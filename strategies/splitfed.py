@@ -21,7 +21,7 @@ from flwr.supercore import log
 from conf.load import to_json
 from conf.schema import Config
 from models import Cut
-from strategies.answers import ARRAYS, CONFIG, TICKET, Answer, error_of
+from strategies.answers import ARRAYS, CONFIG, KEY_LOST, TICKET, Answer, error_of
 from strategies.averaging import Contribution
 from strategies.cohort import Cohort
 from strategies.joint import JointModel
@@ -31,6 +31,7 @@ from strategies.replies import exchange
 from strategies.roster import Profile, Roster, draw_batches, quorum, sizes
 from strategies.tally import Tally
 from strategies.transport.service import Broken, StepReport, TrunkService
+from strategies.transport.tickets import Guest
 from strategies.trunk import TrunkEngine
 
 
@@ -241,6 +242,8 @@ class SplitFed(Strategy):
             key = self._cohort.keys.get(reply.metadata.src_node_id, "")
             if not self.engine.has(key) and (reply.has_error() or error_of(reply)):
                 self.engine.miss()  # so that `merged` does not wait for it
+            if KEY_LOST in error_of(reply):
+                self.roster.forget(reply.metadata.src_node_id)
             yield reply
 
     def _replies(
@@ -262,7 +265,7 @@ class SplitFed(Strategy):
             timeout=federation.round_timeout,
             enough=enough,
             broken=self._broken,
-            lost_after=federation.lost_after,
+            lost_after=self.config.link.grace,
         )
 
     def _broken(self, node: int) -> Broken | None:
@@ -314,11 +317,15 @@ class SplitFed(Strategy):
     ) -> ConfigRecord:
         cut = Cut(bottom=profile.bottom, top=profile.top)
         usual = Cut(bottom=self.config.cut.bottom, top=self.config.cut.top)
+        guest = Guest(
+            key=self._cohort.keys[profile.node],
+            client=profile.client,
+            public_key=profile.public_key,
+            cut=None if cut == usual else cut,
+        )
         ticket = ConfigRecord(
             {
-                **self.service.ticket(
-                    self._cohort.keys[profile.node], None if cut == usual else cut
-                ),
+                **self.service.ticket(guest).as_record(),
                 "model": self.model,
                 "round": number,
                 "rounds": self._rounds,

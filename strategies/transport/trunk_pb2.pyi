@@ -31,6 +31,14 @@ RAW: Codec
 SCALED: Codec
 BITS: Codec
 
+class Envelope(_message.Message):
+    __slots__ = ("checksum", "body")
+    CHECKSUM_FIELD_NUMBER: _ClassVar[int]
+    BODY_FIELD_NUMBER: _ClassVar[int]
+    checksum: int
+    body: bytes
+    def __init__(self, checksum: _Optional[int] = ..., body: _Optional[bytes] = ...) -> None: ...
+
 class Tensor(_message.Message):
     __slots__ = ("version", "dtype", "shape", "codec", "scale", "data")
     VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -186,12 +194,16 @@ class Closed(_message.Message):
     def __init__(self, steps: _Optional[int] = ..., tokens: _Optional[int] = ...) -> None: ...
 
 class Failure(_message.Message):
-    __slots__ = ("kind", "message")
+    __slots__ = ("kind", "message", "step", "micro")
     KIND_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    MICRO_FIELD_NUMBER: _ClassVar[int]
     kind: str
     message: str
-    def __init__(self, kind: _Optional[str] = ..., message: _Optional[str] = ...) -> None: ...
+    step: int
+    micro: int
+    def __init__(self, kind: _Optional[str] = ..., message: _Optional[str] = ..., step: _Optional[int] = ..., micro: _Optional[int] = ...) -> None: ...
 
 class ServerFrame(_message.Message):
     __slots__ = ("version", "opened", "activations", "gradients", "applied", "closed", "failure")
