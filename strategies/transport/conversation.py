@@ -81,7 +81,7 @@ class Conversation:
         # What has moved, and the trunk's own time, since the last step.
         self._bytes_up = self._bytes_down = 0
         self._seconds = 0.0
-        self.closed = False
+        self.closed = self.left = False
 
     def answer(self, raw: bytes) -> bytes:
         """Answer one frame.
@@ -135,7 +135,7 @@ class Conversation:
             return {"gradients": self._again(frame.get_gradients, started)}
         if body == "apply":
             return {"applied": self._apply(frame.apply)}
-        self.closed = True
+        self.closed, self.left = not frame.close.early, frame.close.early
         self.session.close()
         return {"closed": pb.Closed(steps=self.session.applied, tokens=self.session.tokens)}
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -188,7 +189,8 @@ class GrpcLink:
         self.trunk_seconds = 0.0
         if ticket.certificate and (error := validity_error(ticket.certificate)):
             raise TrunkError(error, kind="clock")
-        opened = self._connect(min(FIRST_CONNECTION_SECONDS, config.timeout))
+        with self._ending_in_words():
+            opened = self._connect(min(FIRST_CONNECTION_SECONDS, config.timeout))
         self.hidden_size = opened.hidden_size
 
     @property
@@ -241,13 +243,17 @@ class GrpcLink:
         try:
             self._send(_Request(client_frame(close=pb.Close()), "closed"))
             self._answer()
-        finally:
+        except TrunkError:
             self.abort()
+            raise
+        self._over = True
+        if self._stream is not None:
+            self._stream.drop()
 
     def abort(self) -> None:
-        """End the stream without a word, for good."""
+        """Leave before the end; nothing is left to do after a good-bye or an earlier call."""
         if not self._over and self._stream is not None:
-            self._stream.leave()
+            self._stream.leave(client_frame(close=pb.Close(early=True)))
         self._over = True
 
     def _ask(self, request: _Request) -> Any:
@@ -281,7 +287,7 @@ class GrpcLink:
             raise RuntimeError("nothing was asked")
         timeout, breaks = self._config.timeout, 0
         deadline = time.monotonic() + timeout
-        try:
+        with self._ending_in_words():
             while (left := deadline - time.monotonic()) > 0:
                 try:
                     frame = self._receive(min(left, timeout * REPEAT_SHARE))
@@ -300,15 +306,11 @@ class GrpcLink:
                 elif request.fits(frame):
                     return getattr(frame, request.answer)
                 # Else an answer that came twice, because its question did.
-        except TrunkError as error:
-            self.abort()
-            raise self._named(error) from error.__cause__
-        self.abort()
-        raise TrunkError(
-            f"the trunk at {self._ticket.address} did not answer within {timeout:g} s; raise "
-            "link.timeout if it is only busy",
-            kind="timeout",
-        )
+            raise TrunkError(
+                f"the trunk at {self._ticket.address} did not answer within {timeout:g} s; raise "
+                "link.timeout if it is only busy",
+                kind="timeout",
+            )
 
     def _repeat(self, request: _Request) -> None:
         if request.answer == "gradients":
@@ -369,7 +371,7 @@ class GrpcLink:
     def _connect(self, seconds: float) -> pb.Opened:
         """Open a stream, as often as it takes: exponential back-off with jitter, bounded."""
         deadline = time.monotonic() + seconds
-        pause, wait = FIRST_PAUSE, max(1.0, seconds / 4)
+        pause, wait = FIRST_PAUSE, max(0.25, seconds / 4)
         while True:
             if self._stream is not None:
                 self._stream.drop()
@@ -388,17 +390,12 @@ class GrpcLink:
                 why = "no answer"
             except TrunkError as error:
                 if error.kind not in (BROKEN, "damaged"):
-                    self.abort()
-                    raise self._named(error) from None
+                    raise
                 frame, why = None, str(error)
             if frame is not None:
-                if frame.WhichOneof("body") == "opened":
-                    return frame.opened
-                self.abort()
-                refuse_failure(frame)
+                return refuse_failure(frame).opened
             left = deadline - time.monotonic()
             if left <= 0:
-                self.abort()
                 raise TrunkError(
                     f"no trunk answers at {self._ticket.address}; check that link.advertise (or "
                     "link.bind) is an address this client can reach, that its port is open, and "
@@ -408,11 +405,17 @@ class GrpcLink:
             time.sleep(min(left, pause * self._jitter.uniform(0.5, 1.0)))
             pause = min(2 * pause, LONGEST_PAUSE)
 
-    def _named(self, error: TrunkError) -> TrunkError:
-        """An error of the connection says whose it is; the trunk's own words stay as they are."""
-        if error.kind in ("refused", "closed", "certificate", "too-large"):
-            return TrunkError(f"the trunk at {self._ticket.address}: {error}", kind=error.kind)
-        return error
+    @contextmanager
+    def _ending_in_words(self) -> Iterator[None]:
+        """An error ends the link, and says which trunk it is about."""
+        try:
+            yield
+        except TrunkError as error:
+            self.abort()
+            address = self._ticket.address
+            if address in str(error):
+                raise
+            raise TrunkError(f"the trunk at {address}: {error}", kind=error.kind) from error
 
     def _expect(self, message: pb.Tensor, what: str, like: Tensor) -> Tensor:
         """Decode a reply that must have the shape of what was sent, in its dtype."""

@@ -220,8 +220,6 @@ class TrunkService:
             logger.warning("session %s: %s", seat.guest.key, error)
             self._give_up(seat)
             yield server_frame(failure=failure_of(error))
-        except ConnectionError as error:
-            logger.info("session %s: %s; its client may come back", seat.guest.key, error)
         except Exception:
             self._give_up(seat)  # in an unknown state
             raise
@@ -276,13 +274,15 @@ class TrunkService:
             raw = _next(requests)
             self._wait(seat, context, None)
             if raw is None:
-                logger.info("session %s: its client left", seat.guest.key)
-                self._give_up(seat)
+                logger.info("session %s: its stream broke", seat.guest.key)
                 return
             reply = talk.answer(raw)
             self._wait(seat, context, time.monotonic())
             yield reply
-            if talk.closed:
+            if talk.left:
+                logger.info("session %s: its client left", seat.guest.key)
+                self._give_up(seat)
+            if talk.closed or talk.left:
                 return
 
     def _wait(self, seat: _Seat, context: grpc.ServicerContext, since: float | None) -> None:
@@ -327,8 +327,8 @@ class TrunkService:
 
 
 def _next(requests: Iterator[bytes]) -> bytes | None:
-    """The client's next frame; None if it was the last. `ConnectionError` if the network failed."""
+    """The client's next frame; None if the stream has ended, which no client does on its own."""
     try:
         return next(requests, None)
-    except grpc.RpcError as error:
-        raise ConnectionError("the stream broke") from error
+    except grpc.RpcError:
+        return None

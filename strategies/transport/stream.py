@@ -112,16 +112,17 @@ class Stream:
             raise got
         return got
 
-    def leave(self) -> None:
-        """End the stream in order, so that the trunk knows that nobody comes back."""
+    def leave(self, good_bye: bytes) -> None:
+        """End the stream with a last frame, for which the trunk ends it, too."""
+        self._outbox.put(good_bye)
         self._outbox.put(None)
         self._reader.join(LEAVE_SECONDS)
         self._channel.close()
 
     def drop(self) -> None:
         """End the stream at once: another one takes its place."""
+        self._channel.close()  # first, or the end of the outbox would be taken for a good-bye
         self._outbox.put(None)
-        self._channel.close()
 
     def _read(self, call: Iterator[bytes]) -> None:
         """Move frames to the inbox, and say at its end why the stream ended."""

@@ -118,8 +118,10 @@ class Apply(_message.Message):
     def __init__(self, step: _Optional[int] = ..., client_square_norm: _Optional[float] = ..., tokens: _Optional[int] = ..., loss: _Optional[float] = ..., seconds_bottom: _Optional[float] = ..., seconds_network: _Optional[float] = ..., seconds_top: _Optional[float] = ..., gradients: _Optional[_Iterable[_Union[NamedTensor, _Mapping]]] = ...) -> None: ...
 
 class Close(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("early",)
+    EARLY_FIELD_NUMBER: _ClassVar[int]
+    early: bool
+    def __init__(self, early: _Optional[bool] = ...) -> None: ...
 
 class ClientFrame(_message.Message):
     __slots__ = ("version", "compute", "backward", "get_gradients", "apply", "close")
