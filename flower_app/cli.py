@@ -270,6 +270,30 @@ def study(
     typer.echo(f"in {folder.absolute()}")
 
 
+@app.command(rich_help_panel="Check and measure")
+def chaos(
+    schedules: Annotated[int, typer.Option(help="Disturbed runs.", min=1)] = 40,
+    seed: Annotated[int, typer.Option(help="Of the first; the others count on.")] = 0,
+    policy: Annotated[
+        list[str] | None, typer.Option(help="splitfed-v1, splitfed-v2, merged, merged-step.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Disturb whole runs: frames lost, doubled, swapped, cut, delayed, damaged; clients and trunk
+    killed. Each must end like an undisturbed run, bit for bit, or with a documented error."""
+    from simulations import chaos as tool
+    from simulations.chaos_run import POLICIES
+
+    if unknown := sorted(set(policy or ()) - POLICIES.keys()):
+        raise ValueError(f"--policy {unknown[0]}: there are {', '.join(POLICIES)}")
+    summary = tool.run_chaos(
+        schedules, seed, policies=policy or POLICIES, say=lambda line: typer.echo(line, err=True)
+    )
+    typer.echo(json.dumps(summary.as_dict(), indent=2) if as_json else tool.render(summary))
+    if summary.lost:
+        raise typer.Exit(1)
+
+
 def _equivalence(model: str, attention: str, allow_untested: bool, as_json: bool) -> None:
     from simulations import equivalence as tool
 
