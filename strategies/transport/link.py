@@ -372,6 +372,7 @@ class GrpcLink:
         """Open a stream, as often as it takes: exponential back-off with jitter, bounded."""
         deadline = time.monotonic() + seconds
         pause, wait = FIRST_PAUSE, max(0.25, seconds / 4)
+        why = "no answer"
         while True:
             if self._stream is not None:
                 self._stream.drop()
@@ -387,7 +388,6 @@ class GrpcLink:
             )
             try:
                 frame = self._receive(min(wait, deadline - time.monotonic()))
-                why = "no answer"
             except TrunkError as error:
                 if error.kind not in (BROKEN, "damaged"):
                     raise
