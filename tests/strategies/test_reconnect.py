@@ -137,13 +137,13 @@ def test_a_lost_gradient_is_fetched_and_not_sent_again(monkeypatch: pytest.Monke
         ((UP, 1), ["compute", "backward", "get_gradients", "backward"]),
     ):
         sent.clear()
-        with served(open_engine(), **QUICK) as service:
+        with served(open_engine()) as service:  # with time enough that nothing is repeated
             faults = Faults({fault: "break"})
             link = GrpcLink(
                 admit(service, "a"),
                 NODE_KEY,
                 steps=1,
-                config=link_config(**QUICK),
+                config=link_config(),
                 interceptors=[faults],
             )
             link.compute(0, 0, H, None)
