@@ -71,6 +71,12 @@ def folders(run: Path) -> list[tuple[int, Path]]:
     return sorted(found)
 
 
+def newest_round(run: Path) -> int | None:
+    """Return the round of a run's newest checkpoint, unchecked; None if it has none."""
+    there = folders(run)
+    return there[-1][0] if there else None
+
+
 def write(run: Path, facts: Facts, state: Mapping[str, Any]) -> Path:
     """Write a checkpoint so that a kill at any moment leaves it whole or not there.
 

@@ -27,6 +27,8 @@ class Point:
     """A run between two rounds, from which it goes on."""
 
     run: Path
+    source: Path
+    """The checkpoint, or the run folder if none was named."""
     number: int
     """The last round that is over."""
     config: Config
@@ -72,19 +74,17 @@ def look_up(resume: str, overrides: str | list[str] = "") -> Point:
     return _point(run, wanted, overrides, None)
 
 
-def newest_round(run: Path) -> int | None:
-    """Return the round of a run's newest checkpoint, unchecked; None if it has none."""
-    there = checkpoint.folders(run)
-    return there[-1][0] if there else None
-
-
-def _point(run: Path, wanted: int | None, overrides: str | list[str], lock: RunLock | None) -> Point:
+def _point(
+    run: Path, wanted: int | None, overrides: str | list[str], lock: RunLock | None
+) -> Point:
     found = _read(run, wanted, load=lock is not None)
     facts = found.facts
     try:
         before = from_json(json.dumps(facts.config))
     except ConfigError as error:
-        raise ValueError(f"{found.folder} holds a configuration that is no more: {error}") from error
+        raise ValueError(
+            f"{found.folder} holds a configuration that is no more: {error}"
+        ) from error
     config = override(before, overrides)
     notes = _check_changes(before, config)
     if found.torch != torch.__version__:
@@ -95,6 +95,7 @@ def _point(run: Path, wanted: int | None, overrides: str | list[str], lock: RunL
     _check_unfinished(run, facts.round, config)
     return Point(
         run=run,
+        source=run if wanted is None else found.folder,
         number=facts.round,
         config=config,
         clients=facts.clients,

@@ -170,7 +170,9 @@ def find_run(run: str) -> Path:
         if folder.is_absolute() and folder.is_dir():
             return folder.resolve()
     where = f"{path} is no folder" if path.is_absolute() else f"no folder {runs_folder() / run}"
-    raise ValueError(f"{run!r} is no run: {where}; give its absolute path (`graft runs` lists them)")
+    raise ValueError(
+        f"{run!r} is no run: {where}; give its absolute path (`graft runs` lists them)"
+    )
 
 
 def new_folder(parent: Path, experiment: str) -> Path:

@@ -166,9 +166,7 @@ def test_mixed_ranks_and_cuts_go_on_too(tmp_path: Path) -> None:
 
     def grid() -> InProcessGrid:
         own = [{}, {"lora-rank": 3}, {"cut-bottom": 2, "lora-rank": 1}]
-        nodes = {
-            n: {"partition-id": n, "num-partitions": 3, **more} for n, more in enumerate(own)
-        }
+        nodes = {n: {"partition-id": n, "num-partitions": 3, **more} for n, more in enumerate(own)}
         return InProcessGrid(3, node_configs=nodes)
 
     config = configured(tmp_path, f"{LORA} aggregation.lora=exact")
@@ -280,4 +278,9 @@ def test_a_model_that_has_changed_since_is_refused(tmp_path: Path) -> None:
     point.state["engine"]["trunk"].popitem()
 
     with pytest.raises(ValueError, match=r"round 1 of .* does not fit this run's model: .*missing"):
-        _work(Recorder(point.config, say=[].append, point=point), point.config, InProcessGrid(2), point)
+        _work(
+            Recorder(point.config, say=[].append, point=point),
+            point.config,
+            InProcessGrid(2),
+            point,
+        )
