@@ -138,8 +138,13 @@ def runs(
     folder: Annotated[str, typer.Option(help="Parent of the run folders.")] = "",
 ) -> None:
     """List the runs, the newest last; `unfinished` is one that was stopped or is still going."""
-    from flower_app.checkpoint import newest_round
-    from flower_app.runs import UNFINISHED, read_summaries, runs_folder, unfinished_runs
+    from flower_app.runs import (
+        UNFINISHED,
+        newest_round,
+        read_summaries,
+        runs_folder,
+        unfinished_runs,
+    )
 
     resumable = []
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,7 +14,7 @@ from simulations.deployment import EXPERIMENT, NODES, deployment, write_data
 from simulations.local_flower import LocalFlower, Outcome, local_superlink
 from simulations.processes import wait_until
 from tests.flower_app.test_app import TINY
-from tests.flower_app.test_resume import assert_equal_runs, curve, records
+from tests.flower_app.test_resume import assert_equal_runs, records
 
 SHORT = (
     "train.rounds=4 train.local_steps=6 train.batch_size=4 train.schedule=cosine "
@@ -68,9 +66,7 @@ class Folder:
             self.path = Path(line.removeprefix("run folder: "))
 
 
-def broken_and_resumed(
-    flower: LocalFlower, superlink: int, run: Callable[..., Outcome]
-) -> Path:
+def broken_and_resumed(flower: LocalFlower, superlink: int, run: Callable[..., Outcome]) -> Path:
     """Start a run, kill its ServerApp in round 2, and resume it; the run folder."""
     folder = Folder()
     with ThreadPoolExecutor(1) as pool:
