@@ -332,11 +332,21 @@ class Recorder:
         try:
             with self._lock:
                 self._journal.close()
-            if not self._empty:
-                plot_loss(self.folder)
             replace_whole(self.folder / "summary.json", _dumps(summary, indent=2) + "\n")
+            self._draw()
         finally:
             self._alone.release()
+
+    def _draw(self) -> None:
+        if self._empty:
+            return
+        try:
+            plot_loss(self.folder)
+        except OSError as error:
+            self.say(
+                f"WARNING: loss.png cannot be written: {error.strerror or error}; "
+                f"`graft plot {self.folder.name}` draws it again"
+            )
 
 
 def turnouts(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:

@@ -6,6 +6,8 @@ import errno
 import json
 import os
 import shutil
+import subprocess
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -322,6 +324,44 @@ def test_a_full_disk_costs_a_checkpoint_not_the_run(
     assert "WARNING: no checkpoint of round 4: [Errno 28] No space left on device" in told
     assert "the last checkpoint is that of round 2; free space" in told
     assert "output.checkpoint_every=0" in told
+
+
+@pytest.fixture
+def tiny_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 256 KiB, where this user may mount one."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=256k", "graft", str(disk)]
+    if not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("mounting takes rights that this user has not")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_disk_that_is_really_full(tiny_disk: Path) -> None:
+    """The records and two checkpoints fit, a third does not, and then there is space again."""
+    keep, writer, lines = kept(tiny_disk)
+    strategy = Strategy()
+    strategy.state_dict = lambda: {"w": torch.rand(20_000)}  # type: ignore[method-assign]
+
+    for number in (1, 2, 3, 4):
+        keep(number, strategy)  # type: ignore[arg-type]
+    filler = tiny_disk / "filler"
+    with pytest.raises(OSError, match="No space"):
+        filler.write_bytes(b"x" * 300_000)
+    for number in range(100):
+        writer._write({"kind": "round", "round": number, "text": "x" * 100}, "")
+    in_memory = len(writer._journal._owed)
+    filler.unlink()
+    checkpoint.remove(writer.folder / "checkpoints" / "round-0001")
+    keep(5, strategy)  # type: ignore[arg-type]
+    writer.finish()
+
+    assert [number for number, _ in folders(writer.folder)] == [2, 5]
+    assert read(writer.folder / "checkpoints" / "round-0005").facts.round == 5
+    assert sum("No space left on device" in line and "checkpoint" in line for line in lines) == 2
+    assert in_memory > 0
+    assert len(cut_back(writer.folder / "metrics.jsonl", 1000)) == 100
 
 
 def test_records_outlive_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
