@@ -342,7 +342,7 @@ def test_a_disk_that_is_really_full(tiny_disk: Path) -> None:
     """The records and two checkpoints fit, a third does not, and then there is space again."""
     keep, writer, lines = kept(tiny_disk)
     strategy = Strategy()
-    strategy.state_dict = lambda: {"w": torch.rand(20_000)}  # type: ignore[method-assign]
+    strategy.state_dict = lambda: {"w": torch.rand(25_000)}  # type: ignore[method-assign]
 
     for number in (1, 2, 3, 4):
         keep(number, strategy)  # type: ignore[arg-type]
