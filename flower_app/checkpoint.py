@@ -11,7 +11,6 @@ import errno
 import hashlib
 import json
 import os
-import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,12 +22,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from conf import VERSION
+from flower_app.runs import CHECKPOINTS, folders, round_of
 from strategies.flatten import flatten, unflatten
 
 FORMAT = 1
-FOLDER, STATE, TENSORS = "checkpoints", "state.json", "tensors.safetensors"
+STATE, TENSORS = "state.json", "tensors.safetensors"
 _DRAFT = ".draft-"
-_NAME = re.compile(r"round-(\d{4,})")
 
 
 class Damaged(ValueError):
@@ -62,15 +61,6 @@ class Checkpoint:
     """As the strategy gave it; empty if it was only checked."""
 
 
-def folders(run: Path) -> list[tuple[int, Path]]:
-    """Return the rounds and folders of a run's checkpoints, the oldest first, whole or not."""
-    found = []
-    for path in (run / FOLDER).glob("round-*"):
-        if match := _NAME.fullmatch(path.name):
-            found.append((int(match.group(1)), path))
-    return sorted(found)
-
-
 def write(run: Path, facts: Facts, state: Mapping[str, Any]) -> Path:
     """Write a checkpoint so that a kill at any moment leaves it whole or not there.
 
@@ -93,7 +83,7 @@ def write(run: Path, facts: Facts, state: Mapping[str, Any]) -> Path:
     OSError
         If the disk is full, for instance; what was begun is removed then.
     """
-    parent = run / FOLDER
+    parent = run / CHECKPOINTS
     final, draft = parent / f"round-{facts.round:04d}", parent / f"{_DRAFT}{facts.round:04d}"
     try:
         if not parent.is_dir():
@@ -129,7 +119,8 @@ def read(folder: Path, *, load: bool = True) -> Checkpoint:
         If it is no checkpoint, or another Graft's.
     """
     if not (folder / STATE).is_file():
-        kind = Damaged if _NAME.fullmatch(folder.name) and folder.is_dir() else ValueError
+        named = round_of(folder) is not None and folder.is_dir()
+        kind = Damaged if named else ValueError
         raise kind(f"{folder} is no checkpoint: it has no {STATE}")
     told = _read_state(folder / STATE)
     if told["graft"] != VERSION:
@@ -168,7 +159,7 @@ def remove(folder: Path) -> None:
 
 def clean(run: Path) -> None:
     """Remove what a kill left of a checkpoint that was being written or removed."""
-    for path in (run / FOLDER).glob(f"{_DRAFT}*"):
+    for path in (run / CHECKPOINTS).glob(f"{_DRAFT}*"):
         shutil.rmtree(path, ignore_errors=True)
 
 

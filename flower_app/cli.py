@@ -89,6 +89,21 @@ def run(
     run_experiment(experiment, _joined(overrides), clients=clients, say=typer.echo, verbose=verbose)
 
 
+@app.command(rich_help_panel="Run")
+def resume(
+    run: Annotated[
+        str, typer.Argument(help="A run folder, its name in `graft runs`, or a checkpoint of it.")
+    ],
+    overrides: Overrides = None,
+    clients: Annotated[int, typer.Option(help="Simulated clients; 0: as many as before.")] = 0,
+    verbose: Annotated[bool, typer.Option(help="Show Flower's own lines too.")] = False,
+) -> None:
+    """Go on with a run that was stopped or killed, after its last checkpoint."""
+    from simulations.demo import resume_run
+
+    resume_run(run, _joined(overrides), clients=clients, say=typer.echo, verbose=verbose)
+
+
 @app.command("deployment-demo", rich_help_panel="Run")
 def deployment_demo(
     insecure: Annotated[
@@ -123,7 +138,15 @@ def runs(
     folder: Annotated[str, typer.Option(help="Parent of the run folders.")] = "",
 ) -> None:
     """List the runs, the newest last; `unfinished` is one that was stopped or is still going."""
-    from flower_app.runs import UNFINISHED, read_summaries, runs_folder, unfinished_runs
+    from flower_app.runs import (
+        UNFINISHED,
+        newest_round,
+        read_summaries,
+        runs_folder,
+        unfinished_runs,
+    )
+
+    resumable = []
 
     rows = [
         [
@@ -137,13 +160,19 @@ def runs(
         ]
         for path, summary in read_summaries(folder)
     ]
-    rows += [[path.name, UNFINISHED, *"-----"] for path in unfinished_runs(folder)]
+    for path in unfinished_runs(folder):
+        rounds = newest_round(path)
+        rows.append([path.name, UNFINISHED, "-" if rounds is None else rounds, *"----"])
+        resumable += [] if rounds is None else [path.name]
     if not rows:
         typer.echo(f"no run has ended under {runs_folder(folder)}; `graft demo` makes one")
         return
     columns = ["run", "status", "rounds", "clients", "held-out loss", "tokens/s", "seconds"]
     _table(columns, sorted(rows, key=lambda row: row[0]))
     typer.echo(f"under {runs_folder(folder)}")
+    if resumable:
+        where = runs_folder(folder) / resumable[-1] if folder else resumable[-1]
+        typer.echo(f"unfinished runs with rounds can go on: graft resume {where}")
 
 
 @app.command(rich_help_panel="Look")

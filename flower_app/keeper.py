@@ -11,6 +11,7 @@ from conf.schema import Config
 from flower_app import checkpoint
 from flower_app.checkpoint import Facts
 from flower_app.recorder import Recorder
+from flower_app.runs import folders
 from strategies.splitfed import SplitFed
 
 
@@ -59,7 +60,7 @@ class Keeper:
             self._complain(number, error)
 
     def _complain(self, number: int, error: OSError) -> None:
-        kept = [round for round, _ in checkpoint.folders(self._recorder.folder)]
+        kept = [round for round, _ in folders(self._recorder.folder)]
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         remedy = "free space on this disk" if full else "mend that"
         self._say(

@@ -23,7 +23,8 @@ def read_metrics(folder: Path) -> Iterator[dict[str, Any]]:
     Yields
     ------
     dict
-        One `step`, `round` or `resume` record. A last line that was cut off (a killed run) is left out.
+        One `step`, `round` or `resume` record. A last line that was cut off (a killed run) is left
+        out.
     """
     with (folder / "metrics.jsonl").open(encoding="utf-8") as lines:
         for line in lines:

@@ -23,7 +23,15 @@ from flower_app.journal import Journal, cut_back, replace_whole
 from flower_app.lines import finished_line, perplexity, round_line, step_line
 from flower_app.plots import plot_loss
 from flower_app.resume import Point
-from flower_app.runs import FAILED, FINISHED, RunLock, find_last_run, new_folder, runs_folder
+from flower_app.runs import (
+    FAILED,
+    FINISHED,
+    RunLock,
+    find_last_run,
+    folders,
+    new_folder,
+    runs_folder,
+)
 
 __all__ = ["Recorder", "find_last_run"]
 
@@ -109,7 +117,7 @@ class Recorder:
         self._begin(point.started, point.seconds)
         (self.folder / "summary.json").unlink(missing_ok=True)
         checkpoint.clean(self.folder)
-        for number, path in checkpoint.folders(self.folder):
+        for number, path in folders(self.folder):
             if number > point.number:
                 checkpoint.remove(path)
 
@@ -324,11 +332,21 @@ class Recorder:
         try:
             with self._lock:
                 self._journal.close()
-            if not self._empty:
-                plot_loss(self.folder)
             replace_whole(self.folder / "summary.json", _dumps(summary, indent=2) + "\n")
+            self._draw()
         finally:
             self._alone.release()
+
+    def _draw(self) -> None:
+        if self._empty:
+            return
+        try:
+            plot_loss(self.folder)
+        except OSError as error:
+            self.say(
+                f"WARNING: loss.png cannot be written: {error.strerror or error}; "
+                f"`graft plot {self.folder.name}` draws it again"
+            )
 
 
 def turnouts(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:

@@ -14,7 +14,7 @@ from conf.rules import ConfigError
 from conf.schema import Config
 from flower_app import checkpoint
 from flower_app.checkpoint import Checkpoint, Damaged
-from flower_app.runs import FINISHED, RunLock, find_run
+from flower_app.runs import CHECKPOINTS, FINISHED, RunLock, find_run, folders
 
 FREE = ("link", "runtime", "output", "federation")
 """Sections that do not say what is computed, or whose change is the operator's to answer for."""
@@ -27,6 +27,8 @@ class Point:
     """A run between two rounds, from which it goes on."""
 
     run: Path
+    source: Path
+    """The checkpoint, or the run folder if none was named."""
     number: int
     """The last round that is over."""
     config: Config
@@ -72,19 +74,17 @@ def look_up(resume: str, overrides: str | list[str] = "") -> Point:
     return _point(run, wanted, overrides, None)
 
 
-def newest_round(run: Path) -> int | None:
-    """Return the round of a run's newest checkpoint, unchecked; None if it has none."""
-    there = checkpoint.folders(run)
-    return there[-1][0] if there else None
-
-
-def _point(run: Path, wanted: int | None, overrides: str | list[str], lock: RunLock | None) -> Point:
+def _point(
+    run: Path, wanted: int | None, overrides: str | list[str], lock: RunLock | None
+) -> Point:
     found = _read(run, wanted, load=lock is not None)
     facts = found.facts
     try:
         before = from_json(json.dumps(facts.config))
     except ConfigError as error:
-        raise ValueError(f"{found.folder} holds a configuration that is no more: {error}") from error
+        raise ValueError(
+            f"{found.folder} holds a configuration that is no more: {error}"
+        ) from error
     config = override(before, overrides)
     notes = _check_changes(before, config)
     if found.torch != torch.__version__:
@@ -95,6 +95,7 @@ def _point(run: Path, wanted: int | None, overrides: str | list[str], lock: RunL
     _check_unfinished(run, facts.round, config)
     return Point(
         run=run,
+        source=run if wanted is None else found.folder,
         number=facts.round,
         config=config,
         clients=facts.clients,
@@ -109,8 +110,8 @@ def _point(run: Path, wanted: int | None, overrides: str | list[str], lock: RunL
 def _find(resume: str) -> tuple[Path, int | None]:
     """Return the run folder, and the round of a checkpoint if one is named."""
     folder = find_run(resume)
-    if folder.parent.name == checkpoint.FOLDER:
-        named = {path: number for number, path in checkpoint.folders(folder.parents[1])}
+    if folder.parent.name == CHECKPOINTS:
+        named = {path: number for number, path in folders(folder.parents[1])}
         if folder not in named:
             raise ValueError(f"{folder} is no checkpoint: its name is not round- and a number")
         return folder.parents[1], named[folder]
@@ -124,7 +125,7 @@ def _find(resume: str) -> tuple[Path, int | None]:
 
 def _read(run: Path, wanted: int | None, *, load: bool) -> Checkpoint:
     """Read the wanted checkpoint, or the newest; a damaged one is refused, and one before named."""
-    there = checkpoint.folders(run)
+    there = folders(run)
     if not there:
         raise ValueError(
             f"{run} has no checkpoint: it ended before its first round did, or had "
@@ -197,5 +198,5 @@ def _check_unfinished(run: Path, number: int, config: Config) -> None:
         raise ValueError(
             f"{run} is finished: all {number} rounds are done, and there is nothing to resume. To "
             f"train on, raise train.rounds (overrides='train.rounds={number + 1}'); to repeat "
-            f"rounds, name a checkpoint (resume='{run / checkpoint.FOLDER}/round-...')"
+            f"rounds, name a checkpoint (resume='{run / CHECKPOINTS}/round-...')"
         )

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from flwr.app import ArrayRecord, Context
 from flwr.serverapp import Grid, ServerApp
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -118,9 +119,16 @@ def _save(config: Config, state: dict[str, Tensor], folder: Path) -> Path:
     """Export what was trained; if that fails, keep the tensors themselves."""
     try:
         return export_model(config, state, load_tokenizer(config.model), folder / "model")
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError, SafetensorError) as error:
         rescue = folder / "trained.safetensors"
-        save_file({name: tensor.contiguous() for name, tensor in state.items()}, rescue)
+        try:
+            save_file({name: tensor.contiguous() for name, tensor in state.items()}, rescue)
+        except (OSError, SafetensorError) as again:
+            raise RuntimeError(
+                f"the run is complete, but neither its model could be exported ({error}) nor its "
+                f"tensors saved ({again}); free space, and `graft resume {folder}` saves the model "
+                "from the last checkpoint, if there is one"
+            ) from error
         raise RuntimeError(
             f"the run is complete, but its model could not be exported: {error}. The trained "
             f"tensors of all parts are in {rescue}"

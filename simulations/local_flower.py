@@ -77,6 +77,7 @@ class LocalFlower:
         experiment: str,
         overrides: str = "",
         *,
+        resume: str = "",
         federation: str = "",
         app: Path = PROJECT,
         echo: Callable[[str], None] | None = None,
@@ -87,6 +88,8 @@ class LocalFlower:
         ----------
         experiment, overrides : str
             The run's configuration.
+        resume : str
+            A run folder, or one of its checkpoints, to go on from; `experiment` is not read then.
         federation : str
             Value of `--federation-config`, such as `num-supernodes=4`.
         app : Path
@@ -102,7 +105,8 @@ class LocalFlower:
         # A file, because `--run-config` has no way to write a quote within a value.
         config = self.home / "run-config.toml"
         config.write_text(
-            f"experiment = {json.dumps(experiment)}\noverrides = {json.dumps(overrides)}\n",
+            f"experiment = {json.dumps(experiment)}\noverrides = {json.dumps(overrides)}\n"
+            f"resume = {json.dumps(resume)}\n",
             encoding="utf-8",
         )
         command = [program("flwr"), "run", str(app), self.superlink, "--stream"]

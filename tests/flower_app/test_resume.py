@@ -16,11 +16,11 @@ from flwr.supercore.task_identity import TaskIdentity
 from safetensors.torch import load_file
 
 from conf.schema import Config
-from flower_app import checkpoint
 from flower_app.assembly import resolve_model
 from flower_app.plots import plot_loss
 from flower_app.recorder import Recorder
 from flower_app.resume import look_up, take_up
+from flower_app.runs import folders
 from flower_app.server_app import run_experiment
 from tests.flower_app import test_app
 from tests.flower_app.grid import InProcessGrid
@@ -145,7 +145,14 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("changes", CASES.values(), ids=CASES.keys())
+FAST = ("v2", "merged, step", "dropout, few", "fedadam", "lora, exact")
+PARAMS = [
+    pytest.param(changes, id=name, marks=[] if name in FAST else pytest.mark.slow)
+    for name, changes in CASES.items()
+]
+
+
+@pytest.mark.parametrize("changes", PARAMS)
 def test_a_killed_run_goes_on_as_if_nothing_had_been(changes: str, tmp_path: Path) -> None:
     """Killed within round 3, when one client has trained; other node ids and a new state after."""
     config = configured(tmp_path, changes)
@@ -161,14 +168,13 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(changes: str, tmp_path: Pat
     assert_equal_runs(broken, smooth)
 
 
+@pytest.mark.slow
 def test_mixed_ranks_and_cuts_go_on_too(tmp_path: Path) -> None:
     """Heterogeneous clients under exact averaging: what is held has the widest rank."""
 
     def grid() -> InProcessGrid:
         own = [{}, {"lora-rank": 3}, {"cut-bottom": 2, "lora-rank": 1}]
-        nodes = {
-            n: {"partition-id": n, "num-partitions": 3, **more} for n, more in enumerate(own)
-        }
+        nodes = {n: {"partition-id": n, "num-partitions": 3, **more} for n, more in enumerate(own)}
         return InProcessGrid(3, node_configs=nodes)
 
     config = configured(tmp_path, f"{LORA} aggregation.lora=exact")
@@ -180,6 +186,7 @@ def test_mixed_ranks_and_cuts_go_on_too(tmp_path: Path) -> None:
     assert_equal_runs(broken, smooth)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("round", [2, 4])
 @pytest.mark.parametrize("message", ["train", "evaluate"])
 def test_it_may_be_killed_anywhere(round: int, message: str, tmp_path: Path) -> None:
@@ -192,6 +199,7 @@ def test_it_may_be_killed_anywhere(round: int, message: str, tmp_path: Path) -> 
     assert_equal_runs(broken, smooth)
 
 
+@pytest.mark.slow
 def test_it_may_be_killed_again_and_again(tmp_path: Path) -> None:
     config = configured(tmp_path, "train.strategy=splitfed-v2 aggregation.optimizer=fedadam")
 
@@ -257,7 +265,7 @@ def test_an_earlier_checkpoint_may_be_named_and_what_came_after_it_goes(tmp_path
 
     resume(smooth / "checkpoints" / "round-0001", killing(InProcessGrid(2), 3))
 
-    assert [number for number, _ in checkpoint.folders(smooth)] == [1, 2]
+    assert [number for number, _ in folders(smooth)] == [1, 2]
     resume(smooth, InProcessGrid(2))
     assert curve(smooth) == wanted[0]
     assert all(torch.equal(wanted[1][name], tensor) for name, tensor in weights(smooth).items())
@@ -280,4 +288,9 @@ def test_a_model_that_has_changed_since_is_refused(tmp_path: Path) -> None:
     point.state["engine"]["trunk"].popitem()
 
     with pytest.raises(ValueError, match=r"round 1 of .* does not fit this run's model: .*missing"):
-        _work(Recorder(point.config, say=[].append, point=point), point.config, InProcessGrid(2), point)
+        _work(
+            Recorder(point.config, say=[].append, point=point),
+            point.config,
+            InProcessGrid(2),
+            point,
+        )
