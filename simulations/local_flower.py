@@ -15,7 +15,7 @@ import sys
 import tempfile
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -71,6 +71,8 @@ class LocalFlower:
     env: Mapping[str, str]
     superlink: str = "local"
     """Name of the connection in the home's config.toml."""
+    within: tuple[str, ...] = ()
+    """What precedes its commands: `ip netns exec NAME` runs them on another host."""
 
     def run(
         self,
@@ -105,7 +107,7 @@ class LocalFlower:
             f"experiment = {json.dumps(experiment)}\noverrides = {json.dumps(overrides)}\n",
             encoding="utf-8",
         )
-        command = [program("flwr"), "run", str(app), self.superlink, "--stream"]
+        command = [*self.within, program("flwr"), "run", str(app), self.superlink, "--stream"]
         command += ["--run-config", str(config)]
         if federation:
             command += ["--federation-config", federation]
@@ -137,7 +139,7 @@ class LocalFlower:
             What it printed.
         """
         done = subprocess.run(
-            [program("flwr"), *arguments],
+            [*self.within, program("flwr"), *arguments],
             env=dict(self.env),
             cwd=self.home,
             capture_output=True,
@@ -209,13 +211,15 @@ def local_superlink(folder: Path | None = None) -> Iterator[LocalFlower]:
         yield LocalFlower(home=home, env=env)
 
 
-def flower_env(home: Path) -> dict[str, str]:
+def flower_env(home: Path, *, direct: Sequence[str] = ()) -> dict[str, str]:
     """Return the environment in which Flower's commands use a home of their own.
 
     Parameters
     ----------
     home : Path
         The Flower home.
+    direct : sequence of str
+        Hosts, beside loopback, that are reached without a proxy.
 
     Returns
     -------
@@ -224,9 +228,10 @@ def flower_env(home: Path) -> dict[str, str]:
     """
     # Flower starts its other programs by name, so the environment's programs must come first.
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    no_proxy = [os.environ.get("NO_PROXY"), "127.0.0.1", "localhost", *direct]
     return dict(os.environ) | {
         "PATH": path,
-        "NO_PROXY": ",".join(filter(None, [os.environ.get("NO_PROXY"), "127.0.0.1,localhost"])),
+        "NO_PROXY": ",".join(filter(None, no_proxy)),
         "FLWR_HOME": str(home),
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",

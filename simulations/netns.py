@@ -1,8 +1,8 @@
 """Hosts of a small network on this machine: a network namespace each, and a switch between them.
 
 The switch is a thread of this process: every host's `eth0` is a TAP device whose frames it passes
-on, late or not at all. A cut is therefore what a pulled cable behind a router is: packets vanish and
-no socket is told. Neither bridge, netem nor nftables is asked of the kernel; many lack them.
+on, late or not at all. A cut is therefore what a cable pulled behind a router is: packets vanish
+and no socket is told. Neither bridge, netem nor nftables is asked of the kernel; many lack them.
 """
 
 from __future__ import annotations

@@ -17,7 +17,8 @@ import psutil
 import pytest
 
 from simulations.credentials import make_node_key, make_server_credentials
-from simulations.deployment import NODES, deployment, deployment_demo, write_data
+from simulations.deployment import deployment, write_data
+from simulations.deployment_demo import NODES, deployment_demo
 from simulations.local_flower import worth_reading
 from simulations.processes import Started, free_ports, stopping, wait_until
 
