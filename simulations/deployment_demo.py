@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from simulations.deployment import EXPERIMENT, START_SECONDS, Deployment, deployment, write_data
+from simulations.intruders import send_intruders
 from simulations.local_flower import Outcome, worth_reading
 from simulations.processes import wait_until
 
@@ -49,9 +50,14 @@ def deployment_demo(
         for name, data in zip(NODES, write_data(site.folder, NODES), strict=True):
             site.add_node(name, data)
             say(f"SuperNode {name}: {data.stat().st_size:,} bytes of text in {data.name}")
+        intruders = [] if insecure else send_intruders(site, data)
         wait_until(
-            lambda: site.online() == len(NODES), seconds=START_SECONDS, what="the SuperNodes"
+            lambda: site.online() >= len(NODES), seconds=START_SECONDS, what="the SuperNodes"
         )
+        for intruder in intruders:
+            say(f"refused: {intruder.who}: {intruder.refusal()}")
+        if site.online() != len(NODES):
+            raise RuntimeError(f"{site.online()} SuperNodes are online, not {len(NODES)}")
         say(
             "both are connected; running the app (a message starts a process: it takes a while) ..."
         )

@@ -163,7 +163,7 @@ class LocalFlower:
             assert process.stdout is not None
             try:
                 for line in process.stdout:
-                    plain = _COLOUR.sub("", line.rstrip("\n"))
+                    plain = without_colours(line.rstrip("\n"))
                     if echo is not None:
                         echo(plain)
                     yield plain
@@ -269,6 +269,22 @@ def answers(url: str, context: Any = None) -> bool:
 def temporary_folder() -> tempfile.TemporaryDirectory[str]:
     """Return a temporary folder that tolerates a last write while it is removed."""
     return tempfile.TemporaryDirectory(prefix="graft-", ignore_cleanup_errors=True)
+
+
+def without_colours(text: str) -> str:
+    """Return text without the escape sequences that colour it.
+
+    Parameters
+    ----------
+    text : str
+        What a Flower program printed.
+
+    Returns
+    -------
+    str
+        The same, plain.
+    """
+    return _COLOUR.sub("", text)
 
 
 def worth_reading(line: str) -> bool:

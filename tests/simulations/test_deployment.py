@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import ssl
 import subprocess
@@ -19,6 +20,7 @@ import pytest
 from simulations.credentials import make_node_key, make_server_credentials
 from simulations.deployment import deployment, write_data
 from simulations.deployment_demo import NODES, deployment_demo
+from simulations.intruders import Intruder, send_intruders
 from simulations.local_flower import worth_reading
 from simulations.processes import Started, free_ports, stopping, wait_until
 
@@ -141,9 +143,37 @@ def test_console_leaves_out_housekeeping() -> None:
     assert [line for line in kept + dropped if worth_reading(line)] == kept
 
 
+@pytest.mark.parametrize(
+    ("ending", "seconds", "complaint"),
+    [
+        ("raise SystemExit('wrong key')", 30, ""),
+        ("raise SystemExit('no disk')", 30, "not refused.*exit code 1 and without 'wrong key'.*"),
+        ("print('wrong key')", 30, "not refused.*exit code 0"),
+        ("time.sleep(600)", 0, "waited 0 s for someone to be refused"),
+    ],
+)
+def test_an_intruder_that_is_not_refused_is_an_error(
+    tmp_path: Path, ending: str, seconds: int, complaint: str
+) -> None:
+    command = [sys.executable, "-c", f"import time; {ending}"]
+    with stopping() as started:
+        node = Started("node", command, env=os.environ, log=tmp_path / "log", cwd=tmp_path)
+        started.append(node)
+        intruder = Intruder(who="someone", node=node, expected="wrong key")
+        if complaint:
+            with pytest.raises(RuntimeError, match=complaint):
+                intruder.refusal(seconds=seconds)
+        else:
+            assert intruder.refusal(seconds=seconds) == "wrong key"
+
+
 @pytest.mark.slow
 def test_app_runs_under_real_supernodes_with_tls_and_keys() -> None:
-    folder = deployment_demo(overrides="train.rounds=1 train.local_steps=5")
+    said: list[str] = []
+    folder = deployment_demo(overrides="train.rounds=1 train.local_steps=5", say=said.append)
+    refused = [line for line in said if line.startswith("refused: ")]
+    assert re.search("key is not registered: .*Failed to activate SuperNode", refused[0])
+    assert re.search("another authority signed: .*CERTIFICATE_VERIFY_FAILED", refused[1])
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["clients"] == len(NODES)
     assert summary["eval_loss_last"] < summary["eval_loss_first"]
@@ -152,16 +182,15 @@ def test_app_runs_under_real_supernodes_with_tls_and_keys() -> None:
 
 
 @pytest.mark.slow
-def test_unknown_and_unencrypted_supernodes_are_refused() -> None:
+def test_only_known_supernodes_that_trust_the_superlink_get_in() -> None:
     with deployment() as site:
         data = write_data(site.folder, NODES)
         site.add_node("known", data[0])
-        wait_until(lambda: site.online() == 1, seconds=90, what="the known SuperNode")
         plain = replace(site, tls=None).add_node("plain", data[1])
-        stranger = site.add_node("stranger", data[1], registered=False)
-        wait_until(lambda: not stranger.running, seconds=60, what="the stranger to be refused")
-        assert "Failed to activate SuperNode" in stranger.tail(40)
-        assert stranger.process.returncode != 0
+        intruders = send_intruders(site, data[1])
+        wait_until(lambda: site.online() >= 1, seconds=90, what="the known SuperNode")
+        for intruder in intruders:
+            assert intruder.expected in intruder.refusal()
         assert site.online() == 1
         assert "SuperNode ID" in site.started[1].tail(40)
         assert "SuperNode ID" not in plain.tail(200)

@@ -164,14 +164,22 @@ def _add_sites(site: Deployment, at: dict[str, Place]) -> list[Started]:
 def _losses(watched: Watched) -> list[Any]:
     """Every loss of a run: of each step of each client, and of each round."""
     steps = sorted(
-        (one["client"], one["round"], one["step"], one["loss"]) for one in watched.records("step")
+        (one["client"], one["round"], one["step"], one["loss"], one["grad_norm"])
+        for one in watched.records("step")
     )
-    return [*steps, *((one["round"], one["eval_loss"]) for one in watched.records("round"))]
+    assert len(steps) == len(SITES) * ROUNDS * STEPS
+    return [*steps, *((one["train"], one["evaluate"]) for one in watched.records("round"))]
 
 
 @pytest.fixture(scope="module")
-def undisturbed() -> list[Any]:
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     """The losses of a run that nothing disturbs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GRAFT_HOME", str(tmp_path_factory.mktemp("undisturbed")))
+        return _undisturbed()
+
+
+def _undisturbed() -> list[Any]:
     outcome, watched = _run(f"train.rounds={ROUNDS} train.local_steps={STEPS}")
     assert outcome.completed, outcome.explain()
     assert [one["clients"] for one in watched.records("round")[1:]] == [sorted(SITES)] * ROUNDS
