@@ -134,6 +134,34 @@ class Deployment:
         """What a SuperExec elsewhere shows the SuperLink."""
         return self.folder / "superexec.secret"
 
+    @property
+    def database(self) -> Path:
+        """What the SuperLink keeps its state and its messages in."""
+        return self.flower.home / "state.db"
+
+    def _start_superlink(self, *, apart: bool) -> None:
+        """Start the SuperLink and wait until it answers; `apart`: its ServerApps run elsewhere."""
+        at, tls = self.superlink, self.tls
+        command = [*at.within, program("flower-superlink")]
+        command += ["--host", at.address, "--port", str(self.port)]
+        command += ["--database", str(self.database)]
+        if tls is None:
+            command += ["--insecure"]
+        else:
+            command += ["--ssl-ca-certfile", str(tls.ca), "--ssl-certfile", str(tls.certificate)]
+            command += ["--ssl-keyfile", str(tls.key), "--enable-supernode-auth"]
+        if apart:
+            write_secret(self.secret, secrets.token_bytes(32))
+            command += ["--isolation", "process"]
+            command += ["--superexec-auth-secret-file", str(self.secret)]
+        superlink = self._start("the SuperLink", command, self.flower.home / "superlink.log")
+        wait_until(
+            lambda: _answers(at, self.port, tls),
+            seconds=START_SECONDS,
+            what="the SuperLink to answer",
+            process=superlink,
+        )
+
     def _start(self, name: str, command: list[str], log: Path) -> Started:
         home = log.parent
         env = flower_env(home, direct=self.direct)
@@ -213,25 +241,7 @@ def deployment(
             started=stack.enter_context(stopping()),
             direct=direct,
         )
-        command = [*at.within, program("flower-superlink")]
-        command += ["--host", at.address, "--port", str(port)]
-        command += ["--database", str(home / "state.db")]
-        if tls is None:
-            command += ["--insecure"]
-        else:
-            command += ["--ssl-ca-certfile", str(tls.ca), "--ssl-certfile", str(tls.certificate)]
-            command += ["--ssl-keyfile", str(tls.key), "--enable-supernode-auth"]
-        if trunk is not None:
-            write_secret(site.secret, secrets.token_bytes(32))
-            command += ["--isolation", "process"]
-            command += ["--superexec-auth-secret-file", str(site.secret)]
-        superlink = site._start("the SuperLink", command, home / "superlink.log")
-        wait_until(
-            lambda: _answers(at, port, tls),
-            seconds=START_SECONDS,
-            what="the SuperLink to answer",
-            process=superlink,
-        )
+        site._start_superlink(apart=trunk is not None)
         if trunk is not None:
             site.add_trunk(trunk)
         yield site
