@@ -105,6 +105,28 @@ def test_credentials_verify_and_keep_their_secrets(tmp_path: Path) -> None:
         _handshake(server, client, "elsewhere.example")
 
 
+def test_a_certificate_names_the_addresses_it_was_made_for(tmp_path: Path) -> None:
+    files = make_server_credentials(tmp_path, ["10.77.0.1"])
+    server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    server.load_cert_chain(files.certificate, files.key)
+    client = ssl.create_default_context(cafile=str(files.ca))
+    assert _handshake(server, client, "10.77.0.1")
+    with pytest.raises(ssl.SSLCertVerificationError):
+        _handshake(server, client, "127.0.0.1")
+
+
+def test_a_certificate_of_another_authority_is_refused(tmp_path: Path) -> None:
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    for folder in (ours, theirs):
+        folder.mkdir()
+    files, other = make_server_credentials(ours), make_server_credentials(theirs)
+    server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    server.load_cert_chain(files.certificate, files.key)
+    client = ssl.create_default_context(cafile=str(other.ca))
+    with pytest.raises(ssl.SSLCertVerificationError, match="unable to get local issuer"):
+        _handshake(server, client, "localhost")
+
+
 def _handshake(server: ssl.SSLContext, client: ssl.SSLContext, name: str) -> bool:
     """Do a TLS handshake in memory."""
     up, down = ssl.MemoryBIO(), ssl.MemoryBIO()
