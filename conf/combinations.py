@@ -98,6 +98,12 @@ def check_train(train: TrainConfig) -> None:
                 f"that, or train.{name}={wanted}",
                 key=f"train.{name}",
             )
+    if train.turns != "arrival" and train.strategy != "splitfed-v2":
+        raise ConfigError(
+            f"train.turns={train.turns} needs train.strategy=splitfed-v2, not {train.strategy}, "
+            "where nobody takes turns: set that, or train.turns=arrival",
+            key="train.turns",
+        )
     if train.prox and train.sync == "step":
         raise ConfigError(
             f"train.prox ({train.prox:g}) has nothing to hold with train.sync=step, where no "
@@ -129,6 +135,14 @@ def check_link(link: LinkConfig) -> None:
             f"link.certificate ({link.certificate!r}) is not used with link.tls=off: set "
             "link.tls=on, or clear the certificate and key",
             key="link.tls",
+        )
+
+    if link.transport == "stream" and link.grace > link.timeout / 2:
+        raise ConfigError(
+            f"link.grace={link.grace:g} is more than half of link.timeout={link.timeout:g}: those "
+            "who wait for a client that is out of reach would give up before it is given up; lower "
+            "link.grace, or raise link.timeout",
+            key="link.grace",
         )
 
 

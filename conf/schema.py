@@ -164,6 +164,9 @@ class TrainConfig(_Section):
     client takes `batch_size`."""
     prox: float = setting(0.0, rules.NOT_NEGATIVE)
     """FedProx: weight mu of the pull towards the round's first weights; 0: none."""
+    turns: str = setting("arrival", one_of("arrival", "ordered"))
+    """splitfed-v2: whose turn comes next: whoever asked first, or (ordered) by steps taken and then
+    by name, once the whole cohort is there: it repeats exactly, whoever is quicker."""
     rounds: int = setting(3, rules.COUNT)
     local_steps: int = setting(0, rules.COUNT_OR_ZERO)
     """Optimizer steps per client and round; 0: use `local_epochs`."""
@@ -214,8 +217,6 @@ class FederationConfig(_Section):
     """Times a round without quorum is tried again, with a cohort drawn anew."""
     round_timeout: float = setting(3600.0, rules.POSITIVE)
     """Seconds after which a round ends without the clients that have not answered."""
-    lost_after: float = setting(30.0, rules.POSITIVE)
-    """Seconds after its stream broke at which a client that does not answer is given up."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -269,7 +270,12 @@ class LinkConfig(_Section):
     timeout: float = setting(120.0, rules.POSITIVE)
     """Seconds that a client waits for a reply, and the trunk for a client's next frame."""
     max_frame_mb: float = setting(64.0, rules.POSITIVE)
-    """Largest frame that is accepted, MiB."""
+    """Largest frame that is accepted, MiB; the trunk accepts none larger than a batch needs."""
+    max_in_flight_mb: float = setting(4096.0, rules.POSITIVE)
+    """Most activations whose step is not taken yet, over all sessions, MiB."""
+    grace: float = setting(30.0, rules.POSITIVE)
+    """Seconds that a client may be out of reach: so long the trunk keeps a session whose stream
+    broke and the client tries to come back, and so long a newcomer's first answer is waited for."""
 
     def _check_together(self) -> None:
         combinations.check_link(self)
@@ -299,6 +305,10 @@ class OutputConfig(_Section):
     log_every: int = setting(10, rules.COUNT)
     """Optimizer steps between progress lines."""
     save_model: bool = True
+    checkpoint_every: int = setting(1, rules.COUNT_OR_ZERO)
+    """Rounds between checkpoints, from which `resume` goes on; the last round has one. 0: none."""
+    keep_checkpoints: int = setting(2, rules.COUNT)
+    """How many of the last checkpoints stay; the one of the best held-out loss stays besides."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -38,7 +38,7 @@ def evaluate(message: Message, context: Context) -> Message:
 
 @app.query()
 def query(message: Message, context: Context) -> Message:
-    """Tell this client's name, cut and rank, and, if asked, how many examples it trains on."""
+    """Tell this client's name, cut, rank and public key; if asked, how many examples it has."""
 
     def profile(site: Site, *_: Context) -> RecordDict:
         config = site.config
@@ -48,6 +48,7 @@ def query(message: Message, context: Context) -> Message:
             "cut-top": config.cut.top,
             "lora-rank": config.lora.rank,
             "examples": len(site.data()[0].train) if counted else 0,
+            "public-key": site.public_key(),
         }
         content = RecordDict({PROFILE: Record(told)})
         if message.content.config_records[TICKET].get("send-tensors"):

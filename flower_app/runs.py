@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import tempfile
@@ -121,6 +122,55 @@ def make_parent(parent: Path) -> None:
             f"output.folder {parent} cannot be written: {error.strerror or error}; "
             "choose another one (output.folder, or GRAFT_HOME)"
         ) from error
+
+
+class RunLock:
+    """The right to write a run folder, which one process has at a time.
+
+    The system takes it back from a process that ends, however it ends.
+
+    Parameters
+    ----------
+    run : Path
+        The run folder.
+
+    Raises
+    ------
+    ValueError
+        If another process has it.
+    """
+
+    def __init__(self, run: Path) -> None:
+        self.run = run
+        self._file = (run / ".lock").open("a")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._file.close()
+            raise ValueError(
+                f"{run} is being written by another process: this run is still going. Wait for its "
+                "end, or stop it (`flwr list`, `flwr stop RUN_ID`)"
+            ) from None
+
+    def release(self) -> None:
+        """Let another process have it."""
+        self._file.close()
+
+
+def find_run(run: str) -> Path:
+    """Return a run folder by its path, or by its name as `graft runs` shows it.
+
+    Raises
+    ------
+    ValueError
+        If there is none.
+    """
+    path = Path(run).expanduser()
+    for folder in (path, runs_folder() / run):
+        if folder.is_absolute() and folder.is_dir():
+            return folder.resolve()
+    where = f"{path} is no folder" if path.is_absolute() else f"no folder {runs_folder() / run}"
+    raise ValueError(f"{run!r} is no run: {where}; give its absolute path (`graft runs` lists them)")
 
 
 def new_folder(parent: Path, experiment: str) -> Path:

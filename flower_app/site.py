@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
-from flwr.app import Context, Message
+from flwr.app import ConfigRecord, Context, Message
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -19,15 +19,20 @@ from flower_app.assembly import build_client, describe, num_blocks, set_threads,
 from flower_app.data import ClientData, load_client_data
 from flower_app.text import load_tokenizer
 from models import Part, fold_residuals, load_client_state
-from strategies.answers import ARRAYS, CONFIG, FRAMES, TICKET, from_arrays
+from strategies.answers import ARRAYS, CONFIG, FRAMES, KEY_LOST, TICKET, from_arrays
+from strategies.transport import tickets
 from strategies.transport.link import GrpcLink
+from strategies.transport.tickets import Ticket
+
+NODE_KEY = "graft-node-key"
+"""Name of the record in `context.state` that holds this node's private key."""
 
 
 class Site:
     """What one message and this node's own configuration say."""
 
     def __init__(self, message: Message, context: Context) -> None:
-        content, self._node = message.content, context.node_config
+        content, self._node, self._state = message.content, context.node_config, context.state
         self._ticket = content.config_records[TICKET]
         self._arrays = content.array_records[ARRAYS]
         shared = from_json(str(content.config_records[CONFIG]["json"]))
@@ -38,7 +43,8 @@ class Site:
             round=int(self._ticket["round"]),  # type: ignore[arg-type]
             rounds=int(self._ticket["rounds"]),  # type: ignore[arg-type]
         )
-        self.session = str(self._ticket.get("session", ""))
+        by_messages = config.link.transport == "messages"
+        self.session = str(self._ticket.get("session", "")) if by_messages else ""
         """Under link.transport=messages, what this node's state belongs to; else empty."""
         self.batch_sizes: list[int] = list(self._ticket.get("batch-sizes", []))  # type: ignore[arg-type]
         """Examples of each step as the server drew them; empty without train.global_batch."""
@@ -94,16 +100,25 @@ class Site:
 
     def link(self, steps: int) -> GrpcLink:
         """Open the session that the ticket is for."""
-        certificate = self._ticket["certificate"]
-        assert isinstance(certificate, bytes)
+        if NODE_KEY not in self._state.config_records:
+            raise ValueError(
+                f"{KEY_LOST}: its SuperNode was started anew; it takes part again when the server "
+                "has asked it who it is"
+            )
         return GrpcLink(
-            str(self._ticket["address"]),
-            str(self._ticket["token"]),
-            client=self.place.client,
-            steps=steps,
-            config=self.config.link,
-            certificate=certificate,
+            Ticket.from_record(self._ticket), self._key(), steps=steps, config=self.config.link
         )
+
+    def public_key(self) -> bytes:
+        """What tickets for this node are made for. Its other half never leaves the node."""
+        if NODE_KEY not in self._state.config_records:
+            self._state[NODE_KEY] = ConfigRecord({"private": tickets.new_key()})
+        return tickets.public_half(self._key())
+
+    def _key(self) -> bytes:
+        key = self._state.config_records[NODE_KEY]["private"]
+        assert isinstance(key, bytes)
+        return key
 
 
 @lru_cache(maxsize=64)

@@ -33,7 +33,7 @@ from strategies.transport.codec import (
     encode_mask,
     encode_named,
 )
-from strategies.transport.conversation import client_frame, read_server_frame
+from strategies.transport.frames import client_frame, read_server_frame, refuse_failure
 
 TENSORS, PROGRESS = "graft-tensors", "graft-progress"
 """Names of the records in `context.state`."""
@@ -55,7 +55,7 @@ class Round:
         self.session, self._site, self._state = site.session, site, context.state
         self.begun = bool(frames)
         self._dtype = WIRE_DTYPES[site.config.link.dtype]
-        self.frames = [read_server_frame(raw) for raw in frames]
+        self.frames = [refuse_failure(read_server_frame(raw)) for raw in frames]
         self.tensors: dict[str, Tensor] = {}
         self.numbers: dict[str, float] = dict.fromkeys(
             ("step", "tokens", "loss", "step-loss", "bytes-up", "bytes-down", "bottom", "top"), 0.0

@@ -19,8 +19,10 @@ from flower_app import training
 from flower_app.data import Batch
 from models import Cut, split
 from strategies.optim import Progress, clipped_step, learning_rate, square_norm, trainable
+from strategies.transport import tickets
 from strategies.transport.link import GrpcLink
 from strategies.transport.service import TrunkService
+from strategies.transport.tickets import Guest, Ticket
 from strategies.trunk import TrunkEngine
 
 SIZES = {"blocks": 12, "hidden": 256, "vocabulary": 1024, "batch": 4, "tokens": 64}
@@ -53,8 +55,8 @@ def bench_step(steps: int = 40, warmup: int = 5, wire: str = "fp32") -> dict[str
     train, link = TrainConfig(lr=1e-4), LinkConfig(dtype=wire)
     batch = _batch()
     try:
-        with _trunk_process(train, link, total) as (address, token):
-            client = _SplitStep(train, link, batch, address, token, total)
+        with _trunk_process(train, link, total) as (ticket, node_key):
+            client = _SplitStep(train, link, batch, ticket, node_key, total)
             whole = _WholeStep(train, batch, total)
             times: dict[str, list[float]] = {"split": [], "unsplit": []}
             for index in range(total):
@@ -115,12 +117,12 @@ class _SplitStep:
         train: TrainConfig,
         link: LinkConfig,
         batch: Batch,
-        address: str,
-        token: str,
+        ticket: Ticket,
+        node_key: bytes,
         total: int,
     ) -> None:
         parts = split(_model(), CUT)
-        self.link = GrpcLink(address, token, client="bench", steps=total, config=link)
+        self.link = GrpcLink(ticket, node_key, steps=total, config=link)
         place = training.Place(seed=0, client="bench", round=1, rounds=1)
         self._trainer = training.Trainer(parts.bottom, parts.top, self.link, total, train, place)
         self._batch = batch
@@ -155,8 +157,10 @@ def _batch() -> Batch:
 
 
 @contextmanager
-def _trunk_process(train: TrainConfig, link: LinkConfig, steps: int) -> Iterator[tuple[str, str]]:
-    """A process that serves the trunk; yields its address and a token."""
+def _trunk_process(
+    train: TrainConfig, link: LinkConfig, steps: int
+) -> Iterator[tuple[Ticket, bytes]]:
+    """A process that serves the trunk; yields a ticket to it and the key it is for."""
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
     process = context.Process(target=_serve, args=(there, train, link), daemon=True)
@@ -177,7 +181,10 @@ def _serve(pipe: Connection, train: TrainConfig, link: LinkConfig) -> None:
     engine = TrunkEngine(trunk, hidden_size=trunk.hidden_size, train=train)
     engine.open_round(1, 1, training=True)
     service = TrunkService(engine, link)
-    pipe.send((service.start(), service.admit("bench")))
+    service.start()
+    node_key = tickets.new_key()
+    guest = Guest(key="bench", client="bench", public_key=tickets.public_half(node_key))
+    pipe.send((service.ticket(guest), node_key))
     try:
         pipe.recv()
     except EOFError:

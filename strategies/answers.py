@@ -16,6 +16,9 @@ ARRAYS, CONFIG, TICKET = "arrays", "config", "ticket"
 METRICS, OUTCOME, PROFILE, FRAMES = "metrics", "outcome", "profile", "frames"
 """Names of the records in a message and its reply."""
 
+KEY_LOST = "this node has lost the key that its ticket was made for"
+"""Begins the error of a node whose state is gone; it is asked anew who it is."""
+
 COUNTERS = ("num-tokens", "loss", "steps", "bytes-up", "bytes-down")
 """What the metrics of an answer hold: finite numbers."""
 
@@ -60,6 +63,8 @@ def read_answer(key: str, reply: Message, node: str) -> Answer:
 
 def error_of(reply: Message) -> str:
     """The reason that a reply gives for having no result; empty if it gives none."""
+    if reply.has_error():
+        return ""
     return str(reply.content.config_records.get(OUTCOME, {}).get("error", ""))
 
 

@@ -2,10 +2,49 @@
 
 from __future__ import annotations
 
+import threading
+
 import torch
 from torch import Tensor, nn
 
 from strategies.errors import TrunkError
+
+
+class InFlight:
+    """How many bytes of activations may wait for their step, over all sessions.
+
+    Parameters
+    ----------
+    limit : int
+        Most bytes.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit, self._taken = limit, 0
+        self._lock = threading.Lock()
+
+    @property
+    def bytes(self) -> int:
+        """What waits now."""
+        return self._taken
+
+    def take(self, count: int) -> None:
+        """Count `count` bytes more; `TrunkError` if they are too many."""
+        with self._lock:
+            if self._taken + count > self._limit:
+                raise TrunkError(
+                    f"{self._taken / 2**20:.4g} MiB of activations wait for their step, and "
+                    f"{count / 2**20:.4g} more exceed link.max_in_flight_mb="
+                    f"{self._limit / 2**20:g}; raise it, or lower train.batch_size, data.context "
+                    "or the number of clients in a round",
+                    kind="busy",
+                )
+            self._taken += count
+
+    def give_back(self, count: int) -> None:
+        """Count `count` bytes less."""
+        with self._lock:
+            self._taken -= count
 
 
 def check_shapes(

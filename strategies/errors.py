@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+PASSING = ("damaged", "stale", "missing")
+"""Kinds of `TrunkError` after which a session goes on: a frame that did not arrive whole, one that
+came again after its step, and a question for a gradient that is not there."""
+
 
 class TrunkError(RuntimeError):
     """The trunk refused a frame, or cannot be reached. The message reaches the other side as it is.
@@ -17,3 +21,8 @@ class TrunkError(RuntimeError):
     def __init__(self, message: str, *, kind: str = "refused") -> None:
         super().__init__(message)
         self.kind = kind
+
+    @property
+    def passes(self) -> bool:
+        """Whether the session goes on."""
+        return self.kind in PASSING

@@ -20,12 +20,12 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
 from conf.schema import LinkConfig
-from models import Cut
-from strategies.answers import ARRAYS, CONFIG, FRAMES, OUTCOME, TICKET
+from strategies.answers import ARRAYS, CONFIG, FRAMES, TICKET
 from strategies.errors import TrunkError
 from strategies.replies import LONGEST_PAUSE, never, push, unanswered
 from strategies.transport.codec import WIRE_DTYPES
 from strategies.transport.conversation import Conversation, StepReport
+from strategies.transport.tickets import Guest, Ticket
 from strategies.trunk import TrunkEngine
 
 logger = logging.getLogger(__name__)
@@ -61,8 +61,7 @@ class Seat:
         if not isinstance(frames, list) or not all(isinstance(f, bytes) for f in frames):
             raise TrunkError("frames must be a list of bytes")
         if self._talk is None:
-            client = str(reply.content.config_records[OUTCOME]["client"])
-            self._talk = self._lockstep.open(self._key, client, int(record["steps"]))  # type: ignore[arg-type]
+            self._talk = self._lockstep.open(self._key, int(record["steps"]))  # type: ignore[arg-type]
         answers = [self._talk.answer(frame) for frame in frames if isinstance(frame, bytes)]
         content = self._opening.content
         return Message(
@@ -101,26 +100,28 @@ class Lockstep:
         self._engine, self._dtype = engine, WIRE_DTYPES[link.dtype]
         self._patience = link.timeout
         self.on_step: Callable[[StepReport], None] = lambda report: None
-        self._cuts: dict[str, Cut | None] = {}
+        self._guests: dict[str, Guest] = {}
+        self._limit = int(link.max_frame_mb * 2**20)
         self._reporting = threading.Lock()
         # One pool for all rounds: every new thread would take memory of its own for good.
         self._pool = ThreadPoolExecutor(MAX_SEATS, thread_name_prefix="graft-seat")
 
-    def ticket(self, key: str, cut: Cut | None = None) -> dict[str, str]:
+    def ticket(self, guest: Guest) -> Ticket:
         """What a client needs to take part: the session's name, with which its state goes."""
-        self._cuts[key] = cut
-        return {"session": key}
+        self._guests[guest.key] = guest
+        return Ticket(session=guest.key)
 
-    def open(self, key: str, client: str, steps: int) -> Conversation:
+    def open(self, key: str, steps: int) -> Conversation:
         """Open a client's session, unless its round has ended."""
-        if key not in self._cuts:
+        guest = self._guests.get(key)
+        if guest is None:
             raise TrunkError("the session came too late: its round has ended", kind="closed")
-        session = self._engine.open(key, client=client, steps=steps, cut=self._cuts[key])
-        return Conversation(key, session, self._dtype, self._report)
+        session = self._engine.open(key, client=guest.client, steps=steps, cut=guest.cut)
+        return Conversation(key, session, self._dtype, self._report, limit=self._limit)
 
     def end_round(self) -> None:
         """Nobody admitted to the round may begin now."""
-        self._cuts.clear()
+        self._guests.clear()
 
     def start(self) -> str:
         """Nothing listens."""

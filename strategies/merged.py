@@ -45,10 +45,14 @@ class Ends:
 
     def check(self, gradients: Mapping[str, Tensor]) -> None:
         """Refuse gradients that are not of exactly these tensors."""
+        self.check_shapes({name: tuple(gradient.shape) for name, gradient in gradients.items()})
         for name, gradient in gradients.items():
             check_finite(gradient, f"the gradient of '{name}'")
-        odd = sorted(self.parameters.keys() ^ gradients.keys())
-        odd = odd or [n for n, g in gradients.items() if g.shape != self.parameters[n].shape]
+
+    def check_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Refuse other names or shapes than those of these tensors."""
+        odd = sorted(self.parameters.keys() ^ shapes.keys())
+        odd = odd or [n for n, shape in shapes.items() if shape != self.parameters[n].shape]
         if odd:
             raise TrunkError(
                 f"the gradients differ from the clients' common tensors in {odd[:3]}", kind="shape"

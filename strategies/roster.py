@@ -21,6 +21,7 @@ from conf.schema import Config, FederationConfig, TrainConfig
 from strategies.answers import ARRAYS, CONFIG, OUTCOME, PROFILE, TICKET, from_arrays
 from strategies.optim import derive_seed
 from strategies.replies import push, receive
+from strategies.transport.tickets import KEY_BYTES
 
 TRIES = 3
 """Times that nodes which cannot take part are asked again before a round is given up for them."""
@@ -33,7 +34,8 @@ ROUNDING = 1e-9
 class Profile:
     """What a client tells of itself: its name, its own cut and rank, and its training examples.
 
-    `examples` is 0 where nobody needs to know: to count them means to load the data.
+    `examples` is 0 where nobody needs to know: to count them means to load the data. `public_key`
+    is what its tickets are made for.
     """
 
     node: int
@@ -42,6 +44,7 @@ class Profile:
     top: int
     rank: int
     examples: int = 0
+    public_key: bytes = b""
 
 
 class Roster:
@@ -63,6 +66,11 @@ class Roster:
 
     def __getitem__(self, node: int) -> Profile:
         return self._profiles[node]
+
+    @property
+    def clients(self) -> list[str]:
+        """Names of those who could take part when they were last asked."""
+        return sorted(profile.client for profile in self._profiles.values())
 
     def gather(self, grid: Grid) -> list[Profile]:
         """Who can take part now, by name; waits until `federation.min_clients` are connected.
@@ -91,18 +99,18 @@ class Roster:
         """Ask the nodes that have not said who they are, and forget those that have left.
 
         A round waits for the first answers as long as for any other, later only
-        `federation.lost_after` for a newcomer's; an answer that comes later counts from then on.
+        `link.grace` for a newcomer's; an answer that comes later counts from then on.
         """
         self._forget_all_but(set(nodes))
         open_to = {message.metadata.dst_node_id for message in self._asked.values()}
         new = [node for node in nodes if node not in self._profiles and node not in open_to]
         waiting, refused = push(grid, [self._question(node) for node in new])
         self._asked.update(waiting)
-        federation = self._config.federation
+        link, federation = self._config.link, self._config.federation
         replies = receive(
             grid,
             self._asked,
-            timeout=federation.lost_after if self._profiles else federation.round_timeout,
+            timeout=link.grace if self._profiles else federation.round_timeout,
             enough=lambda: not waiting.keys() & self._asked.keys(),
         )
         arrived = sorted([*refused, *replies], key=lambda reply: reply.metadata.src_node_id)
@@ -113,6 +121,10 @@ class Roster:
         for node in new:
             if node in self._refused:
                 log(WARNING, "node %d does not take part: %s", node, self._refused[node])
+
+    def forget(self, node: int) -> None:
+        """Ask a node anew who it is, before it takes part again."""
+        self._profiles.pop(node, None)
 
     def first_tensors(
         self, grid: Grid, present: Sequence[Profile], model: str
@@ -222,6 +234,11 @@ def read_profile(node: int, reply: Message) -> Profile:
         value = told.get(key)
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise ValueError(f"{name} says {key}={value!r}")
+    public_key = told.get("public-key")
+    if not isinstance(public_key, bytes) or len(public_key) != KEY_BYTES:
+        raise ValueError(
+            f"{name} shows no key to make its tickets for; run the same release of Graft there"
+        )
     return Profile(
         node=node,
         client=name,
@@ -229,6 +246,7 @@ def read_profile(node: int, reply: Message) -> Profile:
         top=told["cut-top"],
         rank=told["lora-rank"],
         examples=told["examples"],
+        public_key=public_key,
     )
 
 

@@ -31,7 +31,7 @@ from strategies.policies import Lane
 if TYPE_CHECKING:
     from strategies.trunk import TrunkEngine
 
-MAX_IN_FLIGHT = 8
+MAX_GRAPHS = 8
 """Micro-batches of one session whose graphs may wait for their backward at once."""
 
 
@@ -79,6 +79,7 @@ class Session:
         self._result: StepResult | None = None
         self._square_norm: float | None = None
         self._learnable = 0
+        self._held_bytes = 0
         self._declared = 0
         self._closed = False
         # The round may end (in Flower's thread) while this session works (in its stream's thread).
@@ -86,6 +87,8 @@ class Session:
         self._dropout = round.training and has_dropout(lane.module)
         if lane.group is not None:
             lane.group.join(self, cohort=round.cohort, patience=engine.timeout * GATHER_SHARE)
+        if lane.turn is not None:
+            lane.turn.join(self, cohort=round.cohort, patience=engine.timeout * GATHER_SHARE)
 
     def compute(self, step: int, micro: int, h_BTD: Tensor, mask_BT: Tensor | None) -> Tensor:
         """Run the trunk forward on one micro-batch.
@@ -94,6 +97,7 @@ class Session:
         ----------
         step, micro : int
             The optimizer step, from 0, and the micro-batch within it, from 0. In evaluation any.
+            One that waits for its backward is answered again, and runs once.
         h_BTD : Tensor
             The bottom's output, floating point.
         mask_BT : Tensor or None
@@ -107,7 +111,8 @@ class Session:
         Raises
         ------
         TrunkError
-            A wrong shape, a step out of order, too many micro-batches in flight, a closed session.
+            A wrong shape, a step out of order, too much in flight, a closed session. Of kind
+            `stale`, if it is of a step that lies behind: it came again.
         """
         self._check_open()
         self.check_shapes(tuple(h_BTD.shape), None if mask_BT is None else tuple(mask_BT.shape))
@@ -126,21 +131,25 @@ class Session:
             return self._compute(step, micro, h_BTD, mask_BT)
 
     def _compute(self, step: int, micro: int, h_BTD: Tensor, mask_BT: Tensor | None) -> Tensor:
-        if micro in self._pending or (step, micro) in self._gradients:
-            raise TrunkError(f"step {step}, micro-batch {micro} was computed before", kind="order")
+        if micro in self._pending:  # its reply was lost
+            return self._pending[micro].h_out_BTD.detach()
+        if (step, micro) in self._gradients:
+            raise TrunkError(f"step {step}, micro-batch {micro} has gone back", kind="stale")
         if micro >= (most := self._engine.max_micro_batches):
             raise TrunkError(
                 f"micro-batch {micro} came; train.accumulate="
                 f"{self._engine.train.accumulate} allows 0 to {most - 1}",
                 kind="order",
             )
-        if len(self._pending) >= self._engine.max_in_flight:
+        if len(self._pending) >= self._engine.max_graphs:
             raise TrunkError(
                 f"{len(self._pending)} micro-batches already wait for their backward; "
-                f"at most {self._engine.max_in_flight} may"
+                f"at most {self._engine.max_graphs} may"
             )
         if self._square_norm is not None:
             raise TrunkError(f"step {step} had its last micro-batch: apply it", kind="order")
+        self._engine.in_flight.take(h_BTD.nbytes)
+        self._held_bytes += h_BTD.nbytes
         if self._lane.group is not None:
             h_in_BTD = h_BTD
             h_out_BTD = self._lane.group.forward(self, h_BTD, mask_BT)
@@ -188,12 +197,12 @@ class Session:
         if not self.round.training:
             raise TrunkError("this session evaluates: it has no backward", kind="order")
         self._check_step(step)
+        if (step, micro) in self._gradients:  # its reply was lost
+            return self._gradients[step, micro], self._square_norm or 0.0
         pending = self._pending.get(micro)
         if pending is None:
             raise TrunkError(
-                f"step {step}, micro-batch {micro} has no forward to go back through "
-                "(or its backward was done: ask with GetGradients)",
-                kind="order",
+                f"step {step}, micro-batch {micro} has no forward to go back through", kind="order"
             )
         if grad_BTD.shape != pending.h_out_BTD.shape:
             raise TrunkError(
@@ -240,7 +249,7 @@ class Session:
             raise TrunkError(
                 f"no gradient of step {step}, micro-batch {micro} is kept: step {self.applied} is "
                 "the current one",
-                kind="order",
+                kind="missing",
             ) from None
 
     def apply(
@@ -318,6 +327,8 @@ class Session:
         self._closed = True
         if self._lane.group is not None:
             self._lane.group.leave(self)
+        if self._lane.turn is not None:
+            self._lane.turn.leave(self)
 
     def close(self) -> None:
         """Drop what is in flight and give back the turn. The replica of the applied steps waits for
@@ -340,6 +351,8 @@ class Session:
 
     def _finish_step(self) -> None:
         self._pending.clear()
+        self._engine.in_flight.give_back(self._held_bytes)
+        self._held_bytes = 0
         self._gradients.clear()
         self._square_norm = None
         self._learnable = 0
@@ -367,6 +380,10 @@ class Session:
             raise TrunkError("the session is closed: its round has ended", kind="closed")
 
     def _check_step(self, step: int) -> None:
+        if step < self.applied:
+            raise TrunkError(
+                f"step {step} came again, step {self.applied} is the current one", kind="stale"
+            )
         if step != self.applied:
             raise TrunkError(f"step {step} came, step {self.applied} was due", kind="order")
         if step >= self.steps:
@@ -376,6 +393,18 @@ class Session:
         """Refuse a shape before anything is made of it: activations (B, T, D) and mask (B, T)."""
         engine = self._engine
         check_shapes(shape, mask_shape, engine.hidden_size, engine.max_sequences, engine.max_tokens)
+
+    def check_ends(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Refuse gradients of the ends by name and shape, before any is read."""
+        group = self._lane.group
+        if group is not None and group.ends is not None and shapes:
+            group.ends.check_shapes(shapes)
+        elif shapes:
+            raise TrunkError(
+                f"gradients of {len(shapes)} of the ends' tensors came; without train.sync=step "
+                "they stay with their client",
+                kind="shape",
+            )
 
 
 def _back_through(pending: _Pending, grad_BTD: Tensor) -> Tensor:

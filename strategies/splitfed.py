@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from logging import INFO, WARNING
-from typing import Protocol
+from typing import Any, Protocol
 
 from flwr.app import (
     ArrayRecord,
@@ -21,7 +21,7 @@ from flwr.supercore import log
 from conf.load import to_json
 from conf.schema import Config
 from models import Cut
-from strategies.answers import ARRAYS, CONFIG, TICKET, Answer, error_of
+from strategies.answers import ARRAYS, CONFIG, KEY_LOST, TICKET, Answer, error_of
 from strategies.averaging import Contribution
 from strategies.cohort import Cohort
 from strategies.joint import JointModel
@@ -31,6 +31,7 @@ from strategies.replies import exchange
 from strategies.roster import Profile, Roster, draw_batches, quorum, sizes
 from strategies.tally import Tally
 from strategies.transport.service import Broken, StepReport, TrunkService
+from strategies.transport.tickets import Guest
 from strategies.trunk import TrunkEngine
 
 
@@ -44,6 +45,13 @@ class Observer(Protocol):
     @property
     def round(self) -> Callable[..., None]:
         """Called with the fields of an ended round; round 0 is the evaluation before training."""
+
+
+class Keep(Protocol):
+    """Who may keep the run's state between two rounds."""
+
+    def __call__(self, number: int, strategy: SplitFed) -> None:
+        """Called when round `number` is over and reported; may ask for `state_dict()`."""
 
 
 def needs_first_tensors(config: Config) -> bool:
@@ -71,6 +79,8 @@ class SplitFed(Strategy):
         Told of every step and round.
     model : str
         What the trunk was cut from, in words; a client with another model refuses to train.
+    keep : Keep, optional
+        Called after every round.
 
     Raises
     ------
@@ -86,12 +96,15 @@ class SplitFed(Strategy):
         observer: Observer,
         *,
         model: str = "",
+        keep: Keep | None = None,
     ) -> None:
-        self.model = model
+        self.model, self._keep = model, keep
         self.engine, self.service, self.config, self.observer = engine, service, config, observer
         self.roster = Roster(config)
         self.joint = JointModel(engine, config)
         self._rounds = config.train.rounds
+        self._done = 0
+        self._known: list[str] = []
         self._grid: Grid | None = None
         self._cohort = Cohort()
         self._tally = Tally(number=-1)
@@ -116,7 +129,7 @@ class SplitFed(Strategy):
         num_rounds: int = 3,
         timeout: float = 3600.0,
     ) -> Result:
-        """Evaluate before training, then run all rounds.
+        """Evaluate before training, then run all rounds; those that are left after a `resume`.
 
         Flower's own loop waits for every reply and cannot try a round again. `timeout` is not
         read: `federation.round_timeout` is.
@@ -124,15 +137,57 @@ class SplitFed(Strategy):
         self._grid, self._rounds = grid, num_rounds
         self.summary()
         result, arrays = Result(arrays=initial_arrays), initial_arrays
-        if needs_first_tensors(self.config):
-            self._start_joint(grid)
-        self._evaluate(0, arrays, grid)
-        for number in range(1, num_rounds + 1):
+        if self._done:
+            arrays = result.arrays = self.joint.arrays_for()
+            if self._done < num_rounds:
+                self._compare_clients(grid)
+        else:
+            if needs_first_tensors(self.config):
+                self._start_joint(grid)
+            self._evaluate(0, arrays, grid)
+        for number in range(self._done + 1, num_rounds + 1):
             arrays, result.train_metrics_clientapp[number] = self._train(number, arrays, grid)
             result.arrays = arrays
             if metrics := self._evaluate(number, arrays, grid):
                 result.evaluate_metrics_clientapp[number] = metrics
+            if self._keep is not None:
+                self._keep(number, self)
         return result
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that later rounds depend on, between two rounds; shares memory with what moves.
+
+        There are no generators in it and no places in the data: every random number is drawn from
+        a seed made of the run's, the round and what it is for (`derive_seed`), the order of a
+        client's examples too.
+        """
+        return {"engine": self.engine.state_dict(), "joint": self.joint.state_dict()}
+
+    def resume(self, number: int, state: Mapping[str, Any], clients: Sequence[str] = ()) -> None:
+        """Go on after round `number`.
+
+        Parameters
+        ----------
+        number : int
+            The last round that is over.
+        state : mapping
+            What `state_dict` returned after it.
+        clients : sequence of str
+            Who was connected then; it is said if others are now.
+
+        Raises
+        ------
+        ValueError
+            If the state is not of this model and configuration.
+        """
+        self.engine.load_state_dict(state["engine"])
+        self.joint.load_state_dict(state["joint"])
+        self._done, self._known = number, sorted(clients)
+
+    @property
+    def held_out_loss(self) -> float | None:
+        """Of the last round; None if nobody evaluated."""
+        return (self._tally.evaluate or {}).get("loss")
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -241,6 +296,8 @@ class SplitFed(Strategy):
             key = self._cohort.keys.get(reply.metadata.src_node_id, "")
             if not self.engine.has(key) and (reply.has_error() or error_of(reply)):
                 self.engine.miss()  # so that `merged` does not wait for it
+            if KEY_LOST in error_of(reply):
+                self.roster.forget(reply.metadata.src_node_id)
             yield reply
 
     def _replies(
@@ -262,7 +319,7 @@ class SplitFed(Strategy):
             timeout=federation.round_timeout,
             enough=enough,
             broken=self._broken,
-            lost_after=federation.lost_after,
+            lost_after=self.config.link.grace,
         )
 
     def _broken(self, node: int) -> Broken | None:
@@ -314,11 +371,15 @@ class SplitFed(Strategy):
     ) -> ConfigRecord:
         cut = Cut(bottom=profile.bottom, top=profile.top)
         usual = Cut(bottom=self.config.cut.bottom, top=self.config.cut.top)
+        guest = Guest(
+            key=self._cohort.keys[profile.node],
+            client=profile.client,
+            public_key=profile.public_key,
+            cut=None if cut == usual else cut,
+        )
         ticket = ConfigRecord(
             {
-                **self.service.ticket(
-                    self._cohort.keys[profile.node], None if cut == usual else cut
-                ),
+                **self.service.ticket(guest).as_record(),
                 "model": self.model,
                 "round": number,
                 "rounds": self._rounds,
@@ -327,6 +388,20 @@ class SplitFed(Strategy):
         if sizes is not None:
             ticket["batch-sizes"] = sizes
         return ticket
+
+    def _compare_clients(self, grid: Grid) -> None:
+        """Say so if the clients are not those of the run before."""
+        now = [profile.client for profile in self.roster.gather(grid)]
+        if self._known and now != self._known:
+            log(
+                WARNING,
+                "the clients differ from those of the run before: missing %s; new %s. The run goes "
+                "on with those who are here, and will not equal one that was never stopped; to "
+                "wait for all, resume with federation.min_clients=%d",
+                ", ".join(sorted({*self._known} - {*now})) or "none",
+                ", ".join(sorted({*now} - {*self._known})) or "none",
+                len(self._known),
+            )
 
     def _start_joint(self, grid: Grid) -> None:
         """Learn the clients' first tensors from one of them; all start alike."""

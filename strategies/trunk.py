@@ -18,11 +18,12 @@ from torch import Tensor, nn
 
 from conf.schema import TrainConfig
 from models import Cut, load_trainable_state, trainable_state
+from strategies.checks import InFlight
 from strategies.errors import TrunkError
 from strategies.merged import Merged
 from strategies.optim import derive_seed
 from strategies.policies import Policy, SplitFedV1, SplitFedV2
-from strategies.session import MAX_IN_FLIGHT, Round, Session
+from strategies.session import MAX_GRAPHS, Round, Session
 
 POLICIES: dict[str, Callable[[nn.Module, TrainConfig], Policy]] = {
     "splitfed-v1": SplitFedV1,
@@ -30,6 +31,9 @@ POLICIES: dict[str, Callable[[nn.Module, TrainConfig], Policy]] = {
     "merged": Merged,
 }
 """What `train.strategy` may name."""
+
+FRAME_OVERHEAD = 2**14
+"""More bytes than a frame holds besides its tensors' elements."""
 
 
 class TrunkEngine:
@@ -50,6 +54,8 @@ class TrunkEngine:
         Seconds a session may wait for its turn (`splitfed-v2`).
     max_sequences, max_tokens : int
         Largest B and T that are accepted: attention takes memory that grows with the square of T.
+    max_in_flight : int
+        Most bytes of activations whose step is not taken yet, over all sessions.
 
     Notes
     -----
@@ -66,11 +72,13 @@ class TrunkEngine:
         timeout: float = 120.0,
         max_sequences: int = 2**16,
         max_tokens: int = 2**16,
+        max_in_flight: int = 2**32,
     ) -> None:
+        self.in_flight = InFlight(max_in_flight)
         self.max_sequences, self.max_tokens = max_sequences, max_tokens
         self.trunk, self.hidden_size, self.train = trunk, hidden_size, train
         self.seed, self.timeout = seed, timeout
-        self.max_in_flight = MAX_IN_FLIGHT
+        self.max_graphs = MAX_GRAPHS
         # A drawn batch may fall to one client as a whole.
         drawn = math.ceil(train.global_batch / train.batch_size)
         self.max_micro_batches = max(train.accumulate, drawn)
@@ -196,6 +204,11 @@ class TrunkEngine:
         """Tokens whose steps session `key` has applied; 0 for an unknown session."""
         session = self._sessions.get(key)
         return session.tokens if session else 0
+
+    def largest_frame(self, itemsize: int) -> int:
+        """Bytes of the largest frame with activations of so many bytes an element, and its mask."""
+        elements = self.max_sequences * self.max_tokens
+        return elements * self.hidden_size * itemsize + elements // 8 + FRAME_OVERHEAD
 
     @contextmanager
     def random(self, *parts: object) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""A certificate made for one run, whose PEM reaches clients inside Flower's own messages."""
+"""Certificates: one made for a run, whose PEM reaches clients in Flower's messages; and clocks."""
 
 from __future__ import annotations
 
@@ -11,6 +11,33 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 
+def validity_error(pem: bytes, now: datetime.datetime | None = None) -> str:
+    """Why a certificate is not valid by this machine's clock; empty if it is.
+
+    Parameters
+    ----------
+    pem : bytes
+        One certificate or a chain, whose first is the server's.
+    now : datetime, optional
+        Aware; by default this machine's time.
+
+    Raises
+    ------
+    ValueError
+        If it is no certificate.
+    """
+    certificate = x509.load_pem_x509_certificates(pem)[0]
+    first, last = certificate.not_valid_before_utc, certificate.not_valid_after_utc
+    now = now or datetime.datetime.now(datetime.UTC)
+    if first <= now <= last:
+        return ""
+    return (
+        f"the trunk's certificate is valid from {first:%Y-%m-%d %H:%M} to {last:%Y-%m-%d %H:%M} "
+        f"UTC, and this machine's clock says {now:%Y-%m-%d %H:%M} UTC; set the clock (timedatectl "
+        "set-ntp true), or renew link.certificate if it has expired"
+    )
+
+
 def is_loopback(host: str) -> bool:
     """Whether `host` names this machine only."""
     if host == "localhost":
@@ -21,7 +48,11 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def self_signed(host: str, days: int = 30) -> tuple[bytes, bytes]:
+CLOCKS_APART = datetime.timedelta(days=1)
+"""How far a client's clock may be behind before a new certificate looks not yet valid to it."""
+
+
+def self_signed(host: str, days: int = 365) -> tuple[bytes, bytes]:
     """Make a self-signed P-256 certificate for `host`.
 
     Returns
@@ -42,7 +73,7 @@ def self_signed(host: str, days: int = 30) -> tuple[bytes, bytes]:
         .issuer_name(name)
         .public_key(key.public_key())
         .serial_number(x509.random_serial_number())
-        .not_valid_before(now - datetime.timedelta(hours=1))
+        .not_valid_before(now - CLOCKS_APART)
         .not_valid_after(now + datetime.timedelta(days=days))
         .add_extension(x509.SubjectAlternativeName([alternative]), critical=False)
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)

@@ -12,7 +12,7 @@ from torch import Tensor
 from strategies.errors import TrunkError
 from strategies.transport import trunk_pb2 as pb
 
-WIRE_VERSION = 2
+WIRE_VERSION = 3
 """Raised when a frame's meaning changes; both sides must agree."""
 
 MAX_DIMENSIONS = 4
@@ -68,7 +68,7 @@ def encode_mask(mask_BT: Tensor) -> pb.Tensor:
     )
 
 
-def decode(message: pb.Tensor, what: str) -> Tensor:
+def decode(message: pb.Tensor, what: str, agreed: torch.dtype | None = None) -> Tensor:
     """Rebuild a tensor, after checking that the message is what it says.
 
     Parameters
@@ -77,6 +77,8 @@ def decode(message: pb.Tensor, what: str) -> Tensor:
         As received; nothing in it is trusted.
     what : str
         Its name in an error ("activations").
+    agreed : torch.dtype, optional
+        The only dtype that is accepted.
 
     Returns
     -------
@@ -98,6 +100,12 @@ def decode(message: pb.Tensor, what: str) -> Tensor:
     if dtype is None or message.codec not in _CODECS[message.dtype]:
         raise TrunkError(
             f"{what}: dtype {message.dtype} with codec {message.codec} is not known here",
+            kind="codec",
+        )
+    if agreed is not None and dtype != agreed:
+        raise TrunkError(
+            f"{what} came in {dtype}, {agreed} was agreed; start both sides with the same "
+            "link.dtype",
             kind="codec",
         )
     shape = shape_of(message, what)

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from google.protobuf.message import DecodeError
 
 from strategies.errors import TrunkError
 from strategies.session import Session
 from strategies.transport import trunk_pb2 as pb
 from strategies.transport.codec import (
-    WIRE_VERSION,
     decode,
     decode_named,
     encode,
     encode_named,
     shape_of,
 )
+from strategies.transport.frames import failure_of, read_client_frame, server_frame
+
+MAX_DAMAGED = 16
+"""Damaged frames in a row after which a session is given up."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +56,14 @@ class Conversation:
         Of activations and gradients on the wire.
     on_step : callable
         Called with a `StepReport` after each step.
+    limit : int
+        Largest frame, bytes.
+
+    Notes
+    -----
+    A frame that comes again is answered again and done once, so that a client may repeat whatever
+    was not answered. One thread at a time is served: a stream that broke may still be at work when
+    the next one begins.
     """
 
     def __init__(
@@ -61,21 +72,52 @@ class Conversation:
         session: Session,
         dtype: torch.dtype,
         on_step: Callable[[StepReport], None],
+        limit: int,
     ) -> None:
         self.key, self.session = key, session
-        self._dtype, self._on_step = dtype, on_step
+        self._dtype, self._on_step, self._limit = dtype, on_step, limit
+        self._serving = threading.Lock()
+        self._damaged = 0
         # What has moved, and the trunk's own time, since the last step.
         self._bytes_up = self._bytes_down = 0
         self._seconds = 0.0
-        self.closed = False
+        self.closed = self.left = False
 
     def answer(self, raw: bytes) -> bytes:
-        """Answer one frame; `TrunkError` in words if it cannot be served."""
-        self._bytes_up += len(raw)
-        started = time.perf_counter()
-        reply = self._reply(parse(raw), started)
-        self._seconds += time.perf_counter() - started
-        return self.frame(**reply)
+        """Answer one frame.
+
+        Raises
+        ------
+        TrunkError
+            In words, if it cannot be served and the session is of no more use.
+        """
+        with self._serving:
+            self._bytes_up += len(raw)
+            started = time.perf_counter()
+            reply = self._reply_or_failure(raw, started)
+            self._seconds += time.perf_counter() - started
+            return self.frame(**reply)
+
+    def _reply_or_failure(self, raw: bytes, started: float) -> dict[str, Any]:
+        if len(raw) > self._limit:
+            raise TrunkError(
+                f"a frame of {len(raw)} bytes came, at most {self._limit} are accepted; raise "
+                "link.max_frame_mb, or lower train.batch_size or data.context",
+                kind="too-large",
+            )
+        frame = pb.ClientFrame()
+        try:
+            frame = read_client_frame(raw)
+            self._damaged = 0
+            return self._reply(frame, started)
+        except TrunkError as error:
+            if not error.passes:
+                raise
+            self._damaged += error.kind == "damaged"
+            if self._damaged > MAX_DAMAGED:
+                raise TrunkError(f"{MAX_DAMAGED} frames in a row: {error}", kind="order") from error
+            asked = frame.get_gradients
+            return {"failure": failure_of(error, asked.step, asked.micro)}
 
     def frame(self, **body: object) -> bytes:
         """A frame to the client, counted."""
@@ -93,7 +135,8 @@ class Conversation:
             return {"gradients": self._again(frame.get_gradients, started)}
         if body == "apply":
             return {"applied": self._apply(frame.apply)}
-        self.closed = True
+        self.closed, self.left = not frame.close.early, frame.close.early
+        self.session.close()
         return {"closed": pb.Closed(steps=self.session.applied, tokens=self.session.tokens)}
 
     def _compute(self, frame: pb.Compute, started: float) -> pb.Activations:
@@ -103,7 +146,7 @@ class Conversation:
             shape_of(frame.activations, "activations"),
             shape_of(frame.mask, "mask") if masked else None,
         )
-        h_BTD = decode(frame.activations, "activations")
+        h_BTD = decode(frame.activations, "activations", self._dtype)
         mask_BT = decode(frame.mask, "mask") if masked else None
         if mask_BT is not None and mask_BT.dtype != torch.bool:
             raise TrunkError(f"the mask must be BOOL, got {mask_BT.dtype}", kind="codec")
@@ -117,10 +160,11 @@ class Conversation:
         )
 
     def _backward(self, frame: pb.Backward, started: float) -> pb.Gradients:
+        self.session.check_shapes(shape_of(frame.gradient, "gradient"), None)
         grad_BTD, square = self.session.backward(
             frame.step,
             frame.micro,
-            decode(frame.gradient, "gradient"),
+            decode(frame.gradient, "gradient", self._dtype),
             last=frame.last,
             tokens=frame.tokens,
         )
@@ -143,6 +187,9 @@ class Conversation:
 
     def _apply(self, frame: pb.Apply) -> pb.Applied:
         before = self.session.applied
+        self.session.check_ends(
+            {each.name: shape_of(each.tensor, f"'{each.name}'") for each in frame.gradients}
+        )
         started = time.perf_counter()
         result = self.session.apply(
             frame.step,
@@ -183,49 +230,3 @@ class Conversation:
             seconds=seconds,
             state=encode_named(result.state),
         )
-
-
-def parse(raw: bytes) -> pb.ClientFrame:
-    """Read a client's frame; `TrunkError` if it is none of this version."""
-    try:
-        frame = pb.ClientFrame.FromString(raw)
-    except DecodeError as error:
-        raise TrunkError(f"a frame of {len(raw)} bytes is not a Graft frame: {error}") from error
-    if frame.version != WIRE_VERSION:
-        raise TrunkError(
-            f"wire version {frame.version} came, version {WIRE_VERSION} is spoken here; run the "
-            "same release of Graft on both sides",
-            kind="version",
-        )
-    if frame.WhichOneof("body") is None:
-        raise TrunkError("a frame without a body came")
-    return frame
-
-
-def read_server_frame(raw: bytes) -> pb.ServerFrame:
-    """Read the trunk's frame; `TrunkError` if it is none of this version, or says what failed."""
-    try:
-        frame = pb.ServerFrame.FromString(raw)
-    except DecodeError as error:
-        raise TrunkError(f"a frame of {len(raw)} bytes is not a Graft frame: {error}") from error
-    if frame.WhichOneof("body") == "failure":
-        raise TrunkError(frame.failure.message, kind=frame.failure.kind)
-    if frame.version != WIRE_VERSION:
-        raise TrunkError(
-            f"wire version {frame.version} came from the trunk, version {WIRE_VERSION} is spoken "
-            "here; run the same release of Graft on both sides",
-            kind="version",
-        )
-    return frame
-
-
-def server_frame(**body: object) -> bytes:
-    """A frame to a client."""
-    raw: bytes = pb.ServerFrame(version=WIRE_VERSION, **body).SerializeToString()  # type: ignore[arg-type]
-    return raw
-
-
-def client_frame(**body: object) -> bytes:
-    """A frame to the trunk."""
-    raw: bytes = pb.ClientFrame(version=WIRE_VERSION, **body).SerializeToString()  # type: ignore[arg-type]
-    return raw

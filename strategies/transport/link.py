@@ -2,30 +2,49 @@
 
 from __future__ import annotations
 
-import queue
-import threading
-from collections.abc import Iterator, Mapping
+import logging
+import random
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import grpc
-from google.protobuf.message import DecodeError
 from torch import Tensor
 
 from conf.schema import LinkConfig
 from strategies.errors import TrunkError
 from strategies.session import Session, StepResult
+from strategies.transport import tickets
 from strategies.transport import trunk_pb2 as pb
+from strategies.transport.certificates import validity_error
 from strategies.transport.codec import (
     WIRE_DTYPES,
-    WIRE_VERSION,
     decode,
     decode_named,
     encode,
     encode_mask,
     encode_named,
+    shape_of,
 )
-from strategies.transport.service import CLIENT_KEY, METHOD, STEPS_KEY, TOKEN_KEY
+from strategies.transport.frames import client_frame, read_server_frame, refuse_failure
+from strategies.transport.stream import BROKEN, Stream
+from strategies.transport.tickets import Ticket
+
+logger = logging.getLogger(__name__)
+
+FIRST_CONNECTION_SECONDS = 30.0
+"""For a session's first stream, which may need the trunk to be copied."""
+
+FIRST_PAUSE, LONGEST_PAUSE = 0.1, 5.0
+"""Seconds before another attempt to connect: doubled each time, within bounds."""
+
+REPEAT_SHARE = 1 / 8
+"""Of `link.timeout`: after how long without an answer a question is asked again."""
+
+MAX_BREAKS = 10
+"""Streams that may break before one question is answered."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,23 +118,45 @@ class LocalLink:
         self._session.close()
 
 
+@dataclass(frozen=True)
+class _Request:
+    """A frame that waits for its answer, and how that is known from others."""
+
+    raw: bytes
+    answer: str
+    step: int = 0
+    micro: int = 0
+
+    def fits(self, frame: pb.ServerFrame) -> bool:
+        """Whether a frame is the answer."""
+        kind = frame.WhichOneof("body")
+        if kind != self.answer:
+            return False
+        body = getattr(frame, kind)
+        if kind in ("opened", "closed"):
+            return True
+        return body.step == self.step and getattr(body, "micro", 0) == self.micro
+
+
 class GrpcLink:
-    """One session over one stream.
+    """A session over gRPC: one stream, or as many as the network takes to bring it through.
+
+    At most one frame waits for its answer. A frame without one is sent again, over a new stream if
+    the old one broke; the trunk does nothing twice. If the answer to a `Backward` is missing it is
+    asked for with `GetGradients`, which saves sending the gradient again.
 
     Parameters
     ----------
-    address : str
-        ``host:port`` of the trunk service.
-    token : str
-        From this client's ticket.
-    client : str
-        This client's stable name.
+    ticket : Ticket
+        Where the trunk is, and which session to open.
+    node_key : bytes
+        This node's private key, without which the ticket is of no use.
     steps : int
         Optimizer steps planned for this session; 0 to evaluate.
     config : LinkConfig
         Wire dtype, limits and deadlines.
-    certificate : bytes
-        PEM to trust; empty means plaintext (loopback).
+    interceptors : sequence
+        gRPC's, for whoever wants to watch or disturb the frames.
 
     Raises
     ------
@@ -125,76 +166,59 @@ class GrpcLink:
 
     def __init__(
         self,
-        address: str,
-        token: str,
+        ticket: Ticket,
+        node_key: bytes,
         *,
-        client: str,
         steps: int,
         config: LinkConfig,
-        certificate: bytes = b"",
+        interceptors: Sequence[grpc.StreamStreamClientInterceptor] = (),
     ) -> None:
-        self._address, self._timeout = address, config.timeout
-        self._dtype = WIRE_DTYPES[config.dtype]
-        self._limit_mb, limit = config.max_frame_mb, int(config.max_frame_mb * 2**20)
-        options = [
-            ("grpc.max_receive_message_length", limit),
-            ("grpc.max_send_message_length", -1),
-            # A proxy from the environment would see activations that are meant for the trunk only.
-            ("grpc.enable_http_proxy", 0),
-        ]
-        self._channel = (
-            grpc.secure_channel(address, grpc.ssl_channel_credentials(certificate), options)
-            if certificate
-            else grpc.insecure_channel(address, options)
+        self._ticket, self._steps, self._config = ticket, steps, config
+        self._secret = tickets.session_secret(
+            node_key, ticket.trunk_key, ticket.nonce, ticket.session
         )
-        self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
-        self._inbox: queue.SimpleQueue[bytes | TrunkError] = queue.SimpleQueue()
+        self._dtype = WIRE_DTYPES[config.dtype]
+        self._limit = int(config.max_frame_mb * 2**20)
+        self._interceptors = interceptors
+        self._jitter = random.Random()  # of its own: training must not notice
+        self._connection = 0
+        self._stream: Stream | None = None
+        self._outstanding: _Request | None = None
+        self._over = False
         self.bytes_up = self.bytes_down = 0
         self.trunk_seconds = 0.0
-        try:
-            grpc.channel_ready_future(self._channel).result(timeout=min(30.0, config.timeout))
-        except grpc.FutureTimeoutError as error:
-            self._channel.close()
-            raise TrunkError(
-                f"no trunk answers at {address}; check that link.advertise (or link.bind) is an "
-                "address this client can reach, and that link.tls is the same on both sides",
-                kind="unreachable",
-            ) from error
-        call = self._channel.stream_stream(METHOD)(
-            iter(self._outbox.get, None),
-            metadata=((TOKEN_KEY, token), (CLIENT_KEY, client), (STEPS_KEY, str(steps))),
-        )
-        threading.Thread(target=self._read, args=(call,), daemon=True, name="graft-link").start()
-        self.hidden_size = self._receive("opened").hidden_size
+        if ticket.certificate and (error := validity_error(ticket.certificate)):
+            raise TrunkError(error, kind="clock")
+        with self._ending_in_words():
+            opened = self._connect(min(FIRST_CONNECTION_SECONDS, config.timeout))
+        self.hidden_size = opened.hidden_size
+
+    @property
+    def connections(self) -> int:
+        """How many streams were tried so far."""
+        return self._connection
 
     def compute(self, step: int, micro: int, h_BTD: Tensor, mask_BT: Tensor | None) -> Tensor:
         """Send activations (B, T, D) through the trunk; see `Session.compute`."""
         frame = pb.Compute(step=step, micro=micro, activations=encode(h_BTD, self._dtype))
         if mask_BT is not None:
             frame.mask.CopyFrom(encode_mask(mask_BT))
-        self._send(compute=frame)
-        reply = self._receive("activations")
-        self.trunk_seconds += reply.seconds
-        return _expect(reply.activations, "activations", h_BTD)
+        reply = self._ask(_Request(client_frame(compute=frame), "activations", step, micro))
+        return self._expect(reply.activations, "activations", h_BTD)
 
     def backward(
         self, step: int, micro: int, grad_BTD: Tensor, *, last: bool, tokens: int = 0
     ) -> tuple[Tensor, float]:
         """Send dL/dh2 back through the trunk, get dL/dh1; see `Session.backward`."""
         gradient = encode(grad_BTD, self._dtype)
-        self._send(
-            backward=pb.Backward(
-                step=step, micro=micro, gradient=gradient, last=last, tokens=tokens
-            )
-        )
-        reply = self._receive("gradients")
-        self.trunk_seconds += reply.seconds
-        return _expect(reply.gradient, "gradient", grad_BTD), reply.square_norm
+        frame = pb.Backward(step=step, micro=micro, gradient=gradient, last=last, tokens=tokens)
+        reply = self._ask(_Request(client_frame(backward=frame), "gradients", step, micro))
+        return self._expect(reply.gradient, "gradient", grad_BTD), reply.square_norm
 
     def get_gradients(self, step: int, micro: int) -> tuple[Tensor, float]:
         """Fetch the result of a `backward` again; see `Session.get_gradients`."""
-        self._send(get_gradients=pb.GetGradients(step=step, micro=micro))
-        reply = self._receive("gradients")
+        self._send(self._question(step, micro))
+        reply = self._answer()
         return decode(reply.gradient, "gradient"), reply.square_norm
 
     def apply(
@@ -203,91 +227,200 @@ class GrpcLink:
         """Ask for the trunk's optimizer step, without waiting for it."""
         frame = pb.Apply(step=step, **vars(counters))
         frame.gradients.extend(encode_named(gradients or {}))
-        self._send(apply=frame)
+        self._send(_Request(client_frame(apply=frame), "applied", step))
 
     def applied(self) -> StepResult:
         """Wait for the result of the last `apply`."""
-        reply = self._receive("applied")
+        reply = self._answer()
         self.trunk_seconds += reply.seconds
         state = decode_named(reply.state)
         return StepResult(step=reply.step, grad_norm=reply.grad_norm, lr=reply.lr, state=state)
 
     def close(self) -> None:
-        """Say good-bye and end the stream. Called after an error, it only ends the stream."""
+        """Say good-bye and end the stream; nothing is left to do after an error or a good-bye."""
+        if self._over:
+            return
         try:
-            self._send(close=pb.Close())
-            self._receive("closed")
-        finally:
+            self._send(_Request(client_frame(close=pb.Close()), "closed"))
+            self._answer()
+        except TrunkError:
             self.abort()
+            raise
+        self._over = True
+        if self._stream is not None:
+            self._stream.drop()
 
     def abort(self) -> None:
-        """End the stream without a word."""
-        self._outbox.put(None)
-        self._channel.close()
+        """Leave before the end; nothing is left to do after a good-bye or an earlier call."""
+        if not self._over and self._stream is not None:
+            self._stream.leave(client_frame(close=pb.Close(early=True)))
+        self._over = True
 
-    def _send(self, **body: object) -> None:
-        raw: bytes = pb.ClientFrame(version=WIRE_VERSION, **body).SerializeToString()  # type: ignore[arg-type]
-        if len(raw) > self._limit_mb * 2**20:
+    def _ask(self, request: _Request) -> Any:
+        self._send(request)
+        reply = self._answer()
+        self.trunk_seconds += reply.seconds
+        return reply
+
+    def _send(self, request: _Request) -> None:
+        if self._over:
+            raise TrunkError("this link has ended", kind="closed")
+        if len(request.raw) > self._limit:
             raise TrunkError(
-                f"a frame of {len(raw) / 2**20:.3g} MiB exceeds link.max_frame_mb="
-                f"{self._limit_mb:g}; raise it, or lower train.batch_size or data.context",
+                f"a frame of {len(request.raw) / 2**20:.3g} MiB exceeds link.max_frame_mb="
+                f"{self._config.max_frame_mb:g}; raise it, or lower train.batch_size or "
+                "data.context",
                 kind="too-large",
             )
-        self.bytes_up += len(raw)
-        self._outbox.put(raw)
+        self._outstanding = request
+        self._put(request)
 
-    def _receive(self, kind: str) -> Any:
-        try:
-            raw = self._inbox.get(timeout=self._timeout)
-        except queue.Empty:
-            self.abort()
+    def _put(self, request: _Request) -> None:
+        assert self._stream is not None
+        self.bytes_up += len(request.raw)
+        self._stream.send(request.raw)
+
+    def _answer(self) -> Any:
+        """Wait for the answer to the outstanding request, whatever it takes within the deadline."""
+        request, self._outstanding = self._outstanding, None
+        if request is None:
+            raise RuntimeError("nothing was asked")
+        timeout, breaks = self._config.timeout, 0
+        deadline = time.monotonic() + timeout
+        with self._ending_in_words():
+            while (left := deadline - time.monotonic()) > 0:
+                try:
+                    frame = self._receive(min(left, timeout * REPEAT_SHARE))
+                except TrunkError as error:
+                    if error.kind == BROKEN:
+                        breaks += 1
+                        self._reconnect(error, breaks)
+                        deadline = time.monotonic() + timeout
+                    elif error.kind != "damaged":
+                        raise
+                    frame = None
+                if frame is None:
+                    self._repeat(request)
+                elif frame.WhichOneof("body") == "failure":
+                    self._take_failure(frame.failure, request)
+                elif request.fits(frame):
+                    return getattr(frame, request.answer)
+                # Else an answer that came twice, because its question did.
             raise TrunkError(
-                f"the trunk at {self._address} did not answer within {self._timeout:g} s; raise "
+                f"the trunk at {self._ticket.address} did not answer within {timeout:g} s; raise "
                 "link.timeout if it is only busy",
                 kind="timeout",
-            ) from None
-        if isinstance(raw, TrunkError):
-            self.abort()
-            raise raw
-        self.bytes_down += len(raw)
-        try:
-            frame = pb.ServerFrame.FromString(raw)
-        except DecodeError as error:
-            raise TrunkError(f"{self._address} does not speak Graft: {error}") from error
-        body = frame.WhichOneof("body")
-        if body == "failure":
-            self.abort()
-            raise TrunkError(frame.failure.message, kind=frame.failure.kind)
-        if frame.version != WIRE_VERSION or body != kind:
-            self.abort()
-            raise TrunkError(
-                f"expected '{kind}' of wire version {WIRE_VERSION} from the trunk, got '{body}' of "
-                f"version {frame.version}",
-                kind="version",
             )
-        return getattr(frame, kind)
 
-    def _read(self, call: Iterator[bytes]) -> None:
-        """Move replies to the inbox, and say at its end why the stream ended."""
+    def _repeat(self, request: _Request) -> None:
+        if request.answer == "gradients":
+            self._put(self._question(request.step, request.micro))
+        else:
+            self._put(request)
+
+    def _question(self, step: int, micro: int) -> _Request:
+        frame = pb.GetGradients(step=step, micro=micro)
+        return _Request(client_frame(get_gradients=frame), "gradients", step, micro)
+
+    def _take_failure(self, failure: pb.Failure, request: _Request) -> None:
+        """Send again what did not arrive; `TrunkError` if the trunk refuses it."""
+        error = TrunkError(failure.message, kind=failure.kind)
+        if not error.passes:
+            raise error
+        if error.kind == "damaged":
+            self._repeat(request)
+        elif error.kind == "missing" and request.answer == "gradients":
+            if (failure.step, failure.micro) != (request.step, request.micro):
+                return
+            if request == self._question(request.step, request.micro):
+                raise error  # the caller asked for what never was
+            self._put(request)
+
+    def _receive(self, timeout: float) -> pb.ServerFrame | None:
+        assert self._stream is not None
+        raw = self._stream.receive(timeout)
+        if raw is None:
+            return None
+        self.bytes_down += len(raw)
+        return read_server_frame(raw)
+
+    def _reconnect(self, why: TrunkError, breaks: int) -> None:
+        """Connect to the session again, within the time for which the trunk keeps it."""
+        address, grace = self._ticket.address, self._config.grace
+        if breaks > MAX_BREAKS:
+            raise TrunkError(
+                f"the stream to the trunk at {address} broke {breaks} times before one question "
+                f"was answered, the last time because of this: {why}",
+                kind="lost",
+            )
+        logger.warning("the stream to the trunk at %s broke (%s): connecting again", address, why)
+        before = self._connection
         try:
-            for raw in call:
-                self._inbox.put(raw)
-            reason, kind = "it closed the stream", "closed"
-        except grpc.RpcError as error:
-            # The error of a stream is its call, which has both; other errors have neither.
-            is_call = isinstance(error, grpc.Call)
-            reason = (error.details() if is_call else "") or str(error)
-            refused = is_call and error.code() == grpc.StatusCode.UNAUTHENTICATED
-            kind = "refused" if refused else "closed"
-        self._inbox.put(TrunkError(f"the trunk at {self._address}: {reason}", kind=kind))
+            self._connect(grace)
+        except TrunkError as error:
+            if error.kind != "unreachable":
+                raise
+            raise TrunkError(
+                f"the stream to the trunk at {address} broke ({why}), and "
+                f"{self._connection - before} attempts within link.grace={grace:g} s did not bring "
+                "it back; the server has stopped or cannot be reached. A stopped run goes on with "
+                "resume",
+                kind="lost",
+            ) from error
 
+    def _connect(self, seconds: float) -> pb.Opened:
+        """Open a stream, as often as it takes: exponential back-off with jitter, bounded."""
+        deadline = time.monotonic() + seconds
+        pause, wait = FIRST_PAUSE, max(0.25, seconds / 4)
+        while True:
+            if self._stream is not None:
+                self._stream.drop()
+            self._connection += 1
+            self._stream = Stream(
+                self._ticket,
+                self._secret,
+                number=self._connection,
+                steps=self._steps,
+                limit=self._limit,
+                grace=self._config.grace,
+                interceptors=self._interceptors,
+            )
+            try:
+                frame = self._receive(min(wait, deadline - time.monotonic()))
+                why = "no answer"
+            except TrunkError as error:
+                if error.kind not in (BROKEN, "damaged"):
+                    raise
+                frame, why = None, str(error)
+            if frame is not None:
+                return refuse_failure(frame).opened
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise TrunkError(
+                    f"no trunk answers at {self._ticket.address}; check that link.advertise (or "
+                    "link.bind) is an address this client can reach, that its port is open, and "
+                    f"that link.tls is the same on both sides ({why})",
+                    kind="unreachable",
+                )
+            time.sleep(min(left, pause * self._jitter.uniform(0.5, 1.0)))
+            pause = min(2 * pause, LONGEST_PAUSE)
 
-def _expect(message: pb.Tensor, what: str, like: Tensor) -> Tensor:
-    """Decode a reply that must have the shape of what was sent, in its dtype."""
-    tensor = decode(message, what)
-    if tensor.shape != like.shape:
-        raise TrunkError(
-            f"{what} came back with shape {tuple(tensor.shape)}, sent was {tuple(like.shape)}",
-            kind="shape",
-        )
-    return tensor.to(like.device, like.dtype)
+    @contextmanager
+    def _ending_in_words(self) -> Iterator[None]:
+        """An error ends the link, and says which trunk it is about."""
+        try:
+            yield
+        except TrunkError as error:
+            self.abort()
+            address = self._ticket.address
+            if address in str(error):
+                raise
+            raise TrunkError(f"the trunk at {address}: {error}", kind=error.kind) from error
+
+    def _expect(self, message: pb.Tensor, what: str, like: Tensor) -> Tensor:
+        """Decode a reply that must have the shape of what was sent, in its dtype."""
+        if (shape := shape_of(message, what)) != tuple(like.shape):
+            raise TrunkError(
+                f"{what} came back with shape {shape}, sent was {tuple(like.shape)}", kind="shape"
+            )
+        return decode(message, what, self._dtype).to(like.device, like.dtype)

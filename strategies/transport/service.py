@@ -1,4 +1,4 @@
-"""The trunk engine behind gRPC: one bidirectional stream per session."""
+"""The trunk engine behind gRPC: sessions, each over one bidirectional stream after another."""
 
 from __future__ import annotations
 
@@ -8,46 +8,62 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import grpc
 
 from conf.schema import LinkConfig
-from models import Cut
 from strategies.errors import TrunkError
-from strategies.session import Session
+from strategies.transport import tickets
 from strategies.transport import trunk_pb2 as pb
 from strategies.transport.certificates import is_loopback, self_signed
 from strategies.transport.codec import WIRE_DTYPES
-from strategies.transport.conversation import Conversation, StepReport, server_frame
+from strategies.transport.conversation import Conversation, StepReport
+from strategies.transport.frames import failure_of, server_frame
+from strategies.transport.tickets import Guest, Ticket
+from strategies.transport.wire import (
+    CONNECTION_KEY,
+    SESSION_KEY,
+    STEPS_KEY,
+    TOKEN_KEY,
+    server_options,
+)
 from strategies.trunk import TrunkEngine
 
 logger = logging.getLogger(__name__)
 
-METHOD = "/graft.Trunk/Session"
-TOKEN_KEY, CLIENT_KEY, STEPS_KEY = "graft-token", "graft-client", "graft-steps"
 IDLE_SHARE, TURN_SHARE = 0.5, 0.75
 """Of `link.timeout`, which a client waits for a reply: how long the trunk waits for a client's next
 frame, and for a turn. In this order, so that a dead client's turn is free before others give up."""
 
-MAX_SESSIONS = 256
+MAX_STREAMS = 256
 """Streams served at once; each takes a thread while it is open."""
 
 
 @dataclass(eq=False)
-class _Call:
-    """One stream, and since when it waits for its client."""
+class _Seat:
+    """A guest's place in the open round, from its ticket to its good-bye."""
 
-    waiting_since: float | None = None
+    guest: Guest
+    secret: bytes
+    connection: int = 0
+    """The number of the last connection that was let in."""
+    stream: grpc.ServicerContext | None = None
+    talk: Conversation | None = None
+    since: float | None = None
+    """With a stream: since when it waits for the client. Without: since when there is none."""
+    over: bool = False
+    """Whether the session was given up."""
+    opening: threading.Lock = field(default_factory=threading.Lock)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Broken:
-    """A session whose stream ended without a good-bye."""
+    """A session that has no stream and had no good-bye."""
 
     since: float
-    """When, by `time.monotonic`."""
+    """When it lost its stream, by `time.monotonic`."""
     done: int
     """Optimizer steps that were applied."""
     steps: int
@@ -55,7 +71,10 @@ class Broken:
 
 
 class TrunkService:
-    """Serves a `TrunkEngine` to clients that hold a token of the open round.
+    """Serves a `TrunkEngine` to the guests of the open round.
+
+    A session whose stream broke keeps its state for `link.grace` seconds, in which its client may
+    connect again; see `tickets` for what lets it in.
 
     Parameters
     ----------
@@ -80,20 +99,17 @@ class TrunkService:
     ) -> None:
         self._engine, self._link, self.on_step = engine, link, on_step
         self._dtype = WIRE_DTYPES[link.dtype]
-        self._tokens: dict[str, str] = {}
-        self._cuts: dict[str, Cut | None] = {}
-        self._broken: dict[str, Broken] = {}
-        self._calls: dict[grpc.ServicerContext, _Call] = {}
+        self._private_key = tickets.new_key()
+        self._seats: dict[str, _Seat] = {}
         self._lock = threading.Lock()
         self._stopped = threading.Event()
-        limit = int(link.max_frame_mb * 2**20)
+        self._limit = int(link.max_frame_mb * 2**20)
+        if engine.train.sync != "step":  # then frames hold activations and gradients only
+            self._limit = min(self._limit, engine.largest_frame(self._dtype.itemsize))
         self._server = grpc.server(
-            ThreadPoolExecutor(MAX_SESSIONS, thread_name_prefix="graft-session"),
-            options=[
-                ("grpc.max_receive_message_length", limit),
-                ("grpc.max_send_message_length", -1),
-                ("grpc.so_reuseport", 0),
-            ],
+            ThreadPoolExecutor(MAX_STREAMS, thread_name_prefix="graft-session"),
+            options=server_options(self._limit, link.grace),
+            maximum_concurrent_rpcs=MAX_STREAMS,
         )
         handler = grpc.stream_stream_rpc_method_handler(self._serve)
         self._server.add_generic_rpc_handlers(
@@ -106,47 +122,54 @@ class TrunkService:
     def start(self) -> str:
         """Accept sessions; returns the address that clients connect to."""
         self._server.start()
-        threading.Thread(target=self._end_idle_sessions, daemon=True, name="graft-idle").start()
+        threading.Thread(target=self._end_lost_sessions, daemon=True, name="graft-lost").start()
         return self.address
 
-    def admit(self, key: str, cut: Cut | None = None) -> str:
-        """Issue the token (256 random bits) that opens session `key`, once, in this round.
+    def ticket(self, guest: Guest) -> Ticket:
+        """Admit a guest to one session of the open round.
 
-        Parameters
-        ----------
-        key : str
-            Names the session; it differs in every round and attempt.
-        cut : Cut, optional
-            The client's own cut, if it is not the trunk's.
+        Raises
+        ------
+        ValueError
+            If the guest's public key is none.
         """
-        token = secrets.token_hex(32)
+        nonce = tickets.new_nonce()
+        secret = tickets.session_secret(self._private_key, guest.public_key, nonce, guest.key)
         with self._lock:
-            self._tokens[token] = key
-            self._cuts[key] = cut
-        return token
-
-    def ticket(self, key: str, cut: Cut | None = None) -> dict[str, str | bytes]:
-        """What a client needs to open session `key`; see `admit`."""
-        return {
-            "address": self.address,
-            "token": self.admit(key, cut),
-            "certificate": self.certificate,
-        }
+            self._seats[guest.key] = _Seat(guest, secret)
+        return Ticket(
+            session=guest.key,
+            address=self.address,
+            nonce=nonce,
+            trunk_key=tickets.public_half(self._private_key),
+            certificate=self.certificate,
+        )
 
     def broken(self, key: str) -> Broken | None:
-        """When and where session `key` lost its stream; None if it did not, or has not begun."""
+        """When and where session `key` lost its stream; None if it has one, or has not begun."""
         with self._lock:
-            return self._broken.get(key)
+            seat = self._seats.get(key)
+            if seat is None or seat.talk is None or seat.talk.closed or seat.stream is not None:
+                return None
+            session = seat.talk.session
+            assert seat.since is not None
+            return Broken(since=seat.since, done=session.applied, steps=session.steps)
+
+    def sessions(self) -> int:
+        """How many sessions are open."""
+        with self._lock:
+            return sum(
+                seat.talk is not None and not (seat.over or seat.talk.closed)
+                for seat in self._seats.values()
+            )
 
     def end_round(self) -> None:
-        """Withdraw all tokens and end the streams that are still open."""
+        """Withdraw all tickets and end the streams that are still open."""
         with self._lock:
-            self._tokens.clear()
-            self._cuts.clear()
-            self._broken.clear()
-            calls = list(self._calls)
-        for call in calls:
-            call.cancel()
+            seats, self._seats = list(self._seats.values()), {}
+            streams = [seat.stream for seat in seats if seat.stream is not None]
+        for stream in streams:
+            stream.cancel()
 
     def stop(self) -> None:
         """Refuse new sessions and end the open ones."""
@@ -179,73 +202,133 @@ class TrunkService:
         return certificate, port
 
     def _serve(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
-        metadata = dict(context.invocation_metadata())
-        with self._lock:
-            key = self._tokens.pop(str(metadata.get(TOKEN_KEY, "")), None)
-        if key is None:
+        metadata = {key: str(value) for key, value in context.invocation_metadata()}
+        seat = self._let_in(metadata, context)
+        if seat is None:
             context.abort(
                 grpc.StatusCode.UNAUTHENTICATED,
-                "no session has this token: it is wrong, was used before, or its round has ended",
+                "no session is open to this token: it is not its node's, it was used before, or "
+                "its round has ended",
             )
-        call = _Call()
-        with self._lock:
-            self._calls[context] = call
-        talk: Conversation | None = None
+            return
         try:
-            session = self._open(str(key), metadata)
-            talk = Conversation(str(key), session, self._dtype, self.on_step)
-            opened = pb.Opened(hidden_size=self._engine.hidden_size, steps=session.steps)
+            talk = self._open(seat, metadata)
+            opened = pb.Opened(hidden_size=self._engine.hidden_size, steps=talk.session.steps)
             yield talk.frame(opened=opened)
-            yield from self._converse(talk, requests, call)
+            yield from self._converse(seat, talk, requests, context)
         except TrunkError as error:
-            logger.warning("session %s: %s", key, error)
-            yield server_frame(failure=pb.Failure(kind=error.kind, message=str(error)))
+            logger.warning("session %s: %s", seat.guest.key, error)
+            self._give_up(seat)
+            yield server_frame(failure=failure_of(error))
+        except Exception:
+            self._give_up(seat)  # in an unknown state
+            raise
         finally:
-            with self._lock:
-                self._calls.pop(context, None)
-                if talk is not None and not talk.closed and key in self._cuts:
-                    self._broken[str(key)] = Broken(
-                        since=time.monotonic(), done=talk.session.applied, steps=talk.session.steps
-                    )
-            if talk is not None:
-                talk.session.close()
+            self._part(seat, context)
 
-    def _open(self, key: str, metadata: dict[str, str | bytes]) -> Session:
-        try:
-            steps = int(metadata.get(STEPS_KEY, "0"))
-        except ValueError as error:
-            raise TrunkError(f"{STEPS_KEY} must be a whole number: {error}") from error
-        client = str(metadata.get(CLIENT_KEY, ""))
+    def _let_in(self, metadata: dict[str, str], context: grpc.ServicerContext) -> _Seat | None:
+        """The seat that a connection's token is for; the session's earlier stream ends."""
+        number = metadata.get(CONNECTION_KEY, "")
+        connection = int(number) if number.isdecimal() and len(number) < 10 else 0
         with self._lock:
-            cut = self._cuts.get(key)
-        return self._engine.open(key, client=client, steps=steps, cut=cut)
+            seat = self._seats.get(metadata.get(SESSION_KEY, ""))
+            # Somebody without a seat takes as long to be told.
+            secret = seat.secret if seat else secrets.token_bytes(tickets.KEY_BYTES)
+            fits = tickets.same(tickets.token(secret, connection), metadata.get(TOKEN_KEY, ""))
+            if seat is None or not fits or seat.over or connection <= seat.connection:
+                return None
+            before, seat.stream, seat.connection, seat.since = (
+                seat.stream, context, connection, None,
+            )  # fmt: skip
+        if before is not None:
+            before.cancel()
+        return seat
+
+    def _open(self, seat: _Seat, metadata: dict[str, str]) -> Conversation:
+        """Open the session, or find it as an earlier stream has left it."""
+        steps = metadata.get(STEPS_KEY, "")
+        if not (steps.isdecimal() and len(steps) < 10):
+            raise TrunkError(f"{STEPS_KEY} must be a whole number, got {steps[:20]!r}")
+        guest = seat.guest
+        with seat.opening:
+            if seat.talk is None:
+                session = self._engine.open(
+                    guest.key, client=guest.client, steps=int(steps), cut=guest.cut
+                )
+                seat.talk = Conversation(
+                    guest.key, session, self._dtype, self.on_step, limit=self._limit
+                )
+            return seat.talk
 
     def _converse(
-        self, talk: Conversation, requests: Iterator[bytes], call: _Call
+        self,
+        seat: _Seat,
+        talk: Conversation,
+        requests: Iterator[bytes],
+        context: grpc.ServicerContext,
     ) -> Iterator[bytes]:
-        """Answer frames until the client closes or falls silent."""
-        while not talk.closed:
+        """Answer frames until the client leaves, falls silent, or has another stream."""
+        while seat.stream is context:
             # Neither sending nor reading may hold a client up who does not read or send.
-            call.waiting_since = time.monotonic()
-            raw = next(requests, None)
-            call.waiting_since = None
+            self._wait(seat, context, time.monotonic())
+            raw = _next(requests)
+            self._wait(seat, context, None)
             if raw is None:
+                logger.info("session %s: its stream broke", seat.guest.key)
                 return
             reply = talk.answer(raw)
-            call.waiting_since = time.monotonic()
+            self._wait(seat, context, time.monotonic())
             yield reply
+            if talk.left:
+                logger.info("session %s: its client left", seat.guest.key)
+                self._give_up(seat)
+            if talk.closed or talk.left:
+                return
 
-    def _end_idle_sessions(self) -> None:
-        """A client that fell silent must not hold a turn, a replica or a thread for ever."""
-        limit = self._link.timeout * IDLE_SHARE
-        while not self._stopped.wait(min(1.0, limit / 4)):
+    def _wait(self, seat: _Seat, context: grpc.ServicerContext, since: float | None) -> None:
+        with self._lock:
+            if seat.stream is context:
+                seat.since = since
+
+    def _part(self, seat: _Seat, context: grpc.ServicerContext) -> None:
+        """A stream has ended; its session waits for the next one."""
+        with self._lock:
+            if seat.stream is context:
+                seat.stream, seat.since = None, time.monotonic()
+
+    def _give_up(self, seat: _Seat) -> None:
+        """Let nobody in to this session any more, and drop what it has under way."""
+        seat.over = True
+        if seat.talk is not None:
+            seat.talk.session.close()
+
+    def _end_lost_sessions(self) -> None:
+        """A client that fell silent or stays away must not hold a turn, a replica or a thread."""
+        silence, absence = self._link.timeout * IDLE_SHARE, self._link.grace
+        while not self._stopped.wait(min(1.0, silence / 4, absence / 4)):
             now = time.monotonic()
             with self._lock:
-                idle = [
-                    context
-                    for context, call in self._calls.items()
-                    if call.waiting_since is not None and now - call.waiting_since > limit
-                ]
-            for context in idle:
-                logger.warning("a client was silent for %g s: session ended", limit)
-                context.cancel()
+                waiting = [
+                    (seat, seat.stream, now - seat.since)
+                    for seat in self._seats.values()
+                    if seat.since is not None and seat.talk is not None
+                    and not (seat.over or seat.talk.closed)
+                ]  # fmt: skip
+            for seat, stream, seconds in waiting:
+                if seconds <= (absence if stream is None else silence):
+                    continue
+                how = "stayed away" if stream is None else "was silent"
+                logger.warning(
+                    "session %s: its client %s for %.3g s: given up", seat.guest.key, how, seconds
+                )
+                self._give_up(seat)
+                if stream is not None:
+                    stream.cancel()
+
+
+def _next(requests: Iterator[bytes]) -> bytes | None:
+    """The client's next frame; None if the stream has ended, which no client does on its own."""
+    try:
+        return next(requests, None)
+    except grpc.RpcError:
+        return None

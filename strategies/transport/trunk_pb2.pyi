@@ -31,6 +31,14 @@ RAW: Codec
 SCALED: Codec
 BITS: Codec
 
+class Envelope(_message.Message):
+    __slots__ = ("checksum", "body")
+    CHECKSUM_FIELD_NUMBER: _ClassVar[int]
+    BODY_FIELD_NUMBER: _ClassVar[int]
+    checksum: int
+    body: bytes
+    def __init__(self, checksum: _Optional[int] = ..., body: _Optional[bytes] = ...) -> None: ...
+
 class Tensor(_message.Message):
     __slots__ = ("version", "dtype", "shape", "codec", "scale", "data")
     VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -110,8 +118,10 @@ class Apply(_message.Message):
     def __init__(self, step: _Optional[int] = ..., client_square_norm: _Optional[float] = ..., tokens: _Optional[int] = ..., loss: _Optional[float] = ..., seconds_bottom: _Optional[float] = ..., seconds_network: _Optional[float] = ..., seconds_top: _Optional[float] = ..., gradients: _Optional[_Iterable[_Union[NamedTensor, _Mapping]]] = ...) -> None: ...
 
 class Close(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("early",)
+    EARLY_FIELD_NUMBER: _ClassVar[int]
+    early: bool
+    def __init__(self, early: _Optional[bool] = ...) -> None: ...
 
 class ClientFrame(_message.Message):
     __slots__ = ("version", "compute", "backward", "get_gradients", "apply", "close")
@@ -186,12 +196,16 @@ class Closed(_message.Message):
     def __init__(self, steps: _Optional[int] = ..., tokens: _Optional[int] = ...) -> None: ...
 
 class Failure(_message.Message):
-    __slots__ = ("kind", "message")
+    __slots__ = ("kind", "message", "step", "micro")
     KIND_FIELD_NUMBER: _ClassVar[int]
     MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    MICRO_FIELD_NUMBER: _ClassVar[int]
     kind: str
     message: str
-    def __init__(self, kind: _Optional[str] = ..., message: _Optional[str] = ...) -> None: ...
+    step: int
+    micro: int
+    def __init__(self, kind: _Optional[str] = ..., message: _Optional[str] = ..., step: _Optional[int] = ..., micro: _Optional[int] = ...) -> None: ...
 
 class ServerFrame(_message.Message):
     __slots__ = ("version", "opened", "activations", "gradients", "applied", "closed", "failure")

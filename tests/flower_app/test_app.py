@@ -355,7 +355,7 @@ def test_nothing_of_a_client_but_parts_and_counters_is_in_its_reply(tmp_path: Pa
         content = reply.content
         assert set(content.config_records["outcome"]) == {"client", "error"}
         if reply.metadata.message_type == "query":
-            profile = {"cut-bottom", "cut-top", "lora-rank", "examples"}
+            profile = {"cut-bottom", "cut-top", "lora-rank", "examples", "public-key"}
             assert set(content.config_records["profile"]) == profile
             assert content.config_records["profile"]["examples"] == 0, "nobody needs to know"
             assert set(content) == {"outcome", "profile"}

@@ -19,7 +19,7 @@ from conf.schema import Config
 from tests.flower_app import test_app
 from tests.flower_app.grid import InProcessGrid, WatchedLink
 
-FAST = "train.rounds=1 federation.fraction_evaluate=0 federation.lost_after=0.2 train.lr=0.01"
+FAST = "train.rounds=1 federation.fraction_evaluate=0 link.grace=0.2 train.lr=0.01"
 
 
 @pytest.fixture(autouse=True)
@@ -169,7 +169,7 @@ def test_a_round_ends_without_the_straggler_whose_late_reply_harms_nobody(tmp_pa
     """One more than needed is asked. The straggler begins when its round is over, and its late
     reply is there during the next one."""
     changes = "train.rounds=3 federation.fraction_train=0.5 federation.oversample=0.5"
-    config = configured(tmp_path, f"{changes} federation.lost_after=30")
+    config = configured(tmp_path, f"{changes} link.grace=30")
     event = threading.Event()
     grid = InProcessGrid(clients=4)
     straggler: list[int] = []
@@ -193,7 +193,7 @@ def test_a_round_ends_without_the_straggler_whose_late_reply_harms_nobody(tmp_pa
     assert f"clients 2 of 3: {', '.join(first['clients'])}" in text
     late = [reply for reply in grid._replies.values() if reply.has_content()]
     errors = {reply.content.config_records["outcome"]["error"] for reply in late}
-    assert any("no session has this token" in str(error) for error in errors)
+    assert any("no session is open to this token" in str(error) for error in errors)
     for record in rounds[2:]:
         assert len(record["clients"]) == 2
         assert set(record["missing"].values()) == {"not needed: 2 of 3 answered first"}

@@ -67,7 +67,7 @@ def test_a_round_ends_with_its_quorum_when_a_supernode_is_killed() -> None:
     # Three are the fewest that a round waits for; all four are there when it begins.
     outcome, watched = _run_and_kill(
         "train.rounds=3 train.local_steps=300 federation.min_clients=3 federation.quorum=0.75 "
-        "federation.lost_after=3 output.save_model=false output.log_every=1000",
+        "link.grace=3 output.save_model=false output.log_every=1000",
         after=10,
     )
     _check_others_went_on(

@@ -17,6 +17,7 @@ from models.tiny import VOCAB, tiny_config
 from simulations.reference import fed_avg_round, train_whole
 from strategies.transport.link import GrpcLink, LocalLink
 from strategies.transport.service import TrunkService
+from strategies.transport.tickets import Guest, Ticket, new_key, public_half
 from strategies.trunk import TrunkEngine
 
 __all__ = ["fed_avg_round", "train_whole"]
@@ -73,7 +74,7 @@ def engine_for(trunk: torch.nn.Module, train: TrainConfig, **kwargs: object) -> 
 @contextmanager
 def served(engine: TrunkEngine, **link: object) -> Iterator[TrunkService]:
     """The engine behind real gRPC on loopback."""
-    service = TrunkService(engine, LinkConfig(**link))  # type: ignore[arg-type]
+    service = TrunkService(engine, link_config(**link))
     service.start()
     try:
         yield service
@@ -81,16 +82,24 @@ def served(engine: TrunkEngine, **link: object) -> Iterator[TrunkService]:
         service.stop()
 
 
+NODE_KEY = new_key()
+"""Of every node in these tests."""
+
+
+def admit(service: TrunkService, key: str) -> Ticket:
+    """A ticket to session `key`, for whoever holds `NODE_KEY`."""
+    return service.ticket(Guest(key=key, client=key, public_key=public_half(NODE_KEY)))
+
+
+def link_config(**link: object) -> LinkConfig:
+    """Settings of a link, with a grace that fits its timeout."""
+    timeout = float(link.get("timeout", 120.0))  # type: ignore[arg-type]
+    return LinkConfig(**{"grace": min(30.0, timeout / 2), **link})  # type: ignore[arg-type]
+
+
 def connect(service: TrunkService, key: str, steps: int, **link: object) -> GrpcLink:
     """A link with a fresh ticket for session `key`."""
-    return GrpcLink(
-        service.address,
-        service.admit(key),
-        client=key,
-        steps=steps,
-        config=LinkConfig(**link),  # type: ignore[arg-type]
-        certificate=service.certificate,
-    )
+    return GrpcLink(admit(service, key), NODE_KEY, steps=steps, config=link_config(**link))
 
 
 def train_split(

@@ -9,8 +9,9 @@ import torch
 
 from conf.schema import TrainConfig
 from models import split
+from strategies.checks import InFlight
 from strategies.errors import TrunkError
-from strategies.session import MAX_IN_FLIGHT, Session
+from strategies.session import MAX_GRAPHS, Session
 from strategies.trunk import TrunkEngine
 from tests.strategies.helpers import CUT, HIDDEN, engine_for, tiny_model
 
@@ -91,16 +92,72 @@ def test_what_is_out_of_order_or_shape_is_refused(call, word: str) -> None:  # t
     step(session, 0)  # and nothing is lost
 
 
-def test_a_repeated_forward_or_backward_is_refused() -> None:
-    session = open_one(make_engine())
-    session.compute(0, 0, H, None)
-    with pytest.raises(TrunkError, match="computed before"):
-        session.compute(0, 0, H, None)
+def test_what_comes_again_is_answered_again_and_runs_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Row 17: its reply was lost. Gradients do not add up twice, and dropout is not drawn anew."""
+    runs = []
+    run = Session.run
+    monkeypatch.setattr(Session, "run", lambda self, *a: runs.append(1) or run(self, *a))
+    engine = make_engine()
+    session, twin = open_one(engine, "a"), open_one(engine, "b")
+    step(twin, 0)
+    runs.clear()
+
+    outputs = [session.compute(0, 0, H, None) for _ in range(3)]
+    assert all(torch.equal(output, outputs[0]) for output in outputs)
     with pytest.raises(TrunkError, match="gradient has shape"):
         session.backward(0, 0, H[:1], last=True)
-    session.backward(0, 0, H, last=False)
-    with pytest.raises(TrunkError, match="no forward"):
-        session.backward(0, 0, H, last=True)
+    gradients = [session.backward(0, 0, torch.ones_like(H), last=True) for _ in range(3)]
+    assert all(torch.equal(g, gradients[0][0]) and n == gradients[0][1] for g, n in gradients)
+    session.apply(0, client_square_norm=0.0, tokens=8)
+
+    assert runs == [1]
+    assert torch.equal(weights(session._lane.module), weights(twin._lane.module))
+
+
+def test_what_comes_after_its_step_is_stale_and_changes_nothing() -> None:
+    session = open_one(make_engine())
+    session.compute(0, 0, H, None)
+    session.backward(0, 0, torch.ones_like(H), last=True)
+    with pytest.raises(TrunkError, match="has gone back") as stale:
+        session.compute(0, 0, H, None)
+    assert stale.value.passes
+    session.apply(0, client_square_norm=0.0, tokens=8)
+    before = weights(session._lane.module)
+    late = (
+        lambda: session.compute(0, 0, H, None),
+        lambda: session.backward(0, 0, H, last=True),
+    )
+    for call in late:
+        with pytest.raises(TrunkError, match="step 0 came again, step 1 is the current") as stale:
+            call()
+        assert stale.value.kind == "stale"
+    step(session, 1)
+    with pytest.raises(TrunkError, match="step 0 came again"):
+        session.apply(0, client_square_norm=0.0, tokens=8)
+
+    assert session.applied == 2
+    assert not torch.equal(weights(session._lane.module), before)
+
+
+def test_bytes_in_flight_are_bounded_and_given_back() -> None:
+    engine = make_engine()
+    engine.in_flight = InFlight(3 * H.nbytes)
+    one, other = open_one(engine, "a"), open_one(engine, "b")
+    one.compute(0, 0, H, None)
+    one.compute(0, 1, H, None)
+    other.compute(0, 0, H, None)
+    with pytest.raises(TrunkError, match=r"exceed link.max_in_flight_mb=.*; raise it") as busy:
+        other.compute(0, 1, H, None)
+    assert busy.value.kind == "busy"
+    for micro in (0, 1):
+        one.backward(0, micro, torch.ones_like(H), last=micro == 1)
+    one.apply(0, client_square_norm=0.0, tokens=8)
+    assert engine.in_flight.bytes == H.nbytes
+    other.compute(0, 1, H, None)
+    other.close()
+    assert engine.in_flight.bytes == 0
 
 
 def test_the_last_backward_must_be_the_last() -> None:
@@ -114,11 +171,11 @@ def test_the_last_backward_must_be_the_last() -> None:
 
 def test_graphs_in_flight_are_bounded() -> None:
     session = open_one(make_engine())
-    for micro in range(MAX_IN_FLIGHT):
+    for micro in range(MAX_GRAPHS):
         session.compute(0, micro, H, None)
 
     with pytest.raises(TrunkError, match="at most"):
-        session.compute(0, MAX_IN_FLIGHT, H, None)
+        session.compute(0, MAX_GRAPHS, H, None)
 
 
 def test_steps_are_bounded_by_what_was_announced() -> None:

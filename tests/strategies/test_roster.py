@@ -12,11 +12,14 @@ import pytest
 from flwr.app import ConfigRecord, Error, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
-from conf.schema import Config, FederationConfig, TrainConfig
+from conf.schema import Config, FederationConfig, LinkConfig, TrainConfig
 from strategies import roster as module
 from strategies.roster import Profile, Roster, choose, quorum, sizes
 
-TOLD: dict[str, Any] = {"cut-bottom": 1, "cut-top": 2, "lora-rank": 8, "examples": 0}
+KEY = bytes(range(32))
+TOLD: dict[str, Any] = {
+    "cut-bottom": 1, "cut-top": 2, "lora-rank": 8, "examples": 0, "public-key": KEY,
+}  # fmt: skip
 
 
 class Nodes:
@@ -64,8 +67,10 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def config(**federation: Any) -> Config:
-    values = {"min_clients": 1, "round_timeout": 0.2, "lost_after": 0.1, **federation}
-    return Config(federation=FederationConfig(**values))
+    """Settings of a federation, and of a link by `grace`."""
+    grace = federation.pop("grace", 0.1)
+    values = {"min_clients": 1, "round_timeout": 0.2, **federation}
+    return Config(federation=FederationConfig(**values), link=LinkConfig(grace=grace))
 
 
 def gather(roster: Roster, nodes: Any) -> list[str]:
@@ -78,7 +83,7 @@ def test_every_node_is_asked_once_at_first_sight() -> None:
     assert gather(roster, nodes) == gather(roster, nodes) == ["a", "b"]
 
     assert nodes.asked == [5, 7]
-    assert roster[7] == Profile(node=7, client="b", bottom=1, top=2, rank=8, examples=0)
+    assert roster[7] == Profile(node=7, client="b", bottom=1, top=2, rank=8, public_key=KEY)
     nodes.says[9] = {"client": "late"}
     assert gather(roster, nodes) == ["a", "b", "late"]
     assert nodes.asked == [5, 7, 9]
@@ -108,6 +113,7 @@ def test_examples_are_counted_only_if_somebody_needs_them(
         ("the process was killed", "the process was killed"),
         ({"error": "no data at /nowhere"}, "no data at /nowhere"),
         ({"client": ""}, "it says it is called ''"),
+        ({"public-key": b"short"}, "c2 shows no key to make its tickets for"),
         ({"client": 3}, "it says it is called 3"),
         ({"cut-top": -1}, "c2 says cut-top=-1"),
         ({"lora-rank": 0}, "c2 says lora-rank=0"),
@@ -159,7 +165,7 @@ def test_a_silent_newcomer_holds_up_one_round_and_not_for_long(
     monkeypatch.undo()
     for name in ("_run_id", "_node_id", "_task_id"):
         monkeypatch.setattr(TaskIdentity, name, 1)
-    roster, nodes = Roster(config(round_timeout=60, lost_after=0.2)), Nodes(n1={})
+    roster, nodes = Roster(config(round_timeout=60, grace=0.2)), Nodes(n1={})
     gather(roster, nodes)
     nodes.says[2] = None
 

@@ -15,7 +15,8 @@ from strategies.errors import TrunkError
 from strategies.session import Session
 from strategies.transport import trunk_pb2 as pb
 from strategies.transport.codec import encode, encode_mask
-from strategies.transport.link import LocalLink
+from strategies.transport.frames import client_frame
+from strategies.transport.link import LocalLink, _Request
 from tests.strategies.helpers import (
     CUT,
     HIDDEN,
@@ -153,10 +154,18 @@ def test_limits_are_checked_before_anything_is_unpacked(monkeypatch: pytest.Monk
         for number, (word, tensor) in enumerate(cases.items()):
             link = connect(service, f"s{number}", 1)
             frame = pb.Compute(activations=encode(tensor, torch.float32))
-            frame.mask.CopyFrom(encode_mask(torch.ones(1, 2**20)))
-            link._send(compute=frame)
+            frame.mask.CopyFrom(encode_mask(torch.ones(1, 2**16)))
             with pytest.raises(TrunkError, match=word):
-                link._receive("activations")
+                link._ask(_Request(client_frame(compute=frame), "activations"))
+
+
+def test_no_frame_is_read_that_is_larger_than_a_batch_needs() -> None:
+    engine, _ = open_session(TrainConfig(), max_sequences=4, max_tokens=16)
+    with served(engine) as service:
+        link = connect(service, "b", 1)
+        assert link.compute(0, 0, torch.randn(4, 16, HIDDEN), None).shape == (4, 16, HIDDEN)
+        with pytest.raises(TrunkError, match="larger than max .* lower train.batch_size"):
+            link.compute(0, 1, torch.randn(40, 16, HIDDEN), None)
 
 
 def test_a_failing_backward_leaves_no_gradient_on_the_shared_trunk(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import grpc
@@ -18,17 +18,25 @@ from flower_app import training
 from flower_app.data import Batch
 from models import split
 from strategies.errors import TrunkError
+from strategies.transport import tickets
 from strategies.transport import trunk_pb2 as pb
 from strategies.transport.codec import WIRE_VERSION, encode
+from strategies.transport.frames import _seal, client_frame, read_client_frame, read_server_frame
 from strategies.transport.link import GrpcLink, LocalLink, StepCounters
-from strategies.transport.service import METHOD, TOKEN_KEY, TrunkService
+from strategies.transport.service import TrunkService
+from strategies.transport.stream import Stream
+from strategies.transport.tickets import Guest, Ticket, new_key, public_half, session_secret
+from strategies.transport.wire import CONNECTION_KEY, METHOD, SESSION_KEY, STEPS_KEY, TOKEN_KEY
 from strategies.trunk import TrunkEngine
 from tests.strategies.helpers import (
     CUT,
     HIDDEN,
+    NODE_KEY,
+    admit,
     connect,
     engine_for,
     largest_difference,
+    link_config,
     place,
     random_batch,
     random_steps,
@@ -38,6 +46,7 @@ from tests.strategies.helpers import (
 )
 
 H = torch.randn(2, 5, HIDDEN, generator=torch.Generator().manual_seed(0))
+FP32 = torch.float32
 ONE = StepCounters(client_square_norm=0.0, tokens=1)
 
 
@@ -47,12 +56,20 @@ def open_engine(*, training: bool = True, **train: object) -> TrunkEngine:
     return engine
 
 
-def raw_call(service: TrunkService, frames: list[bytes], token: str) -> list[pb.ServerFrame]:
+def raw_call(
+    service: TrunkService, frames: list[bytes], ticket: Ticket, token: str = ""
+) -> list[pb.ServerFrame]:
+    """All answers to these bytes, over a connection that shows `token`, or the right one."""
+    secret = session_secret(NODE_KEY, ticket.trunk_key, ticket.nonce, ticket.session)
+    metadata = (
+        (SESSION_KEY, ticket.session),
+        (CONNECTION_KEY, "1"),
+        (TOKEN_KEY, token or tickets.token(secret, 1)),
+        (STEPS_KEY, "3"),
+    )
     with grpc.insecure_channel(service.address) as channel:
-        call = channel.stream_stream(METHOD)(
-            iter(frames), metadata=((TOKEN_KEY, token), ("graft-steps", "3")), timeout=10
-        )
-        return [pb.ServerFrame.FromString(raw) for raw in call]
+        call = channel.stream_stream(METHOD)(iter(frames), metadata=metadata, timeout=10)
+        return [read_server_frame(raw) for raw in call]
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
@@ -98,37 +115,64 @@ def test_bf16_compute_stays_near_fp32() -> None:
     assert losses["bf16"] != losses["fp32"]
 
 
-@pytest.mark.parametrize("token", ["", "0" * 64])
+@pytest.mark.parametrize("token", ["x", "0" * 64])
 def test_without_its_token_nothing_reaches_the_trunk(
     token: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = open_engine()
     monkeypatch.setattr(engine, "open", lambda *a, **k: pytest.fail("the engine was reached"))
     with served(engine) as service:
-        service.admit("a")
-        with pytest.raises(grpc.RpcError) as refused:
-            raw_call(service, [], token)
+        ticket = admit(service, "a")
+        for session in ("a", "b"):
+            with pytest.raises(grpc.RpcError) as refused:
+                raw_call(service, [], replace(ticket, session=session), token)
 
     assert refused.value.code() == grpc.StatusCode.UNAUTHENTICATED
 
 
-def test_a_token_opens_one_session_once_and_only_in_its_round() -> None:
+def test_a_ticket_opens_one_session_once_and_only_in_its_round() -> None:
     engine = open_engine()
     with served(engine) as service:
-        token = service.admit("a")
-        config = LinkConfig()
-        link = GrpcLink(service.address, token, client="a", steps=1, config=config)
+        ticket, config = admit(service, "a"), LinkConfig()
+        link = GrpcLink(ticket, NODE_KEY, steps=1, config=config)
         with pytest.raises(TrunkError, match="was used before"):
-            GrpcLink(service.address, token, client="a", steps=1, config=config)
+            GrpcLink(ticket, NODE_KEY, steps=1, config=config)
         link.compute(0, 0, H, None)
 
-        late = service.admit("b")
+        late = admit(service, "b")
         service.end_round()
         with pytest.raises(TrunkError, match="its round has ended"):
-            GrpcLink(service.address, late, client="b", steps=1, config=config)
-        with pytest.raises(TrunkError):
+            GrpcLink(late, NODE_KEY, steps=1, config=config)
+        with pytest.raises(TrunkError, match="its round has ended"):
             link.compute(0, 1, H, None)
-            link.compute(0, 2, H, None)
+
+
+def test_a_stolen_ticket_is_of_no_use_without_its_nodes_key() -> None:
+    """Nor does the token of a connection that somebody saw open another one."""
+    engine = open_engine()
+    with served(engine) as service:
+        ticket, config = admit(service, "a"), LinkConfig()
+        with pytest.raises(TrunkError, match="it is not its node's") as refused:
+            GrpcLink(ticket, new_key(), steps=1, config=config)
+        assert refused.value.kind == "refused"
+        assert not engine.has("a")
+
+        secret = session_secret(NODE_KEY, ticket.trunk_key, ticket.nonce, ticket.session)
+        seen = tickets.token(secret, 1)
+        link = GrpcLink(ticket, NODE_KEY, steps=1, config=config)
+        with pytest.raises(grpc.RpcError) as replayed:
+            raw_call(service, [], ticket, seen)
+        assert replayed.value.code() == grpc.StatusCode.UNAUTHENTICATED
+        # A ticket for one session does not open another's, whatever it says.
+        admit(service, "b")
+        with pytest.raises(TrunkError, match="it is not its node's"):
+            GrpcLink(replace(ticket, session="b"), NODE_KEY, steps=1, config=config)
+        assert link.compute(0, 0, H, None).shape == H.shape  # its owner is not disturbed
+
+
+def test_a_ticket_for_a_key_that_is_none_is_refused() -> None:
+    with served(open_engine()) as service, pytest.raises(ValueError, match="32 bytes"):
+        service.ticket(Guest(key="a", client="a", public_key=b"short"))
 
 
 def test_a_session_cannot_reach_anothers_gradients() -> None:
@@ -151,25 +195,40 @@ def test_a_session_cannot_reach_anothers_gradients() -> None:
 @pytest.mark.parametrize(
     ("frame", "word"),
     [
-        (b"\xff\xff\xff\xff", "is not a Graft frame"),
-        (pb.ClientFrame(version=7, close=pb.Close()).SerializeToString(), "version 7 came"),
-        (pb.ClientFrame(version=WIRE_VERSION).SerializeToString(), "without a body"),
+        (b"\xff\xff\xff\xff", "did not arrive as it was sent"),
+        (_seal(b"\xff\xff\xff\xff"), "is not a Graft frame"),
+        (_seal(pb.ClientFrame(version=7, close=pb.Close()).SerializeToString()), "version 7 came"),
+        (_seal(pb.ClientFrame(version=WIRE_VERSION).SerializeToString()), "without a body"),
+        (client_frame(compute=pb.Compute()), "activations: 0 dimensions"),
         (
-            pb.ClientFrame(version=WIRE_VERSION, compute=pb.Compute()).SerializeToString(),
-            "activations: 0 dimensions",
+            client_frame(compute=pb.Compute(activations=encode(torch.ones(2, 3, 9), FP32))),
+            r"\(2, 3, 9\); the trunk takes \(B, T, 32\)",
         ),
         (
-            pb.ClientFrame(
-                version=WIRE_VERSION,
-                compute=pb.Compute(activations=encode(torch.ones(2, 3, 9), torch.float32)),
-            ).SerializeToString(),
-            r"\(2, 3, 9\); the trunk takes \(B, T, 32\)",
+            client_frame(compute=pb.Compute(activations=encode(H, torch.bfloat16))),
+            "came in torch.bfloat16, torch.float32 was agreed",
+        ),
+        (
+            client_frame(backward=pb.Backward(gradient=encode(torch.ones(2, 3, 9), FP32))),
+            r"\(2, 3, 9\); the trunk takes",
+        ),
+        (
+            client_frame(
+                apply=pb.Apply(
+                    gradients=[pb.NamedTensor(name="x", tensor=encode(torch.ones(9), FP32))]
+                )
+            ),
+            "without train.sync=step they stay with their client",
+        ),
+        (
+            client_frame(compute=pb.Compute(activations=encode(H * float("nan"), FP32))),
+            "not finite",
         ),
     ],
 )
 def test_hostile_frames_are_answered_in_words(frame: bytes, word: str) -> None:
     with served(open_engine()) as service:
-        replies = raw_call(service, [frame], service.admit("a"))
+        replies = raw_call(service, [frame], admit(service, "a"))
 
     assert replies[-1].WhichOneof("body") == "failure"
     with pytest.raises(TrunkError, match=word):
@@ -179,7 +238,7 @@ def test_hostile_frames_are_answered_in_words(frame: bytes, word: str) -> None:
 def test_random_bytes_never_bring_the_service_down() -> None:
     with served(open_engine()) as service:
         for size in (1, 10, 1000):
-            replies = raw_call(service, [os.urandom(size)], service.admit(f"{size}"))
+            replies = raw_call(service, [os.urandom(size)], admit(service, f"{size}"))
             assert replies[-1].WhichOneof("body") == "failure"
         link = connect(service, "well-behaved", 1)
         assert link.compute(0, 0, H, None).shape == H.shape
@@ -215,7 +274,17 @@ def test_an_error_in_the_trunk_reaches_the_client_in_words(monkeypatch: pytest.M
 
 def test_nobody_at_the_address_is_said_with_the_remedy() -> None:
     with pytest.raises(TrunkError, match=r"no trunk answers at 127.0.0.1:1; check"):
-        GrpcLink("127.0.0.1:1", "t", client="a", steps=1, config=LinkConfig(timeout=1.0))
+        GrpcLink(
+            Ticket(
+                session="a",
+                address="127.0.0.1:1",
+                nonce=bytes(32),
+                trunk_key=public_half(new_key()),
+            ),
+            NODE_KEY,
+            steps=1,
+            config=link_config(timeout=1.0),
+        )
 
 
 def test_a_silent_trunk_is_not_waited_for_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,10 +315,10 @@ def test_a_silent_client_loses_its_session_and_its_turn() -> None:
 
 def test_a_client_that_dies_in_its_turn_gives_it_back() -> None:
     engine = open_engine(strategy="splitfed-v2")
-    with served(engine) as service:
+    with served(engine, grace=0.3) as service:
         dying = connect(service, "dying", 1)
         dying.compute(0, 0, H, None)
-        dying._channel.close()
+        dying.abort()
 
         other = connect(service, "other", 1, timeout=10.0)
         assert other.compute(0, 0, H, None).shape == H.shape
@@ -265,11 +334,10 @@ def test_tls_with_a_certificate_made_for_the_run() -> None:
 
         with pytest.raises(TrunkError, match=r"link.tls is the same on both sides"):
             GrpcLink(
-                service.address,
-                service.admit("plain"),
-                client="plain",
+                replace(admit(service, "plain"), certificate=b""),
+                NODE_KEY,
                 steps=1,
-                config=LinkConfig(timeout=1.5),
+                config=link_config(timeout=1.5),
             )
 
 
@@ -315,36 +383,21 @@ class Tap:
     received: list[bytes] = field(default_factory=list)
 
 
-class TappedQueue:
-    """A queue that notes the frames put into it."""
-
-    def __init__(self, inner: Any, frames: list[bytes]) -> None:
-        self._inner, self._frames = inner, frames
-        self.get = inner.get
-
-    def put(self, raw: Any) -> None:
-        if isinstance(raw, bytes):
-            self._frames.append(raw)
-        self._inner.put(raw)
-
-
 def tap(monkeypatch: pytest.MonkeyPatch) -> Tap:
     """Note what links send and receive from here on."""
-    tapped, read = Tap(), GrpcLink._read
+    tapped, send, receive = Tap(), Stream.send, Stream.receive
 
-    def start_reading(self: GrpcLink, call: Any) -> None:
-        self._inbox = TappedQueue(self._inbox, tapped.received)  # type: ignore[assignment]
-        read(self, call)
+    def send_tapped(self: Stream, raw: bytes) -> None:
+        tapped.sent.append(raw)
+        send(self, raw)
 
-    send = GrpcLink._send
+    def receive_tapped(self: Stream, timeout: float) -> bytes | None:
+        raw = receive(self, timeout)
+        tapped.received += [raw] if raw is not None else []
+        return raw
 
-    def send_tapped(self: GrpcLink, **body: object) -> None:
-        if not isinstance(self._outbox, TappedQueue):
-            self._outbox = TappedQueue(self._outbox, tapped.sent)  # type: ignore[assignment]
-        send(self, **body)
-
-    monkeypatch.setattr(GrpcLink, "_read", start_reading)
-    monkeypatch.setattr(GrpcLink, "_send", send_tapped)
+    monkeypatch.setattr(Stream, "send", send_tapped)
+    monkeypatch.setattr(Stream, "receive", receive_tapped)
     return tapped
 
 
@@ -400,7 +453,7 @@ def test_no_frame_carries_ids_or_labels(monkeypatch: pytest.MonkeyPatch) -> None
     counters |= {"seconds_bottom", "seconds_network", "seconds_top"}
     tensor = {"version", "dtype", "shape", "codec", "scale", "data"}
     for raw in wire.sent:
-        for name in leaves(pb.ClientFrame.FromString(raw)):
+        for name in leaves(read_client_frame(raw)):
             *_, parent, leaf = ("", *name.split("."))
             known = tensor if parent in ("activations", "gradient", "mask") else counters
             assert leaf in known, name
