@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,12 @@ from simulations.deployment import EXPERIMENT, START_SECONDS, Deployment, deploy
 from simulations.intruders import send_intruders
 from simulations.local_flower import Outcome, worth_reading
 from simulations.processes import wait_until
+from simulations.thief import steal_ticket, try_ticket
+from strategies.transport.tickets import new_key
 
 NODES = ("alder", "birch")
+REPLAY_SECONDS = 12.0
+"""After which a client has begun the session of the ticket that it was sent."""
 
 
 def deployment_demo(
@@ -62,8 +68,11 @@ def deployment_demo(
             "both are connected; running the app (a message starts a process: it takes a while) ..."
         )
         link = "link.tls=off" if insecure else "link.tls=on"
-        outcome = site.flower.run(EXPERIMENT, f"{link} {overrides}".strip(), echo=echo)
-        summary = _checked(outcome, site)
+        with ThreadPoolExecutor(1) as pool:
+            theft = pool.submit(_rob, site.database, say)
+            outcome = site.flower.run(EXPERIMENT, f"{link} {overrides}".strip(), echo=echo)
+            summary = _checked(outcome, site)
+            theft.result()
     say("")
     say(
         f"Deployed and trained: held-out loss {summary['eval_loss_first']:.3f} -> "
@@ -73,6 +82,17 @@ def deployment_demo(
     assert outcome.folder is not None
     say(f"Results in {outcome.folder}")
     return outcome.folder
+
+
+def _rob(database: Path, say: Callable[[str], None]) -> None:
+    """Steal a ticket of the run and knock at the trunk with it: before its client does, and again.
+
+    The run goes on; that the thief does its client no harm shows when the run is checked.
+    """
+    stolen, key = steal_ticket(database, seconds=START_SECONDS), new_key()
+    say(f"refused: a ticket out of the SuperLink's database: {try_ticket(stolen, key)}")
+    time.sleep(REPLAY_SECONDS)
+    say(f"refused: the same ticket, replayed: {try_ticket(stolen, key)}")
 
 
 def _checked(outcome: Outcome, site: Deployment) -> dict[str, Any]:

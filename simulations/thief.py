@@ -1,7 +1,8 @@
 """A thief of tickets, who reads along in the SuperLink's database.
 
 Flower keeps a message there in the clear until its SuperNode has fetched and confirmed it. So
-whoever gets at the file, or at a backup of it, sees what Graft sends to its clients.
+whoever gets at the file, or at a backup of it, sees what Graft sends to its clients. What it gives
+them with a ticket must therefore open nothing.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ RECORD = "ticket"
 """Name of the record in a train or evaluate message by which a client opens its session."""
 ADDRESS = "address"
 """What a ticket names if a session goes with it: where the trunk listens."""
+
+ANSWER_SECONDS = 10.0
+"""How long the trunk may take to refuse a thief."""
 
 
 def steal_ticket(database: Path, *, seconds: float = 300.0) -> dict[str, Any]:
@@ -44,6 +48,42 @@ def steal_ticket(database: Path, *, seconds: float = 300.0) -> dict[str, Any]:
                     return ticket
         time.sleep(0.1)
     raise RuntimeError(f"waited {seconds:.0f} s for a ticket in {database}; none came by")
+
+
+def try_ticket(stolen: Mapping[str, Any], key: bytes) -> str:
+    """Knock at the trunk with a stolen ticket.
+
+    Parameters
+    ----------
+    stolen : mapping
+        The ticket's entries.
+    key : bytes
+        A private key of the thief's; the node's own is what it lacks.
+
+    Returns
+    -------
+    str
+        The trunk's refusal. A RuntimeError is raised if the thief gets in, or not so far.
+    """
+    from strategies.errors import TrunkError
+    from strategies.transport import tickets
+    from strategies.transport.stream import Stream
+
+    ticket = tickets.Ticket.from_record(stolen)
+    secret = tickets.session_secret(key, ticket.trunk_key, ticket.nonce, ticket.session)
+    stream = Stream(ticket, secret, number=1, steps=1, limit=2**20, grace=ANSWER_SECONDS)
+    try:
+        answer = stream.receive(ANSWER_SECONDS)
+    except TrunkError as error:
+        if error.kind != "refused":
+            raise RuntimeError(f"no trunk refused the stolen ticket: {error}") from error
+        return str(error)
+    finally:
+        stream.drop()
+    raise RuntimeError(
+        f"the stolen ticket of session '{ticket.session}' was not refused: "
+        + ("no answer" if answer is None else f"the trunk answered with {len(answer)} bytes")
+    )
 
 
 def read_tickets(database: Path) -> list[dict[str, Any]]:

@@ -196,6 +196,8 @@ def test_app_runs_under_real_supernodes_with_tls_and_keys() -> None:
     refused = [line for line in said if line.startswith("refused: ")]
     assert re.search("key is not registered: .*Failed to activate SuperNode", refused[0])
     assert re.search("another authority signed: .*CERTIFICATE_VERIFY_FAILED", refused[1])
+    for line, what in zip(refused[2:], ("SuperLink's database", "replayed"), strict=True):
+        assert re.search(f"{what}: no session is open to this token", line)
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["clients"] == len(NODES)
     assert summary["eval_loss_last"] < summary["eval_loss_first"]
