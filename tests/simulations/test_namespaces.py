@@ -236,7 +236,7 @@ def test_a_round_ends_without_a_site_that_stays_cut_off() -> None:
 
     outcome, watched = _run(
         f"train.rounds={ROUNDS} train.local_steps={STEPS} federation.min_clients=1 "
-        "link.grace=6 link.timeout=10",
+        "link.grace=6 link.timeout=12",
         disturb,
     )
     assert outcome.completed, outcome.explain()
