@@ -112,7 +112,7 @@ def deployment_demo(
     verbose: Annotated[bool, typer.Option(help="Show Flower's own lines too.")] = False,
 ) -> None:
     """Run the app under a real SuperLink and two SuperNodes, each with a data file of its own."""
-    from simulations.deployment import deployment_demo as run_deployment
+    from simulations.deployment_demo import deployment_demo as run_deployment
 
     run_deployment(insecure=insecure, say=typer.echo, verbose=verbose)
 
