@@ -192,9 +192,8 @@ class _Link(GrpcLink):
 
     def _live_on(self) -> None:
         if self.run.must_die(self.session, next(self._calls)):
-            assert self._stream is not None
             self._over = True
-            self._stream.drop()  # as the system does: without a good-bye
+            self._connection.drop()  # as the system does: without a good-bye
             raise Killed
 
 

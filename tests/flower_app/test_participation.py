@@ -338,7 +338,7 @@ def test_a_node_that_lost_its_key_is_asked_anew_and_takes_part_again(tmp_path: P
 
 
 def test_a_ticket_copied_on_its_way_opens_nothing(tmp_path: Path) -> None:
-    """Row 26, through both apps: a thief reads every message to the clients and is first to come."""
+    """Row 26, through both apps: a thief reads every message to clients and is first to come."""
     grid, refused = InProcessGrid(clients=2), list[str]()
 
     def steal(message: Any) -> None:

@@ -133,7 +133,7 @@ def test_clocks_far_apart_are_told_from_other_troubles(
     assert validity_error(certificate, now - CLOCKS_APART + datetime.timedelta(minutes=5)) == ""
 
     monkeypatch.setattr(
-        "strategies.transport.link.validity_error", lambda pem: validity_error(pem, wrong)
+        "strategies.transport.connection.validity_error", lambda pem: validity_error(pem, wrong)
     )
     with trunk() as service, pytest.raises(TrunkError, match="valid from") as refused:
         GrpcLink(admit(service, "a"), NODE_KEY, steps=1, config=link_config(**QUICK))
