@@ -36,10 +36,13 @@ class Restless(LocalLink):
     """A link on which every call may take a while."""
 
     delays: random.Random
+    turns: list[tuple[int, str]]
 
     def compute(self, *args: Any) -> Any:
         time.sleep(self.delays.random() * 0.02)
-        return super().compute(*args)
+        answer = super().compute(*args)
+        self.turns.append((args[0], self._session.client))  # while the turn is held
+        return answer
 
     def apply(self, *args: Any) -> Any:
         time.sleep(self.delays.random() * 0.02)
@@ -53,6 +56,7 @@ def train(
     settings: TrainConfig = ORDERED,
     timeout: float = 20.0,
     cohort: int = 0,
+    turns: list[tuple[int, str]] | None = None,
 ) -> tuple[list[dict[str, torch.Tensor]], list[Any]]:
     """A round of clients with so many steps each, at once: the trunk and all ends, and outcomes."""
     model = tiny_model()
@@ -68,6 +72,7 @@ def train(
         session = engine.open(name, client=name, steps=count)
         link = Restless(session)
         link.delays = random.Random(delays + number)
+        link.turns = [] if turns is None else turns
         steps = random_steps(count, seed=1000 * number)
 
         try:
@@ -95,8 +100,10 @@ def equal(one: list[dict[str, torch.Tensor]], other: list[dict[str, torch.Tensor
 
 @pytest.mark.parametrize("counts", [(4, 4), (5, 1, 3)])
 def test_the_result_does_not_depend_on_who_is_quicker(counts: tuple[int, ...]) -> None:
-    first, outcomes = train(counts, delays=0)
+    turns: list[tuple[int, str]] = []
+    first, outcomes = train(counts, delays=0, turns=turns)
 
+    assert turns == sorted(turns), "everybody's first step, then everybody's second"
     assert [outcome.steps for outcome in outcomes] == list(counts)
     for delays in (100, 200, 300):
         assert equal(train(counts, delays)[0], first)
