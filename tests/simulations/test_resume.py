@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,7 +18,7 @@ from tests.flower_app.test_app import TINY
 from tests.flower_app.test_resume import assert_equal_runs, records
 
 SHORT = (
-    "train.rounds=4 train.local_steps=6 train.batch_size=4 train.schedule=cosine "
+    "train.rounds=4 train.local_steps=20 train.batch_size=4 train.schedule=cosine "
     "data.max_examples=24 data.context=32 output.log_every=100"
 )
 POLICIES = ["splitfed-v1", "splitfed-v2 train.turns=ordered"]
@@ -34,18 +35,26 @@ def serverapps(under: int) -> list[psutil.Process]:
     return found
 
 
+def metrics(folder: Path) -> str:
+    """What is in `metrics.jsonl`; nothing if it is not there yet."""
+    path = folder / "metrics.jsonl"
+    return path.read_text(encoding="utf-8") if path.exists() else ""
+
+
 def kill_in_round_two(superlink: int, folder: Callable[[], Path | None]) -> list[int]:
     """Wait for a step of round 2 and kill the ServerApp; returns the rounds that were over."""
 
-    def there() -> bool:
+    def in_round_two() -> bool:
         path = folder()
-        return path is not None and any(
-            r["kind"] == "step" and r["round"] == 2 for r in records(path)
-        )
+        return path is not None and '"kind": "step", "round": 2' in metrics(path)
 
-    wait_until(there, seconds=300, what="a step of round 2")
-    victims = serverapps(superlink)
+    wait_until(lambda: folder() is not None, seconds=300, what="the run folder")
+    victims = serverapps(superlink)  # sought before, for the round is short
     assert victims, [p.cmdline() for p in psutil.Process(superlink).children(recursive=True)]
+    end = time.monotonic() + 300
+    while not in_round_two():
+        assert time.monotonic() < end, "no step of round 2 came"
+        time.sleep(0.01)
     for victim in victims:
         with contextlib.suppress(psutil.NoSuchProcess):
             victim.kill()

@@ -18,6 +18,7 @@ from flower_app import training
 from models import client_state, split
 from strategies.errors import TrunkError
 from strategies.optim import trainable
+from strategies.session import Session
 from strategies.transport.link import LocalLink
 from tests.strategies.helpers import (
     CUT,
@@ -35,11 +36,20 @@ ORDERED = TrainConfig(strategy="splitfed-v2", turns="ordered", lr=0.01)
 class Restless(LocalLink):
     """A link on which every call may take a while."""
 
-    delays: random.Random
+    def __init__(
+        self, session: Session, delays: random.Random, turns: list[tuple[int, str]]
+    ) -> None:
+        super().__init__(session)
+        self.delays = delays
+        compute = self.compute
 
-    def compute(self, *args: Any) -> Any:
-        time.sleep(self.delays.random() * 0.02)
-        return super().compute(*args)
+        def slowly(*args: Any) -> Any:
+            time.sleep(delays.random() * 0.02)
+            answer = compute(*args)
+            turns.append((args[0], session.client))  # while the turn is held
+            return answer
+
+        self.compute = slowly
 
     def apply(self, *args: Any) -> Any:
         time.sleep(self.delays.random() * 0.02)
@@ -53,6 +63,7 @@ def train(
     settings: TrainConfig = ORDERED,
     timeout: float = 20.0,
     cohort: int = 0,
+    turns: list[tuple[int, str]] | None = None,
 ) -> tuple[list[dict[str, torch.Tensor]], list[Any]]:
     """A round of clients with so many steps each, at once: the trunk and all ends, and outcomes."""
     model = tiny_model()
@@ -66,8 +77,7 @@ def train(
         time.sleep(chance.random() * 0.05)
         name, count = f"client-{number}", counts[number]
         session = engine.open(name, client=name, steps=count)
-        link = Restless(session)
-        link.delays = random.Random(delays + number)
+        link = Restless(session, random.Random(delays + number), [] if turns is None else turns)
         steps = random_steps(count, seed=1000 * number)
 
         try:
@@ -95,8 +105,11 @@ def equal(one: list[dict[str, torch.Tensor]], other: list[dict[str, torch.Tensor
 
 @pytest.mark.parametrize("counts", [(4, 4), (5, 1, 3)])
 def test_the_result_does_not_depend_on_who_is_quicker(counts: tuple[int, ...]) -> None:
-    first, outcomes = train(counts, delays=0)
+    turns: list[tuple[int, str]] = []
+    first, outcomes = train(counts, delays=0, turns=turns)
 
+    assert len(turns) == sum(counts)
+    assert turns == sorted(turns), "everybody's first step, then everybody's second"
     assert [outcome.steps for outcome in outcomes] == list(counts)
     for delays in (100, 200, 300):
         assert equal(train(counts, delays)[0], first)
