@@ -11,7 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from simulations.deployment import EXPERIMENT, NODES, deployment, write_data
+from simulations.deployment import EXPERIMENT, deployment, write_data
+from simulations.deployment_demo import NODES
 from simulations.local_flower import LocalFlower, Outcome, local_superlink
 from simulations.processes import wait_until
 from tests.flower_app.test_app import TINY
