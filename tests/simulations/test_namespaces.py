@@ -126,8 +126,13 @@ def _piped(stack: contextlib.ExitStack, command: list[str]) -> subprocess.Popen[
 Disturbance = Callable[[Network, Watched], None]
 
 
-def _run(overrides: str, disturb: Disturbance | None = None) -> tuple[Outcome, Watched]:
-    """Lay out the four hosts, run, and disturb the links once round 1 has taken some steps."""
+def _run(
+    overrides: str, disturb: Disturbance | None = None, logs: dict[str, str] | None = None
+) -> tuple[Outcome, Watched]:
+    """Lay out the four hosts, run, and disturb the links once round 1 has taken some steps.
+
+    What the SuperNodes printed goes to `logs`, by site.
+    """
     watched = Watched()
     with network(HOSTS) as net, ThreadPoolExecutor(1) as pool:
         at = {name: Place(address=net.address(name), within=net.within(name)) for name in HOSTS}
@@ -153,6 +158,8 @@ def _run(overrides: str, disturb: Disturbance | None = None) -> tuple[Outcome, W
                 for name in SITES:  # else the SuperNodes try in vain to say good-bye
                     net.restore(name)
             assert all(node.running for node in nodes), site.explain()
+            if logs is not None:
+                logs |= {name: node.tail(10_000) for name, node in zip(SITES, nodes, strict=True)}
     return outcome, watched
 
 
@@ -197,8 +204,10 @@ def test_cuts_and_a_slow_link_change_no_number(undisturbed: list[Any]) -> None:
         net.delay("birch", 0.0)
         _cut_for_a_while(net, watched, "birch", round_number=2, seconds=LONG_CUT)
 
-    outcome, watched = _run(f"train.rounds={ROUNDS} train.local_steps={STEPS}", disturb)
+    logs: dict[str, str] = {}
+    outcome, watched = _run(f"train.rounds={ROUNDS} train.local_steps={STEPS}", disturb, logs)
     assert outcome.completed, outcome.explain()
+    assert "connecting again" in logs["birch"], "the long cut broke no stream"
     for record in watched.records("round")[1:]:
         assert record["clients"] == sorted(SITES)
         assert not record.get("missing")

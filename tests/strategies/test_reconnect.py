@@ -201,9 +201,12 @@ def test_a_new_stream_takes_the_place_of_one_that_the_trunk_believes_alive() -> 
     with served(engine) as service:
         link = connect(service, "a", 1)
         link.compute(0, 0, H, None)
-        stuck = link._connection.stream
+        stuck, link._connection.stream = link._connection.stream, None
+        assert stuck is not None
         link._connection.open(5.0)
-        assert link._connection.stream is not stuck
+        with pytest.raises(TrunkError) as ended:  # and its thread serves others
+            stuck.receive(5.0)
+        assert ended.value.kind == "broken"
         grad, _ = link.backward(0, 0, torch.ones_like(H), last=True)
         assert grad.shape == H.shape
         assert service.sessions() == 1
