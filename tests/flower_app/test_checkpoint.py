@@ -239,12 +239,12 @@ def test_changes_of_what_is_computed_are_refused(override: str, words: str, run:
 
 
 def test_other_changes_are_taken(run: Path) -> None:
-    changed = "link.timeout=7 runtime.trunk_threads=2 output.log_every=3 federation.quorum=0.5"
+    changed = "link.timeout=70 runtime.trunk_threads=2 output.log_every=3 federation.quorum=0.5"
 
     point = look_up(str(run), f"{changed} train.rounds=12 train.lr=0.001")
 
     config = point.config
-    assert (config.link.timeout, config.federation.quorum, config.train.rounds) == (7.0, 0.5, 12)
+    assert (config.link.timeout, config.federation.quorum, config.train.rounds) == (70.0, 0.5, 12)
     assert point.notes == []
 
 

@@ -244,10 +244,10 @@ def test_a_run_is_resumed_with_as_many_clients_as_it_had(
 
     monkeypatch.setattr(tool, "local_superlink", superlink)
     said: list[str] = []
-    tool.resume_run(str(run), "link.timeout=7", say=said.append)
+    tool.resume_run(str(run), "link.timeout=70", say=said.append)
 
     ((arguments, options),) = given
-    assert arguments == ("demo", "link.timeout=7")
+    assert arguments == ("demo", "link.timeout=70")
     assert (options["resume"], options["federation"]) == (str(run), "num-supernodes=3")
     assert f"go on with {run} after round 2 of 9" in said[0]
     with pytest.raises(ConfigError, match="train.lr was 0.004 and cannot become 1.0"):
