@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
-from simulations.chaos_run import POLICIES, Plan, Result, baselines, draw_plan, run_plan
+from simulations.chaos_run import POLICIES, Plan, Result, draw_plan, run_plan, undisturbed
 
 WORKERS = 6
 """Processes: most of a disturbed run is spent waiting for what does not come."""
@@ -63,7 +64,9 @@ class Summary:
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return {**asdict(self), "faults_injected": self.faults.total()}
+        counters = {"faults", "ended", "by_policy"}
+        plain = {n: dict(v) if n in counters else v for n, v in vars(self).items()}
+        return {**plain, "faults_injected": self.faults.total()}
 
 
 def run_chaos(
@@ -97,8 +100,9 @@ def run_chaos(
     context = multiprocessing.get_context("spawn")
     with (
         tempfile.TemporaryDirectory(prefix="graft-chaos-") as folder,
-        context.Pool(min(WORKERS, schedules), _prepare, (folder, sorted(set(names)))) as pool,
+        context.Pool(min(WORKERS, schedules), _prepare, (folder,)) as pool,
     ):
+        pool.map(_keep_undisturbed, sorted(set(names)), chunksize=1)
         for plan, result in pool.imap_unordered(_run, plans):
             summary.add(plan, result)
             met = ", ".join(f"{count} x {kind}" for kind, count in sorted(result.faults.items()))
@@ -107,6 +111,8 @@ def run_chaos(
                 f"{result.verdict:<8} {result.seconds:5.1f} s  {plan.deaths():<24} {met}"
                 + (f"  {result.words}" if result.words else "")
             )
+        pool.close()  # let the workers end by themselves
+        pool.join()
     summary.seconds = round(time.monotonic() - started, 1)
     return summary
 
@@ -129,17 +135,21 @@ def render(summary: Summary) -> str:
     return "\n".join(lines)
 
 
-_place: dict[str, Any] = {}
+_common: list[Path] = []
+"""In a worker process, the folder that all share."""
 
 
-def _prepare(folder: str, policies: list[str]) -> None:
-    """Set a worker process up: its folder, and what undisturbed runs end with."""
+def _prepare(folder: str) -> None:
     torch.set_num_threads(1)
-    place = Path(tempfile.mkdtemp(dir=folder))
-    _place.update(folder=place, undisturbed=baselines(place, policies))
+    _common[:] = [Path(folder)]
+
+
+def _keep_undisturbed(policy: str) -> None:
+    """Run undisturbed, and keep what it ends with for all workers."""
+    save_file(undisturbed(policy, _common[0]), _common[0] / f"{policy}.safetensors")
 
 
 def _run(plan: Plan) -> tuple[Plan, Result]:
-    result = run_plan(plan, _place["folder"], _place["undisturbed"][plan.policy])
+    result = run_plan(plan, _common[0], load_file(_common[0] / f"{plan.policy}.safetensors"))
     json.dumps(asdict(result))  # plain data only goes back
     return plan, result

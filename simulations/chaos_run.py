@@ -8,6 +8,7 @@ import json
 import logging
 import random
 import shutil
+import tempfile
 import threading
 import time
 from collections import Counter
@@ -114,18 +115,17 @@ def draw_plan(seed: int, policy: str) -> Plan:
     return Plan(seed=seed, policy=policy, rate=rate, dying=dying, trunk_dies=trunk_dies)
 
 
-def baselines(folder: Path, policies: Iterable[str]) -> dict[str, dict[str, Tensor]]:
-    """What undisturbed runs end with, by policy."""
-    calm = {name: _Run(Plan(seed=0, policy=name, rate=0.0), folder) for name in policies}
-    return {name: run.tensors() for name, run in calm.items()}
+def undisturbed(policy: str, folder: Path) -> dict[str, Tensor]:
+    """What a run ends with if nothing happens to it."""
+    return _Run(Plan(seed=0, policy=policy, rate=0.0), folder).tensors()
 
 
-def run_plan(plan: Plan, folder: Path, undisturbed: dict[str, Tensor]) -> Result:
-    """Run what is planned and judge how it ends."""
+def run_plan(plan: Plan, folder: Path, wanted: dict[str, Tensor]) -> Result:
+    """Run what is planned and judge how it ends: it should be with the tensors `wanted`."""
     started, run = time.monotonic(), _Run(plan, folder)
     result = run.result
     try:
-        odd = _differences(run.tensors(), undisturbed)
+        odd = _differences(run.tensors(), wanted)
         if odd:
             result.verdict, result.words = "lost", f"weights differ in {odd[:3]}"
     except (RuntimeError, ValueError, TrunkError) as error:
@@ -209,8 +209,7 @@ class _Run:
 
     def tensors(self) -> dict[str, Tensor]:
         """The model's tensors at its end."""
-        place = self._folder / f"run-{self.plan.seed}-{self.plan.policy}"
-        place.mkdir()
+        place = Path(tempfile.mkdtemp(dir=self._folder))
         try:
             with self._patched():
                 return self._tensors(_config(place, self.plan))
@@ -299,6 +298,7 @@ class _Run:
             mock.patch.object(server_app, "TrunkService", Service),
             mock.patch.object(site, "GrpcLink", link),
             _quiet("strategies"),
+            _quiet("flower_app"),
         ):
             yield
 
