@@ -161,8 +161,9 @@ def _sequence(seed: int, first: int, count: int, report: Report, watch: _Watch) 
             _one(draw(), put, number, report, watch)
         end()
     except Exception as error:  # noqa: BLE001 - a fuzzer is here to see all of them
-        where = traceback.extract_tb(error.__traceback__)[-1]
-        what = f"{type(error).__name__}: {str(error)[:500]} ({Path(where.filename).name}:{where.lineno})"
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{Path(last.filename).name}:{last.lineno}"
+        what = f"{type(error).__name__}: {str(error)[:500]} ({where})"
         report.crashes.append(Crash(seed=seed, input=watch.number, target=kind, what=what))
 
 

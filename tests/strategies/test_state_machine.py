@@ -25,7 +25,7 @@ from hypothesis.stateful import (
 )
 
 from conf.schema import TrainConfig
-from simulations.fuzz_sessions import OneLayer
+from simulations.fuzz_sessions import OneLayer, check_words
 from strategies.errors import PASSING, TrunkError
 from strategies.session import Session
 from strategies.transport import trunk_pb2 as pb
@@ -93,10 +93,11 @@ class SessionMachine(RuleBasedStateMachine):
         """The answer, a failure after which the session goes on, or None: it is over."""
         try:
             answer = read_server_frame(self.talk.answer(client_frame(**body)))
-        except TrunkError as error:
-            assert error.kind not in PASSING
-            assert 0 < len(str(error)) < 2000
+        except TrunkError as refused:
             self.end()
+            check_words(str(refused))
+            if refused.passes:
+                raise AssertionError(f"{refused.kind} ended a session") from refused
             return None
         if answer.WhichOneof("body") == "failure":
             assert answer.failure.kind in PASSING
