@@ -98,6 +98,12 @@ def check_train(train: TrainConfig) -> None:
                 f"that, or train.{name}={wanted}",
                 key=f"train.{name}",
             )
+    if train.turns != "arrival" and train.strategy != "splitfed-v2":
+        raise ConfigError(
+            f"train.turns={train.turns} needs train.strategy=splitfed-v2, not {train.strategy}, "
+            "where nobody takes turns: set that, or train.turns=arrival",
+            key="train.turns",
+        )
     if train.prox and train.sync == "step":
         raise ConfigError(
             f"train.prox ({train.prox:g}) has nothing to hold with train.sync=step, where no "

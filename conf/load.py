@@ -78,6 +78,25 @@ def load_config(experiment: str = "demo", overrides: str | list[str] = "") -> Co
         raise ConfigError(f"{error} (from {source})", key=error.key) from None
 
 
+def override(config: Config, overrides: str | list[str]) -> Config:
+    """Return a configuration with overrides on top, which are as for `load_config`.
+
+    Raises
+    ------
+    ConfigError
+        If a key or a value is wrong: with the nearest valid one.
+    """
+    origins: dict[str, str] = {}
+    merged = OmegaConf.create(to_dict(config))
+    try:
+        for item in _items(overrides):
+            _apply(merged, item, origins)
+        tree: Any = OmegaConf.to_container(merged, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(_first_line(error)) from error
+    return _build(tree).check()
+
+
 def to_dict(config: Config) -> dict[str, Any]:
     """Return the configuration as plain dicts, lists and scalars, in the order of the schema."""
     plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))

@@ -164,6 +164,9 @@ class TrainConfig(_Section):
     client takes `batch_size`."""
     prox: float = setting(0.0, rules.NOT_NEGATIVE)
     """FedProx: weight mu of the pull towards the round's first weights; 0: none."""
+    turns: str = setting("arrival", one_of("arrival", "ordered"))
+    """splitfed-v2: whose turn comes next: whoever asked first, or (ordered) by steps taken and then
+    by name, once the whole cohort is there: it repeats exactly, whoever is quicker."""
     rounds: int = setting(3, rules.COUNT)
     local_steps: int = setting(0, rules.COUNT_OR_ZERO)
     """Optimizer steps per client and round; 0: use `local_epochs`."""
@@ -302,6 +305,10 @@ class OutputConfig(_Section):
     log_every: int = setting(10, rules.COUNT)
     """Optimizer steps between progress lines."""
     save_model: bool = True
+    checkpoint_every: int = setting(1, rules.COUNT_OR_ZERO)
+    """Rounds between checkpoints, from which `resume` goes on; the last round has one. 0: none."""
+    keep_checkpoints: int = setting(2, rules.COUNT)
+    """How many of the last checkpoints stay; the one of the best held-out loss stays besides."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -89,6 +89,21 @@ def run(
     run_experiment(experiment, _joined(overrides), clients=clients, say=typer.echo, verbose=verbose)
 
 
+@app.command(rich_help_panel="Run")
+def resume(
+    run: Annotated[
+        str, typer.Argument(help="A run folder, its name in `graft runs`, or a checkpoint of it.")
+    ],
+    overrides: Overrides = None,
+    clients: Annotated[int, typer.Option(help="Simulated clients; 0: as many as before.")] = 0,
+    verbose: Annotated[bool, typer.Option(help="Show Flower's own lines too.")] = False,
+) -> None:
+    """Go on with a run that was stopped or killed, after its last checkpoint."""
+    from simulations.demo import resume_run
+
+    resume_run(run, _joined(overrides), clients=clients, say=typer.echo, verbose=verbose)
+
+
 @app.command("deployment-demo", rich_help_panel="Run")
 def deployment_demo(
     insecure: Annotated[
@@ -97,7 +112,7 @@ def deployment_demo(
     verbose: Annotated[bool, typer.Option(help="Show Flower's own lines too.")] = False,
 ) -> None:
     """Run the app under a real SuperLink and two SuperNodes, each with a data file of its own."""
-    from simulations.deployment import deployment_demo as run_deployment
+    from simulations.deployment_demo import deployment_demo as run_deployment
 
     run_deployment(insecure=insecure, say=typer.echo, verbose=verbose)
 
@@ -123,7 +138,15 @@ def runs(
     folder: Annotated[str, typer.Option(help="Parent of the run folders.")] = "",
 ) -> None:
     """List the runs, the newest last; `unfinished` is one that was stopped or is still going."""
-    from flower_app.runs import UNFINISHED, read_summaries, runs_folder, unfinished_runs
+    from flower_app.runs import (
+        UNFINISHED,
+        newest_round,
+        read_summaries,
+        runs_folder,
+        unfinished_runs,
+    )
+
+    resumable = []
 
     rows = [
         [
@@ -137,13 +160,19 @@ def runs(
         ]
         for path, summary in read_summaries(folder)
     ]
-    rows += [[path.name, UNFINISHED, *"-----"] for path in unfinished_runs(folder)]
+    for path in unfinished_runs(folder):
+        rounds = newest_round(path)
+        rows.append([path.name, UNFINISHED, "-" if rounds is None else rounds, *"----"])
+        resumable += [] if rounds is None else [path.name]
     if not rows:
         typer.echo(f"no run has ended under {runs_folder(folder)}; `graft demo` makes one")
         return
     columns = ["run", "status", "rounds", "clients", "held-out loss", "tokens/s", "seconds"]
     _table(columns, sorted(rows, key=lambda row: row[0]))
     typer.echo(f"under {runs_folder(folder)}")
+    if resumable:
+        where = runs_folder(folder) / resumable[-1] if folder else resumable[-1]
+        typer.echo(f"unfinished runs with rounds can go on: graft resume {where}")
 
 
 @app.command(rich_help_panel="Look")
@@ -317,6 +346,30 @@ def study(
     folder = Path(out) if out else new_folder(runs_folder().parent / "studies", name)
     run_study(QUICK if quick else Study(), folder, say=typer.echo)
     typer.echo(f"in {folder.absolute()}")
+
+
+@app.command(rich_help_panel="Check and measure")
+def chaos(
+    schedules: Annotated[int, typer.Option(help="Disturbed runs.", min=1)] = 40,
+    seed: Annotated[int, typer.Option(help="Of the first; the others count on.")] = 0,
+    policy: Annotated[
+        list[str] | None, typer.Option(help="splitfed-v1, splitfed-v2, merged, merged-step.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Disturb whole runs: frames lost, doubled, swapped, cut, delayed, damaged; clients and trunk
+    killed. Each must end like an undisturbed run, bit for bit, or with a documented error."""
+    from simulations import chaos as tool
+    from simulations.chaos_run import POLICIES
+
+    if unknown := sorted(set(policy or ()) - POLICIES.keys()):
+        raise ValueError(f"--policy {unknown[0]}: there are {', '.join(POLICIES)}")
+    summary = tool.run_chaos(
+        schedules, seed, policies=policy or POLICIES, say=lambda line: typer.echo(line, err=True)
+    )
+    typer.echo(json.dumps(summary.as_dict(), indent=2) if as_json else tool.render(summary))
+    if summary.lost:
+        raise typer.Exit(1)
 
 
 def _progress(line: str) -> None:

@@ -115,6 +115,7 @@ def _answer(
     try:
         content = work(Site(message, context), context)
     except (TrunkError, ValueError, OSError) as error:
+        logger.warning("%s: %s", outcome["client"], error)  # for this site's own log
         outcome["error"] = f"{error}"
         content = RecordDict()
     except Exception as error:  # a bug of ours or a library's: named, not dumped

@@ -23,7 +23,8 @@ def read_metrics(folder: Path) -> Iterator[dict[str, Any]]:
     Yields
     ------
     dict
-        One `step` or `round` record. A last line that was cut off (a killed run) is left out.
+        One `step`, `round` or `resume` record. A last line that was cut off (a killed run) is left
+        out.
     """
     with (folder / "metrics.jsonl").open(encoding="utf-8") as lines:
         for line in lines:
@@ -79,6 +80,8 @@ def _curves(folder: Path) -> tuple[dict[str, list[float]], list[tuple[int, float
                     del losses[before.get(client, 0) :]
             loss = record["loss"]
             train[record["client"]].append(float("nan") if loss is None else loss)
+            continue
+        if record["kind"] == "resume":
             continue
         before, attempt = {client: len(losses) for client, losses in train.items()}, 1
         if (record.get("evaluate") or {}).get("loss") is not None:

@@ -18,9 +18,20 @@ from typing import Any
 
 from conf.load import to_yaml
 from conf.schema import Config
+from flower_app import checkpoint
+from flower_app.journal import Journal, cut_back, replace_whole
 from flower_app.lines import finished_line, perplexity, round_line, step_line
 from flower_app.plots import plot_loss
-from flower_app.runs import FAILED, FINISHED, find_last_run, new_folder, runs_folder
+from flower_app.resume import Point
+from flower_app.runs import (
+    FAILED,
+    FINISHED,
+    RunLock,
+    find_last_run,
+    folders,
+    new_folder,
+    runs_folder,
+)
 
 __all__ = ["Recorder", "find_last_run"]
 
@@ -38,6 +49,8 @@ class Recorder:
         The run folder; by default a new one under `output.folder`.
     say : callable, optional
         Takes one line for the console.
+    point : Point, optional
+        Where a run goes on: in its own folder, with its records up to there.
     """
 
     def __init__(
@@ -45,26 +58,68 @@ class Recorder:
         config: Config,
         folder: Path | None = None,
         say: Callable[[str], None] | None = None,
+        point: Point | None = None,
     ) -> None:
-        self.config = config
+        self.config, self.say = config, say or _print
+        if point is not None:
+            folder = point.run
         self.folder = (
             folder or new_folder(runs_folder(config.output.folder), config.experiment)
         ).resolve()
         self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
-        self._say = say or _print
+        self._alone = point.lock if point is not None and point.lock else RunLock(self.folder)
         self._lock = threading.Lock()
-        self._metrics = (self.folder / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
         self._rounds: list[dict[str, Any]] = []
-        self._empty = True
-        self._started = datetime.now().astimezone()
-        self._clock = time.monotonic()
+        self._resumed: list[int] = []
+        self._begin("", 0.0)
+        if point is not None:
+            self._take_up(point)
+        replace_whole(self.folder / "config.yaml", to_yaml(config))
+        self._journal = Journal(self.folder / "metrics.jsonl", self.say)
+        self._empty = not self._rounds
+        if point is not None:
+            self._resumed.append(point.number)
+            self._journal.write(
+                _dumps({"kind": "resume", "round": point.number, "time": _now().isoformat()})
+            )
 
     def start(self) -> None:
         """Print where the run goes."""
-        self._started = datetime.now().astimezone()
         self._clock = time.monotonic()
-        self._say(f"run folder: {self.folder}")
+        self.say(f"run folder: {self.folder}")
+        if self._resumed:
+            self.say(f"going on after round {self._resumed[-1]} of {self.config.train.rounds}")
+
+    @property
+    def started(self) -> str:
+        """When the run began, at first."""
+        return self._started
+
+    @property
+    def seconds(self) -> float:
+        """What the run has taken so far, that of a resumed one before it was stopped too."""
+        return self._before + time.monotonic() - self._clock
+
+    def sync(self) -> None:
+        """Have all records on the disk, or raise OSError."""
+        with self._lock:
+            self._journal.sync()
+
+    def _begin(self, started: str, before: float) -> None:
+        self._started, self._before = started or _now().isoformat(), before
+        self._clock = time.monotonic()
+
+    def _take_up(self, point: Point) -> None:
+        """Bring the folder back to where its run goes on."""
+        records = cut_back(self.folder / "metrics.jsonl", point.number)
+        self._rounds = [record for record in records if record["kind"] == "round"]
+        self._resumed = [record["round"] for record in records if record["kind"] == "resume"]
+        self._begin(point.started, point.seconds)
+        (self.folder / "summary.json").unlink(missing_ok=True)
+        checkpoint.clean(self.folder)
+        for number, path in folders(self.folder):
+            if number > point.number:
+                checkpoint.remove(path)
 
     def step(
         self,
@@ -201,9 +256,16 @@ class Recorder:
         """
         summary = self._summary(FINISHED)
         summary["model"] = None if model_folder is None else str(Path(model_folder).resolve())
-        self._close(summary)
-        self._say(finished_line(summary))
-        self._say(f"run folder: {self.folder}")
+        try:
+            self._close(summary)
+        except OSError as error:
+            raise RuntimeError(
+                f"the run is complete, but its records cannot be written to {self.folder}: "
+                f"{error.strerror or error}; free space and resume it "
+                f"(`graft resume {self.folder}`), which repeats only what is missing"
+            ) from error
+        self.say(finished_line(summary))
+        self.say(f"run folder: {self.folder}")
         return summary
 
     def fail(self, error: BaseException | str) -> dict[str, Any]:
@@ -222,9 +284,12 @@ class Recorder:
         summary = self._summary(FAILED)
         text = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
         summary["error"] = text
-        self._close(summary)
-        self._say(f"failed: {text}")
-        self._say(f"run folder: {self.folder}")
+        try:
+            self._close(summary)
+        except OSError as problem:  # what ended the run is what must be told
+            self.say(f"WARNING: {self.folder} cannot be written: {problem.strerror or problem}")
+        self.say(f"failed: {text}")
+        self.say(f"run folder: {self.folder}")
         return summary
 
     def _summary(self, status: str) -> dict[str, Any]:
@@ -232,7 +297,7 @@ class Recorder:
         evaluated: list[float | None] = [(r["evaluate"] or {}).get("loss") for r in self._rounds]
         losses = [loss for loss in evaluated if loss is not None]
         tokens = sum(record["tokens"] for record in trained)
-        seconds = time.monotonic() - self._clock
+        seconds = self.seconds
         missing = last_missing(self._rounds)
         dropped = times_dropped(self._rounds)
         return {
@@ -249,25 +314,39 @@ class Recorder:
             "bytes_down": sum(record["bytes_down"] for record in self._rounds),
             "seconds": round(seconds, 3),
             "tokens_per_second": round(tokens / seconds, 3) if seconds else 0.0,
-            "started": self._started.isoformat(),
-            "finished": datetime.now().astimezone().isoformat(),
+            "started": self._started,
+            "finished": _now().isoformat(),
+            **({"resumed": self._resumed} if self._resumed else {}),
             **({"missing": missing} if missing else {}),
             **({"dropped": dropped} if dropped else {}),
         }
 
     def _write(self, record: dict[str, Any], line: str) -> None:
         with self._lock:
-            self._metrics.write(_dumps(record) + "\n")
+            self._journal.write(_dumps(record))
             self._empty = False
             if line:
-                self._say(line)
+                self.say(line)
 
     def _close(self, summary: dict[str, Any]) -> None:
-        with self._lock:
-            self._metrics.close()
-        if not self._empty:
+        try:
+            with self._lock:
+                self._journal.close()
+            replace_whole(self.folder / "summary.json", _dumps(summary, indent=2) + "\n")
+            self._draw()
+        finally:
+            self._alone.release()
+
+    def _draw(self) -> None:
+        if self._empty:
+            return
+        try:
             plot_loss(self.folder)
-        _write_whole(self.folder / "summary.json", _dumps(summary, indent=2) + "\n")
+        except OSError as error:
+            self.say(
+                f"WARNING: loss.png cannot be written: {error.strerror or error}; "
+                f"`graft plot {self.folder.name}` draws it again"
+            )
 
 
 def turnouts(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -325,13 +404,6 @@ def last_missing(rounds: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     return {**(last.get("evaluation") or {}).get("missing", {}), **last["missing"]}
 
 
-def _write_whole(path: Path, text: str) -> None:
-    """Write a file so that a reader sees all of it or none."""
-    draft = path.with_suffix(".tmp")
-    draft.write_text(text, encoding="utf-8")
-    draft.replace(path)
-
-
 def _dumps(record: Any, indent: int | None = None) -> str:
     """Return strict JSON; a number that is not finite becomes null."""
     return json.dumps(_finite(record), indent=indent, allow_nan=False)
@@ -345,6 +417,10 @@ def _finite(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     return value
+
+
+def _now() -> datetime:
+    return datetime.now().astimezone()
 
 
 def _print(line: str) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import re
 import tempfile
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+CHECKPOINTS = "checkpoints"
 FINISHED, FAILED, UNFINISHED = "finished", "failed", "unfinished"
 
 
@@ -121,6 +124,76 @@ def make_parent(parent: Path) -> None:
             f"output.folder {parent} cannot be written: {error.strerror or error}; "
             "choose another one (output.folder, or GRAFT_HOME)"
         ) from error
+
+
+def round_of(path: Path) -> int | None:
+    """Return the round of a checkpoint by its folder's name; None if it is none."""
+    match = re.fullmatch(r"round-(\d{4,})", path.name)
+    return int(match.group(1)) if match else None
+
+
+def folders(run: Path) -> list[tuple[int, Path]]:
+    """Return the rounds and folders of a run's checkpoints, the oldest first, whole or not."""
+    named = ((round_of(path), path) for path in (run / CHECKPOINTS).glob("round-*"))
+    return sorted((number, path) for number, path in named if number is not None)
+
+
+def newest_round(run: Path) -> int | None:
+    """Return the round of a run's newest checkpoint, unchecked; None if it has none."""
+    there = folders(run)
+    return there[-1][0] if there else None
+
+
+class RunLock:
+    """The right to write a run folder, which one process has at a time.
+
+    The system takes it back from a process that ends, however it ends.
+
+    Parameters
+    ----------
+    run : Path
+        The run folder.
+
+    Raises
+    ------
+    ValueError
+        If another process has it.
+    """
+
+    def __init__(self, run: Path) -> None:
+        self._handle: int | None = os.open(run, os.O_RDONLY)  # the folder itself: no file is left
+        try:
+            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.release()
+            raise ValueError(
+                f"{run} is being written by another process: this run is still going. Wait for its "
+                "end, or stop it (`flwr list`, `flwr stop RUN_ID`)"
+            ) from None
+
+    def release(self) -> None:
+        """Let another process have it; a second call does nothing."""
+        if self._handle is not None:
+            os.close(self._handle)
+        self._handle = None
+
+
+def find_run(run: str) -> Path:
+    """Return a run folder by its path, or by its name as `graft runs` shows it.
+
+    Raises
+    ------
+    ValueError
+        If there is none.
+    """
+    path = Path(run).expanduser()
+    for folder in (path, runs_folder() / run):
+        if folder.is_absolute() and folder.is_dir():
+            return folder.resolve()
+    where = f"{path} is no folder" if path.is_absolute() else f"no folder {runs_folder() / run}"
+    raise ValueError(
+        f"{run!r} is no run: {where}; give its absolute path (`graft runs` lists them)"
+    )
 
 
 def new_folder(parent: Path, experiment: str) -> Path:

@@ -6,13 +6,16 @@ from pathlib import Path
 
 from flwr.app import ArrayRecord, Context
 from flwr.serverapp import Grid, ServerApp
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from conf.load import load_config
 from conf.schema import Config
 from flower_app.assembly import build_trunk, describe, export_model, resolve_model, set_threads
+from flower_app.keeper import Keeper
 from flower_app.recorder import Recorder
+from flower_app.resume import Point, take_up
 from flower_app.text import load_tokenizer
 from strategies.lockstep import Lockstep
 from strategies.splitfed import SplitFed
@@ -24,21 +27,38 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Run the experiment that the run config names."""
-    run = context.run_config
-    config = resolve_model(load_config(str(run["experiment"]), str(run["overrides"])))
-    recorder = Recorder(config)
+    """Run the experiment that the run config names, or go on with the run it says to resume."""
+    run, point = context.run_config, None
+    if resume := str(run.get("resume", "")):
+        point = take_up(resume, str(run["overrides"]))
+        config = point.config
+    else:
+        config = resolve_model(load_config(str(run["experiment"]), str(run["overrides"])))
+    recorder = Recorder(config, point=point)
     recorder.start()
     try:
-        model_folder = run_experiment(config, grid, recorder)
+        model_folder = run_experiment(config, grid, recorder, point)
     except BaseException as error:
         recorder.fail(error)
         raise
     recorder.finish(model_folder)
 
 
-def run_experiment(config: Config, grid: Grid, recorder: Recorder) -> Path | None:
+def run_experiment(
+    config: Config, grid: Grid, recorder: Recorder, point: Point | None = None
+) -> Path | None:
     """Build the trunk, train it with the clients, and save what was trained.
+
+    Parameters
+    ----------
+    config : Config
+        The run's.
+    grid : Grid
+        Flower's.
+    recorder : Recorder
+        Started.
+    point : Point, optional
+        Where a run that was stopped goes on.
 
     Returns
     -------
@@ -61,7 +81,10 @@ def run_experiment(config: Config, grid: Grid, recorder: Recorder) -> Path | Non
     if messages:  # a message holds all micro-batches of a step
         engine.max_graphs = engine.max_micro_batches
     service = Lockstep(engine, link) if messages else TrunkService(engine, link)
-    strategy = SplitFed(engine, service, config, recorder, model=describe(trunk))
+    keeper = Keeper(config, recorder)
+    strategy = SplitFed(engine, service, config, recorder, model=describe(trunk), keep=keeper)
+    if point is not None:
+        _load(strategy, point, recorder)
     service.on_step = strategy.on_step
     service.start()
     try:
@@ -80,13 +103,32 @@ def run_experiment(config: Config, grid: Grid, recorder: Recorder) -> Path | Non
     )
 
 
+def _load(strategy: SplitFed, point: Point, recorder: Recorder) -> None:
+    for note in point.notes:
+        recorder.say(f"WARNING: {note}")
+    try:
+        strategy.resume(point.number, point.state, point.clients)
+    except (KeyError, ValueError) as error:
+        raise ValueError(
+            f"round {point.number} of {point.run} does not fit this run's model: {error}. Has "
+            "model.path changed since?"
+        ) from error
+
+
 def _save(config: Config, state: dict[str, Tensor], folder: Path) -> Path:
     """Export what was trained; if that fails, keep the tensors themselves."""
     try:
         return export_model(config, state, load_tokenizer(config.model), folder / "model")
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError, SafetensorError) as error:
         rescue = folder / "trained.safetensors"
-        save_file({name: tensor.contiguous() for name, tensor in state.items()}, rescue)
+        try:
+            save_file({name: tensor.contiguous() for name, tensor in state.items()}, rescue)
+        except (OSError, SafetensorError) as again:
+            raise RuntimeError(
+                f"the run is complete, but neither its model could be exported ({error}) nor its "
+                f"tensors saved ({again}); free space, and `graft resume {folder}` saves the model "
+                "from the last checkpoint, if there is one"
+            ) from error
         raise RuntimeError(
             f"the run is complete, but its model could not be exported: {error}. The trained "
             f"tensors of all parts are in {rescue}"

@@ -188,8 +188,22 @@ def fold_residuals(parts: Part | Iterable[Part], residuals: Mapping[str, Tensor]
             weight.copy_(weight.float() + delta.to(weight.device, torch.float32))
 
 
+def residual_weights(part: Part, names: Iterable[str]) -> dict[str, nn.Parameter]:
+    """Return the base weight that each residual of these names is added to."""
+    return {name: _base_layer([part], name).weight for name in sorted(names)}
+
+
 def _addends(parts: list[Part], name: str, residual: Tensor) -> tuple[Tensor, Tensor]:
     """The base weight that a residual is for, and the residual as that weight is laid out."""
+    base = _base_layer(parts, name)
+    flip = isinstance(base, Conv1D)
+    want = tuple(base.weight.shape)[:: -1 if flip else 1]
+    if tuple(residual.shape) != want or not residual.is_floating_point():
+        raise ValueError(f"{name} is {residual.dtype} {tuple(residual.shape)}, must be {want}")
+    return base.weight, residual.T if flip else residual
+
+
+def _base_layer(parts: list[Part], name: str) -> nn.Linear | Conv1D:
     module, mark, rest = name.rpartition(RESIDUAL)
     if not mark or rest:
         raise ValueError(f"{name} is not a residual; its name must end in {RESIDUAL}")
@@ -200,15 +214,9 @@ def _addends(parts: list[Part], name: str, residual: Tensor) -> tuple[Tensor, Te
             continue
         base = layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
         if isinstance(base, (nn.Linear, Conv1D)):
-            break
-    else:
-        roles = " and ".join(part.role for part in parts)
-        raise ValueError(f"{name}: the {roles} of this model has no linear layer {module}")
-    flip = isinstance(base, Conv1D)
-    want = tuple(base.weight.shape)[:: -1 if flip else 1]
-    if tuple(residual.shape) != want or not residual.is_floating_point():
-        raise ValueError(f"{name} is {residual.dtype} {tuple(residual.shape)}, must be {want}")
-    return base.weight, residual.T if flip else residual
+            return base
+    roles = " and ".join(part.role for part in parts)
+    raise ValueError(f"{name}: the {roles} of this model has no linear layer {module}")
 
 
 def block_linears(part: Part) -> list[str]:

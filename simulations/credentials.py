@@ -1,4 +1,4 @@
-"""Throwaway credentials for a deployment on loopback: a CA, a server certificate, node keys.
+"""Throwaway credentials for a deployment on one machine: a CA, a server certificate, node keys.
 
 They live in a temporary folder and end with it. A real deployment brings its own; Flower only asks
 for the same files.
@@ -7,6 +7,7 @@ for the same files.
 from __future__ import annotations
 
 import ipaddress
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -28,13 +29,17 @@ class ServerCredentials:
     key: Path
 
 
-def make_server_credentials(folder: Path) -> ServerCredentials:
-    """Make a certificate authority and a server certificate for loopback signed by it.
+def make_server_credentials(
+    folder: Path, addresses: Sequence[str] = ("127.0.0.1",)
+) -> ServerCredentials:
+    """Make a certificate authority and a server certificate signed by it.
 
     Parameters
     ----------
     folder : Path
         Where the PEM files go. The authority's own key is not kept.
+    addresses : sequence of str
+        IP addresses under which the server is reached, beside the name `localhost`.
 
     Returns
     -------
@@ -49,7 +54,8 @@ def make_server_credentials(folder: Path) -> ServerCredentials:
         .add_extension(_usage(signs_certificates=True), critical=True)
         .sign(ca_key, hashes.SHA256())
     )
-    names = [x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
+    names: list[x509.GeneralName] = [x509.DNSName("localhost")]
+    names += [x509.IPAddress(ipaddress.ip_address(address)) for address in addresses]
     certificate = (
         _certificate(server_name, ca_name, server_key.public_key())
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
@@ -66,7 +72,7 @@ def make_server_credentials(folder: Path) -> ServerCredentials:
     )
     files.ca.write_bytes(ca.public_bytes(serialization.Encoding.PEM))
     files.certificate.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
-    _write_secret(
+    write_secret(
         files.key,
         server_key.private_bytes(
             serialization.Encoding.PEM,
@@ -94,7 +100,7 @@ def make_node_key(folder: Path, name: str) -> tuple[Path, Path]:
     """
     key = ec.generate_private_key(ec.SECP384R1())
     private, public = folder / name, folder / f"{name}.pub"
-    _write_secret(
+    write_secret(
         private,
         key.private_bytes(
             serialization.Encoding.PEM,
@@ -108,6 +114,20 @@ def make_node_key(folder: Path, name: str) -> tuple[Path, Path]:
         )
     )
     return private, public
+
+
+def write_secret(path: Path, content: bytes) -> None:
+    """Write a file that only its owner may read.
+
+    Parameters
+    ----------
+    path : Path
+        The file.
+    content : bytes
+        What goes into it.
+    """
+    path.touch(mode=0o600)
+    path.write_bytes(content)
 
 
 def _name(common: str) -> x509.Name:
@@ -142,8 +162,3 @@ def _usage(*, signs_certificates: bool) -> x509.KeyUsage:
         encipher_only=False,
         decipher_only=False,
     )
-
-
-def _write_secret(path: Path, content: bytes) -> None:
-    path.touch(mode=0o600)
-    path.write_bytes(content)

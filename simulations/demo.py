@@ -45,16 +45,71 @@ def run_experiment(
     Outcome
         A completed run. Any other end raises a RuntimeError.
     """
-    config = check_run(experiment, overrides)
-    federation = _federation(config, clients)
-    echo = Console(say, verbose)
+    federation = _federation(check_run(experiment, overrides), clients)
     say(f"starting Flower and its simulated clients for experiment '{experiment}' ...")
+    return _run(experiment, overrides, "", federation, say, verbose)
+
+
+def resume_run(
+    run: str,
+    overrides: str = "",
+    *,
+    clients: int = 0,
+    say: Callable[[str], None] = print,
+    verbose: bool = False,
+) -> Outcome:
+    """Go on with a run that was stopped, on a SuperLink of its own, and wait for its end.
+
+    Parameters
+    ----------
+    run : str
+        A run folder, its name as `graft runs` shows it, or one of its checkpoints.
+    overrides : str
+        Changes to its configuration.
+    clients : int
+        Simulated clients; 0: as many as there were.
+    say : callable
+        Takes one line for the console.
+    verbose : bool
+        Show Flower's own lines too.
+
+    Returns
+    -------
+    Outcome
+        A completed run. Any other end raises a RuntimeError.
+    """
+    from flower_app.resume import look_up  # with torch
+
+    point = look_up(run, overrides)
+    federation = _federation(point.config, clients or len(point.clients))
+    say(
+        f"starting Flower and its simulated clients to go on with {point.run} after round "
+        f"{point.number} of {point.config.train.rounds} ..."
+    )
+    return _run(point.config.experiment, overrides, str(point.source), federation, say, verbose)
+
+
+def _run(
+    experiment: str,
+    overrides: str,
+    resume: str,
+    federation: str,
+    say: Callable[[str], None],
+    verbose: bool,
+) -> Outcome:
+    echo = Console(say, verbose)
     try:
         with local_superlink() as flower:
-            outcome = flower.run(experiment, overrides, federation=federation, echo=echo)
+
+            def run() -> Outcome:
+                return flower.run(
+                    experiment, overrides, resume=resume, federation=federation, echo=echo
+                )
+
+            outcome = run()
             if not outcome.completed and any(RAY_LATE in line for line in outcome.lines):
                 say("Ray, which runs the simulated clients, did not come up in time; once more ...")
-                outcome = flower.run(experiment, overrides, federation=federation, echo=echo)
+                outcome = run()
     except (KeyboardInterrupt, SystemExit):
         if echo.folder is not None:
             say(f"stopped; what there is: {echo.folder}")
@@ -68,7 +123,8 @@ def run_experiment(
 def _federation(config: Config, clients: int) -> str:
     """Value of `--federation-config`: how many clients, and all at once if the run needs that."""
     count = f"num-supernodes={clients}" if clients else ""
-    if config.train.strategy != "merged" or config.link.transport != "stream":
+    together = config.train.strategy == "merged" or config.train.turns == "ordered"
+    if not together or config.link.transport != "stream":
         return count
     at_once = f"client-resources-num-cpus=1 init-args-num-cpus={clients or FLOWERS_CLIENTS}"
     return f"{count} {at_once}".strip()

@@ -1,32 +1,40 @@
-"""A real deployment on loopback: one SuperLink, SuperNodes with a data file each, the same app.
+"""A real deployment on one machine: one SuperLink, SuperNodes with a data file each, the same app.
 
-With TLS on every connection, and SuperNodes that the SuperLink knows by their keys. Processes,
-ports, keys and Flower homes are this program's own and end with it.
+With TLS on every connection, and SuperNodes that the SuperLink knows by their keys. All on
+loopback, or each at a place of its own. Processes, ports, keys and Flower homes are this program's
+own and end with it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import secrets
 import ssl
-from collections.abc import Callable, Iterator
+import subprocess
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import psutil
 
-from simulations.credentials import ServerCredentials, make_node_key, make_server_credentials
+from simulations.credentials import (
+    ServerCredentials,
+    make_node_key,
+    make_server_credentials,
+    write_secret,
+)
 from simulations.local_flower import (
     LocalFlower,
-    Outcome,
     answers,
     flower_env,
     temporary_folder,
-    worth_reading,
 )
 from simulations.processes import (
     GRACE_SECONDS,
+    LOOPBACK,
+    Place,
     Started,
     free_ports,
     program,
@@ -35,7 +43,6 @@ from simulations.processes import (
 )
 
 EXPERIMENT = "deployment"
-NODES = ("alder", "birch")
 START_SECONDS = 90.0
 
 
@@ -45,11 +52,22 @@ class Deployment:
 
     flower: LocalFlower
     folder: Path
+    superlink: Place
     port: int
     tls: ServerCredentials | None
     started: list[Started]
+    direct: tuple[str, ...] = ()
+    """Addresses of the SuperLink and the trunk."""
 
-    def add_node(self, name: str, data: Path, *, registered: bool = True) -> Started:
+    def add_node(
+        self,
+        name: str,
+        data: Path,
+        *,
+        registered: bool = True,
+        trust: Path | None = None,
+        at: Place = LOOPBACK,
+    ) -> Started:
         """Start a SuperNode with its own key, Flower home and data file.
 
         Parameters
@@ -60,6 +78,10 @@ class Deployment:
             Its data.
         registered : bool
             Make its key known to the SuperLink first.
+        trust : Path, optional
+            The authority whose certificates it accepts; the SuperLink's own by default.
+        at : Place
+            Where it runs.
 
         Returns
         -------
@@ -69,7 +91,8 @@ class Deployment:
         home = self.folder / name
         home.mkdir()
         runtime_port = free_ports(1)[0]
-        command = [program("flower-supernode"), "--superlink", f"127.0.0.1:{self.port}"]
+        command = [*at.within, program("flower-supernode")]
+        command += ["--superlink", f"{self.superlink.address}:{self.port}"]
         command += ["--host", "127.0.0.1", "--port", str(runtime_port)]
         command += ["--node-config", f'name="{name}" data-path="{data}"']
         if self.tls is None:
@@ -78,13 +101,73 @@ class Deployment:
             private, public = make_node_key(home, "node")
             if registered:
                 self.flower.flwr("supernode", "register", str(public), self.flower.superlink)
-            command += ["--root-certificates", str(self.tls.ca)]
+            command += ["--root-certificates", str(trust or self.tls.ca)]
             command += ["--auth-supernode-private-key", str(private)]
-        node = Started(
-            f"SuperNode {name}", command, env=flower_env(home), log=home / "node.log", cwd=home
+        return self._start(f"SuperNode {name}", command, home / "node.log")
+
+    def add_trunk(self, at: Place) -> Started:
+        """Start what runs the ServerApps, and so the trunk, of a SuperLink that runs none itself.
+
+        Parameters
+        ----------
+        at : Place
+            Where it runs.
+
+        Returns
+        -------
+        Started
+            The SuperExec.
+        """
+        home = self.folder / "trunk"
+        home.mkdir()
+        command = [*at.within, program("flower-superexec")]
+        command += ["--runtime-api-address", f"{self.superlink.address}:{self.port}"]
+        if self.tls is None:
+            command += ["--insecure"]
+        else:
+            command += ["--root-certificates", str(self.tls.ca)]
+        command += ["--superexec-auth-secret-file", str(self.secret)]
+        return self._start("the trunk", command, home / "trunk.log")
+
+    @property
+    def secret(self) -> Path:
+        """What a SuperExec elsewhere shows the SuperLink."""
+        return self.folder / "superexec.secret"
+
+    @property
+    def database(self) -> Path:
+        """What the SuperLink keeps its state and its messages in."""
+        return self.flower.home / "state.db"
+
+    def _start_superlink(self, *, apart: bool) -> None:
+        """Start the SuperLink and wait until it answers; `apart`: its ServerApps run elsewhere."""
+        at, tls = self.superlink, self.tls
+        command = [*at.within, program("flower-superlink")]
+        command += ["--host", at.address, "--port", str(self.port)]
+        command += ["--database", str(self.database)]
+        if tls is None:
+            command += ["--insecure"]
+        else:
+            command += ["--ssl-ca-certfile", str(tls.ca), "--ssl-certfile", str(tls.certificate)]
+            command += ["--ssl-keyfile", str(tls.key), "--enable-supernode-auth"]
+        if apart:
+            write_secret(self.secret, secrets.token_bytes(32))
+            command += ["--isolation", "process"]
+            command += ["--superexec-auth-secret-file", str(self.secret)]
+        superlink = self._start("the SuperLink", command, self.flower.home / "superlink.log")
+        wait_until(
+            lambda: _answers(at, self.port, tls),
+            seconds=START_SECONDS,
+            what="the SuperLink to answer",
+            process=superlink,
         )
-        self.started.append(node)
-        return node
+
+    def _start(self, name: str, command: list[str], log: Path) -> Started:
+        home = log.parent
+        env = flower_env(home, direct=self.direct)
+        process = Started(name, command, env=env, log=log, cwd=home)
+        self.started.append(process)
+        return process
 
     def cut_off(self, node: Started) -> None:
         """End a SuperNode and all its processes at once, without a good-bye, as a power cut does.
@@ -115,13 +198,19 @@ class Deployment:
 
 
 @contextlib.contextmanager
-def deployment(*, insecure: bool = False) -> Iterator[Deployment]:
-    """Start a SuperLink on a free port of loopback.
+def deployment(
+    *, insecure: bool = False, at: Place = LOOPBACK, trunk: Place | None = None
+) -> Iterator[Deployment]:
+    """Start a SuperLink on a free port.
 
     Parameters
     ----------
     insecure : bool
         Without TLS and without node authentication.
+    at : Place
+        Where it runs; `flwr` is called there too.
+    trunk : Place, optional
+        Where the ServerApp runs, if not beside the SuperLink.
 
     Yields
     ------
@@ -132,86 +221,30 @@ def deployment(*, insecure: bool = False) -> Iterator[Deployment]:
         folder = Path(stack.enter_context(temporary_folder()))
         home, port = folder / "superlink", free_ports(1)[0]
         home.mkdir()
-        tls = None if insecure else make_server_credentials(home)
-        flower = LocalFlower(home=home, env=flower_env(home), superlink="deployment")
-        (home / "config.toml").write_text(_connection(port, tls), encoding="utf-8")
-        started = stack.enter_context(stopping())
-        command = [program("flower-superlink"), "--host", "127.0.0.1", "--port", str(port)]
-        command += ["--database", str(home / "state.db")]
-        if tls is None:
-            command += ["--insecure"]
-        else:
-            command += ["--ssl-ca-certfile", str(tls.ca), "--ssl-certfile", str(tls.certificate)]
-            command += ["--ssl-keyfile", str(tls.key), "--enable-supernode-auth"]
-        superlink = Started(
-            "the SuperLink", command, env=flower.env, log=home / "superlink.log", cwd=home
+        tls = None
+        if not insecure:
+            tls = make_server_credentials(home, sorted({LOOPBACK.address, at.address}))
+        direct = (at.address, *([] if trunk is None else [trunk.address]))
+        flower = LocalFlower(
+            home=home,
+            env=flower_env(home, direct=direct),
+            superlink="deployment",
+            within=at.within,
         )
-        started.append(superlink)
-        trust = None if tls is None else ssl.create_default_context(cafile=str(tls.ca))
-        address = f"{'http' if tls is None else 'https'}://127.0.0.1:{port}/health"
-        wait_until(
-            lambda: answers(address, trust),
-            seconds=START_SECONDS,
-            what="the SuperLink to answer",
-            process=superlink,
+        (home / "config.toml").write_text(_connection(at, port, tls), encoding="utf-8")
+        site = Deployment(
+            flower=flower,
+            folder=folder,
+            superlink=at,
+            port=port,
+            tls=tls,
+            started=stack.enter_context(stopping()),
+            direct=direct,
         )
-        yield Deployment(flower=flower, folder=folder, port=port, tls=tls, started=started)
-
-
-def deployment_demo(
-    *,
-    insecure: bool = False,
-    say: Callable[[str], None] = print,
-    verbose: bool = False,
-    overrides: str = "",
-) -> Path:
-    """Deploy two SuperNodes, run the app on them, and check what it left.
-
-    Parameters
-    ----------
-    insecure : bool
-        Without TLS and without node authentication.
-    say : callable
-        Takes one line for the console.
-    verbose : bool
-        Show Flower's own lines too.
-    overrides : str
-        Changes to the experiment.
-
-    Returns
-    -------
-    Path
-        The run folder.
-    """
-
-    def echo(line: str) -> None:
-        if verbose or worth_reading(line):
-            say(line)
-
-    guard = "no TLS, no node authentication" if insecure else "TLS, SuperNodes known by their keys"
-    say(f"starting a SuperLink on loopback ({guard}) ...")
-    with deployment(insecure=insecure) as site:
-        for name, data in zip(NODES, write_data(site.folder, NODES), strict=True):
-            site.add_node(name, data)
-            say(f"SuperNode {name}: {data.stat().st_size:,} bytes of text in {data.name}")
-        wait_until(
-            lambda: site.online() == len(NODES), seconds=START_SECONDS, what="the SuperNodes"
-        )
-        say(
-            "both are connected; running the app (a message starts a process: it takes a while) ..."
-        )
-        link = "link.tls=off" if insecure else "link.tls=on"
-        outcome = site.flower.run(EXPERIMENT, f"{link} {overrides}".strip(), echo=echo)
-        summary = _checked(outcome, site)
-    say("")
-    say(
-        f"Deployed and trained: held-out loss {summary['eval_loss_first']:.3f} -> "
-        f"{summary['eval_loss_last']:.3f} in {summary['rounds']} rounds on "
-        f"{summary['clients']} SuperNodes ({', '.join(NODES)}). All processes are stopped."
-    )
-    assert outcome.folder is not None
-    say(f"Results in {outcome.folder}")
-    return outcome.folder
+        site._start_superlink(apart=trunk is not None)
+        if trunk is not None:
+            site.add_trunk(trunk)
+        yield site
 
 
 def write_data(folder: Path, names: tuple[str, ...]) -> list[Path]:
@@ -241,24 +274,20 @@ def write_data(folder: Path, names: tuple[str, ...]) -> list[Path]:
     return files
 
 
-def _checked(outcome: Outcome, site: Deployment) -> dict[str, Any]:
-    """Return the summary of a run in which both nodes took part and the loss fell."""
-    if not outcome.completed:
-        raise RuntimeError(f"the run did not complete: {outcome.explain()}\n{site.explain()}")
-    summary = outcome.summary()
-    if summary["clients"] != len(NODES):
-        raise RuntimeError(
-            f"{summary['clients']} of {len(NODES)} SuperNodes took part\n{site.explain()}"
-        )
-    first, last = summary["eval_loss_first"], summary["eval_loss_last"]
-    if first is None or last is None or not last < first:
-        raise RuntimeError(f"the held-out loss did not fall: first {first}, last {last}")
-    return summary
-
-
-def _connection(port: int, tls: ServerCredentials | None) -> str:
+def _connection(at: Place, port: int, tls: ServerCredentials | None) -> str:
     trust = "insecure = true" if tls is None else f"root-certificates = {json.dumps(str(tls.ca))}"
     return (
         '[superlink]\ndefault = "deployment"\n\n[superlink.deployment]\n'
-        f'address = "127.0.0.1:{port}"\n{trust}\n'
+        f'address = "{at.address}:{port}"\n{trust}\n'
     )
+
+
+def _answers(at: Place, port: int, tls: ServerCredentials | None) -> bool:
+    """Return whether a SuperLink is up, as seen from where it runs."""
+    if at.within:
+        knock = f"import socket; socket.create_connection(({at.address!r}, {port}), 2)"
+        command = [*at.within, sys.executable, "-S", "-c", knock]
+        return not subprocess.run(command, capture_output=True, check=False).returncode
+    trust = None if tls is None else ssl.create_default_context(cafile=str(tls.ca))
+    scheme = "http" if tls is None else "https"
+    return answers(f"{scheme}://{at.address}:{port}/health", trust)

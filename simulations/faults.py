@@ -21,12 +21,12 @@ Schedule = Mapping[tuple[str, int], str]
 """Which frame, by direction and its number from 0 over all streams of a link, meets which fault."""
 
 
-def draw_schedule(seed: int, frames: int, rate: float) -> Schedule:
+def draw_schedule(seed: int | str, frames: int, rate: float) -> Schedule:
     """Draw faults for both directions of a link.
 
     Parameters
     ----------
-    seed : int
+    seed : int or str
         Equal seeds draw alike.
     frames : int
         How many frames of each direction may meet one.

@@ -20,6 +20,7 @@ from torch import Tensor
 from conf.schema import Config
 from flower_app import site
 from flower_app.client_app import app
+from flower_app.ends import Ends
 from flower_app.recorder import Recorder
 from flower_app.server_app import run_experiment
 
@@ -40,6 +41,7 @@ class InProcessGrid(Grid):
         self._clients, self._at_once, self._ids = clients, at_once, itertools.count(1)
         self._states: dict[int, RecordDict] = {}
         self._replies: dict[str, Message] = {}
+        self.threads: list[threading.Thread] = []
 
     def get_node_ids(self) -> Iterable[int]:
         """The nodes are called 1, 2, ..."""
@@ -53,7 +55,9 @@ class InProcessGrid(Grid):
             pushed.append(message)
         for message in pushed:
             if self._at_once:
-                threading.Thread(target=self._work, args=(message,), daemon=True).start()
+                thread = threading.Thread(target=self._work, args=(message,), daemon=True)
+                self.threads = [each for each in self.threads if each.is_alive()] + [thread]
+                thread.start()
             else:
                 self._work(message)
         return [message.metadata.message_id for message in pushed]
@@ -109,7 +113,7 @@ def run_app(config: Config, clients: int) -> dict[str, Tensor]:
     RuntimeError
         If a round has no quorum, with every client's reason.
     """
-    with _as_flower_runs_it():
+    with as_flower_runs_it():
         recorder = Recorder(config, say=lambda line: None)
         grid = InProcessGrid(clients, at_once=config.link.transport == "stream")
         folder = run_experiment(config, grid, recorder)
@@ -126,25 +130,32 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 @contextmanager
-def _as_flower_runs_it() -> Iterator[None]:
+def as_flower_runs_it() -> Iterator[None]:
     """The identity that Flower gives an app's process, and its log without news."""
     logger = logging.getLogger("flwr")
     level = logger.level
     logger.setLevel(logging.ERROR)
-    building = threading.Lock()
+    alone, seeded = threading.Lock(), Ends._seeded
 
     def one_by_one(build: Callable[[Config], Any]) -> Callable[[Config], Any]:
         # To build a model sets what belongs to the process: random numbers, default types.
         def locked(config: Config) -> Any:
-            with building:
+            with alone:
                 return build(config)
 
         return locked
+
+    @contextmanager
+    def seeded_alone(*place: Any) -> Iterator[None]:
+        # So does a client's forward pass, which has a process of its own anywhere else.
+        with alone, seeded(*place):
+            yield
 
     try:
         with (
             mock.patch.multiple(TaskIdentity, _run_id=1, _node_id=1, _task_id=1),
             mock.patch.object(site, "build_client", one_by_one(site.build_client)),
+            mock.patch.object(Ends, "_seeded", seeded_alone),
         ):
             yield
     finally:

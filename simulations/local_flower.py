@@ -15,7 +15,7 @@ import sys
 import tempfile
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -71,12 +71,15 @@ class LocalFlower:
     env: Mapping[str, str]
     superlink: str = "local"
     """Name of the connection in the home's config.toml."""
+    within: tuple[str, ...] = ()
+    """What precedes its commands: `ip netns exec NAME` runs them on another host."""
 
     def run(
         self,
         experiment: str,
         overrides: str = "",
         *,
+        resume: str = "",
         federation: str = "",
         app: Path = PROJECT,
         echo: Callable[[str], None] | None = None,
@@ -87,6 +90,8 @@ class LocalFlower:
         ----------
         experiment, overrides : str
             The run's configuration.
+        resume : str
+            A run folder, or one of its checkpoints, to go on from; `experiment` is not read then.
         federation : str
             Value of `--federation-config`, such as `num-supernodes=4`.
         app : Path
@@ -102,10 +107,11 @@ class LocalFlower:
         # A file, because `--run-config` has no way to write a quote within a value.
         config = self.home / "run-config.toml"
         config.write_text(
-            f"experiment = {json.dumps(experiment)}\noverrides = {json.dumps(overrides)}\n",
+            f"experiment = {json.dumps(experiment)}\noverrides = {json.dumps(overrides)}\n"
+            f"resume = {json.dumps(resume)}\n",
             encoding="utf-8",
         )
-        command = [program("flwr"), "run", str(app), self.superlink, "--stream"]
+        command = [*self.within, program("flwr"), "run", str(app), self.superlink, "--stream"]
         command += ["--run-config", str(config)]
         if federation:
             command += ["--federation-config", federation]
@@ -137,7 +143,7 @@ class LocalFlower:
             What it printed.
         """
         done = subprocess.run(
-            [program("flwr"), *arguments],
+            [*self.within, program("flwr"), *arguments],
             env=dict(self.env),
             cwd=self.home,
             capture_output=True,
@@ -161,7 +167,7 @@ class LocalFlower:
             assert process.stdout is not None
             try:
                 for line in process.stdout:
-                    plain = _COLOUR.sub("", line.rstrip("\n"))
+                    plain = without_colours(line.rstrip("\n"))
                     if echo is not None:
                         echo(plain)
                     yield plain
@@ -209,13 +215,15 @@ def local_superlink(folder: Path | None = None) -> Iterator[LocalFlower]:
         yield LocalFlower(home=home, env=env)
 
 
-def flower_env(home: Path) -> dict[str, str]:
+def flower_env(home: Path, *, direct: Sequence[str] = ()) -> dict[str, str]:
     """Return the environment in which Flower's commands use a home of their own.
 
     Parameters
     ----------
     home : Path
         The Flower home.
+    direct : sequence of str
+        Hosts, beside loopback, that are reached without a proxy.
 
     Returns
     -------
@@ -224,9 +232,10 @@ def flower_env(home: Path) -> dict[str, str]:
     """
     # Flower starts its other programs by name, so the environment's programs must come first.
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    no_proxy = [os.environ.get("NO_PROXY"), "127.0.0.1", "localhost", *direct]
     return dict(os.environ) | {
         "PATH": path,
-        "NO_PROXY": ",".join(filter(None, [os.environ.get("NO_PROXY"), "127.0.0.1,localhost"])),
+        "NO_PROXY": ",".join(filter(None, no_proxy)),
         "FLWR_HOME": str(home),
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
@@ -264,6 +273,22 @@ def answers(url: str, context: Any = None) -> bool:
 def temporary_folder() -> tempfile.TemporaryDirectory[str]:
     """Return a temporary folder that tolerates a last write while it is removed."""
     return tempfile.TemporaryDirectory(prefix="graft-", ignore_cleanup_errors=True)
+
+
+def without_colours(text: str) -> str:
+    """Return text without the escape sequences that colour it.
+
+    Parameters
+    ----------
+    text : str
+        What a Flower program printed.
+
+    Returns
+    -------
+    str
+        The same, plain.
+    """
+    return _COLOUR.sub("", text)
 
 
 def worth_reading(line: str) -> bool:

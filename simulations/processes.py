@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -18,6 +19,19 @@ import psutil
 
 GRACE_SECONDS = 10.0
 """How long a process may take to end after it was asked to."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where a process runs: this machine as it is, or a network namespace on it."""
+
+    address: str = "127.0.0.1"
+    """Under which the processes at other places reach it."""
+    within: tuple[str, ...] = ()
+    """What precedes its commands, such as `ip netns exec NAME`."""
+
+
+LOOPBACK = Place()
 
 
 class Started:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
+import torch
 from flwr.app import ArrayRecord
 from torch import Tensor, nn
 
 from conf.schema import Config
 from models import Cut, Part, fold_residuals, in_ends, trainable_state
-from models.adapters import RESIDUAL
+from models.adapters import RESIDUAL, residual_weights
 from strategies.answers import Answer, to_arrays
 from strategies.averaging import Contribution, GlobalState
 from strategies.lora_average import form_but_rank
@@ -35,7 +36,7 @@ class JointModel:
     def __init__(self, engine: TrunkEngine, config: Config) -> None:
         self._engine, self._config = engine, config
         self._state = GlobalState(config)
-        self._folded: dict[str, Tensor] = {}
+        self._bases: dict[str, Tensor] = {}
         self._arrays: dict[tuple[int, int, int], ArrayRecord] = {}
 
     def start(self, ends: Mapping[str, Tensor]) -> None:
@@ -109,19 +110,39 @@ class JointModel:
         kept = self._state.tensors(
             lambda name: not self._in_ends(name, self._cut), self._config.lora.rank
         )
-        residuals = {name: tensor for name, tensor in kept.items() if name.endswith(RESIDUAL)}
         averaged = {name: kept[name] for name in own if name in kept}
         self._engine.policy.load(averaged)
-        if residuals:
-            trunk = self._engine.trunk
-            assert isinstance(trunk, Part)
-            # The trunk's base lives on, clients rebuild theirs: it gets the difference.
-            change = {
-                n: r - self._folded[n] if n in self._folded else r for n, r in residuals.items()
-            }
-            fold_residuals(trunk, change)
-            self._folded = residuals
+        self._fold(kept)
         return report.lora_error
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All that a later round depends on, besides the engine's state; sharing memory."""
+        return self._state.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go back to a `state_dict`; the engine is at its own already."""
+        self._state.load_state_dict(state)
+        self._arrays.clear()
+        self._fold(
+            self._state.tensors(
+                lambda name: not self._in_ends(name, self._cut), self._config.lora.rank
+            )
+        )
+
+    def _fold(self, kept: Mapping[str, Tensor]) -> None:
+        """Set the trunk's base weights to what they were at first plus the residuals in `kept`.
+
+        As clients do, who rebuild theirs: sums of differences would depend on the rounds before.
+        """
+        residuals = {name: tensor for name, tensor in kept.items() if name.endswith(RESIDUAL)}
+        if not residuals and not self._bases:
+            return
+        trunk = self._engine.trunk
+        assert isinstance(trunk, Part)
+        with torch.no_grad():
+            for name, weight in residual_weights(trunk, {*residuals, *self._bases}).items():
+                weight.copy_(self._bases.setdefault(name, weight.detach().clone()))
+        fold_residuals(trunk, residuals)
 
     def tensors(self) -> dict[str, Tensor]:
         """All that was trained, and the residuals that belong to it, in the run's own rank."""

@@ -20,52 +20,10 @@ from models import Cut, Part, load_trainable_state, narrow, trainable_state
 from strategies.aggregation import weighted_mean
 from strategies.errors import TrunkError
 from strategies.optim import build_optimizer, trainable
+from strategies.turns import Turn, turns
 
 if TYPE_CHECKING:
     from strategies.group import Group
-
-
-class Turn:
-    """The exclusive right to use a shared trunk from the forward pass to the optimizer step.
-
-    A session may take a turn it already holds, and may release one it does not hold.
-    """
-
-    def __init__(self) -> None:
-        self._free = threading.Condition()
-        self._holder: object | None = None
-        self._queue: list[object] = []
-
-    def take(self, holder: object, timeout: float) -> None:
-        """Wait for the turn; `TrunkError` after `timeout` seconds."""
-        with self._free:
-            if self._holder is holder:
-                return
-            self._queue.append(holder)
-            # First come, first served: who steps often must not keep the others out.
-            got = self._free.wait_for(
-                lambda: self._holder is None and self._queue[0] is holder, timeout
-            )
-            self._queue.remove(holder)
-            if not got:
-                self._free.notify_all()
-                raise TrunkError(
-                    f"no turn at the shared trunk within {timeout:g} s: another client holds it. "
-                    "Raise link.timeout, or use train.strategy=splitfed-v1",
-                    kind="timeout",
-                )
-            self._holder = holder
-
-    def held_by(self, holder: object) -> bool:
-        """Whether `holder` has the turn."""
-        return self._holder is holder
-
-    def release(self, holder: object) -> None:
-        """Give the turn to whoever waits, if `holder` has it."""
-        with self._free:
-            if self._holder is holder:
-                self._holder = None
-                self._free.notify_all()
 
 
 @dataclass(eq=False)
@@ -220,14 +178,16 @@ class SplitFedV2:
 
     Source: Thapa et al. 2022 (arXiv:2004.12088), algorithm SplitFedV2. A turn lasts from the first
     forward of a step to its optimizer step, so no update meets another client's graph. The trunk's
-    optimizer lives as long as the run. The result depends on the order of arrival.
+    optimizer lives as long as the run. The result depends on the order of arrival, unless
+    `train.turns` is ordered.
     """
 
     def __init__(self, trunk: nn.Module, train: TrainConfig) -> None:
         self.trunk = trunk
         self._parameters = trainable(trunk)
         self._optimizer = build_optimizer(self._parameters, train)
-        self._turn = Turn()
+        self._turns = turns(train)
+        self._turn = self._turns()
 
     def open(self, key: str, *, training: bool, cut: Cut | None = None) -> Lane:
         """The shared trunk, with its optimizer and the turn; without them for evaluation."""
@@ -246,13 +206,16 @@ class SplitFedV2:
             load_trainable_state(self.trunk, state)
 
     def forget(self) -> None:
-        """Nothing to drop."""
+        """Drop the round's turns."""
+        self._turn = self._turns()
 
     def close_round(self, weights: Mapping[str, float]) -> None:
         """Nothing to fold: every step has moved the one trunk already."""
+        self.forget()
 
     def miss(self) -> None:
-        """Nobody waits for another's coming."""
+        """One client of the cohort will not come."""
+        self._turn.miss()
 
     def statistics(self) -> dict[str, float]:
         """Nothing."""

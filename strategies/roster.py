@@ -67,6 +67,11 @@ class Roster:
     def __getitem__(self, node: int) -> Profile:
         return self._profiles[node]
 
+    @property
+    def clients(self) -> list[str]:
+        """Names of those who could take part when they were last asked."""
+        return sorted(profile.client for profile in self._profiles.values())
+
     def gather(self, grid: Grid) -> list[Profile]:
         """Who can take part now, by name; waits until `federation.min_clients` are connected.
 

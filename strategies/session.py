@@ -87,6 +87,8 @@ class Session:
         self._dropout = round.training and has_dropout(lane.module)
         if lane.group is not None:
             lane.group.join(self, cohort=round.cohort, patience=engine.timeout * GATHER_SHARE)
+        if lane.turn is not None:
+            lane.turn.join(self, cohort=round.cohort, patience=engine.timeout * GATHER_SHARE)
 
     def compute(self, step: int, micro: int, h_BTD: Tensor, mask_BT: Tensor | None) -> Tensor:
         """Run the trunk forward on one micro-batch.
@@ -326,6 +328,8 @@ class Session:
         self._closed = True
         if self._lane.group is not None:
             self._lane.group.leave(self)
+        if self._lane.turn is not None:
+            self._lane.turn.leave(self)
 
     def close(self) -> None:
         """Drop what is in flight and give back the turn. The replica of the applied steps waits for

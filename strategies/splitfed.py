@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from logging import INFO, WARNING
-from typing import Protocol
+from typing import Any, Protocol
 
 from flwr.app import (
     ArrayRecord,
@@ -47,6 +47,13 @@ class Observer(Protocol):
         """Called with the fields of an ended round; round 0 is the evaluation before training."""
 
 
+class Keep(Protocol):
+    """Who may keep the run's state between two rounds."""
+
+    def __call__(self, number: int, strategy: SplitFed) -> None:
+        """Called when round `number` is over and reported; may ask for `state_dict()`."""
+
+
 def needs_first_tensors(config: Config) -> bool:
     """Whether the server must know what the clients start from: not for plain averaging."""
     return config.train.sync == "step" or config.aggregation.optimizer != "fedavg"
@@ -72,6 +79,8 @@ class SplitFed(Strategy):
         Told of every step and round.
     model : str
         What the trunk was cut from, in words; a client with another model refuses to train.
+    keep : Keep, optional
+        Called after every round.
 
     Raises
     ------
@@ -87,12 +96,15 @@ class SplitFed(Strategy):
         observer: Observer,
         *,
         model: str = "",
+        keep: Keep | None = None,
     ) -> None:
-        self.model = model
+        self.model, self._keep = model, keep
         self.engine, self.service, self.config, self.observer = engine, service, config, observer
         self.roster = Roster(config)
         self.joint = JointModel(engine, config)
         self._rounds = config.train.rounds
+        self._done = 0
+        self._known: list[str] = []
         self._grid: Grid | None = None
         self._cohort = Cohort()
         self._tally = Tally(number=-1)
@@ -117,7 +129,7 @@ class SplitFed(Strategy):
         num_rounds: int = 3,
         timeout: float = 3600.0,
     ) -> Result:
-        """Evaluate before training, then run all rounds.
+        """Evaluate before training, then run all rounds; those that are left after a `resume`.
 
         Flower's own loop waits for every reply and cannot try a round again. `timeout` is not
         read: `federation.round_timeout` is.
@@ -125,15 +137,57 @@ class SplitFed(Strategy):
         self._grid, self._rounds = grid, num_rounds
         self.summary()
         result, arrays = Result(arrays=initial_arrays), initial_arrays
-        if needs_first_tensors(self.config):
-            self._start_joint(grid)
-        self._evaluate(0, arrays, grid)
-        for number in range(1, num_rounds + 1):
+        if self._done:
+            arrays = result.arrays = self.joint.arrays_for()
+            if self._done < num_rounds:
+                self._compare_clients(grid)
+        else:
+            if needs_first_tensors(self.config):
+                self._start_joint(grid)
+            self._evaluate(0, arrays, grid)
+        for number in range(self._done + 1, num_rounds + 1):
             arrays, result.train_metrics_clientapp[number] = self._train(number, arrays, grid)
             result.arrays = arrays
             if metrics := self._evaluate(number, arrays, grid):
                 result.evaluate_metrics_clientapp[number] = metrics
+            if self._keep is not None:
+                self._keep(number, self)
         return result
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that later rounds depend on, between two rounds; shares memory with what moves.
+
+        There are no generators in it and no places in the data: every random number is drawn from
+        a seed made of the run's, the round and what it is for (`derive_seed`), the order of a
+        client's examples too.
+        """
+        return {"engine": self.engine.state_dict(), "joint": self.joint.state_dict()}
+
+    def resume(self, number: int, state: Mapping[str, Any], clients: Sequence[str] = ()) -> None:
+        """Go on after round `number`.
+
+        Parameters
+        ----------
+        number : int
+            The last round that is over.
+        state : mapping
+            What `state_dict` returned after it.
+        clients : sequence of str
+            Who was connected then; it is said if others are now.
+
+        Raises
+        ------
+        ValueError
+            If the state is not of this model and configuration.
+        """
+        self.engine.load_state_dict(state["engine"])
+        self.joint.load_state_dict(state["joint"])
+        self._done, self._known = number, sorted(clients)
+
+    @property
+    def held_out_loss(self) -> float | None:
+        """Of the last round; None if nobody evaluated."""
+        return (self._tally.evaluate or {}).get("loss")
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -334,6 +388,20 @@ class SplitFed(Strategy):
         if sizes is not None:
             ticket["batch-sizes"] = sizes
         return ticket
+
+    def _compare_clients(self, grid: Grid) -> None:
+        """Say so if the clients are not those of the run before."""
+        now = [profile.client for profile in self.roster.gather(grid)]
+        if self._known and now != self._known:
+            log(
+                WARNING,
+                "the clients differ from those of the run before: missing %s; new %s. The run goes "
+                "on with those who are here, and will not equal one that was never stopped; to "
+                "wait for all, resume with federation.min_clients=%d",
+                ", ".join(sorted({*self._known} - {*now})) or "none",
+                ", ".join(sorted({*now} - {*self._known})) or "none",
+                len(self._known),
+            )
 
     def _start_joint(self, grid: Grid) -> None:
         """Learn the clients' first tensors from one of them; all start alike."""

@@ -6,9 +6,65 @@ import datetime
 import ipaddress
 
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
+
+
+def check_certificate(certificate: bytes, key: bytes, host: str) -> None:
+    """Refuse an operator's certificate that no client could accept, before any has tried.
+
+    Parameters
+    ----------
+    certificate, key : bytes
+        PEM; the first certificate of a chain is the server's.
+    host : str
+        What clients connect to.
+
+    Raises
+    ------
+    ValueError
+        If one of them is unreadable, they do not belong together, the certificate does not hold the
+        host's name, or it is not valid now.
+    """
+    try:
+        leaf = x509.load_pem_x509_certificates(certificate)[0]
+    except ValueError as error:
+        raise ValueError(f"link.certificate holds no PEM certificate: {error}") from error
+    try:
+        public = serialization.load_pem_private_key(key, None).public_key()
+    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+        raise ValueError(
+            f"link.key holds no PEM private key without a pass phrase: {error}"
+        ) from error
+    if public != leaf.public_key():
+        raise ValueError("link.key is not the key of link.certificate's first certificate")
+    names = _names(leaf)
+    if not any(_covers(name, host) for name in names):
+        raise ValueError(
+            f"link.certificate is for {', '.join(names) or 'no name'}, and clients connect to "
+            f"{host}; set link.advertise to one of its names, or get a certificate for {host}"
+        )
+    if reason := validity_error(certificate):
+        raise ValueError(reason)
+
+
+def _names(certificate: x509.Certificate) -> list[str]:
+    try:
+        extension = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName)
+    except x509.ExtensionNotFound:
+        return []
+    addresses = extension.value.get_values_for_type(x509.IPAddress)
+    return [*extension.value.get_values_for_type(x509.DNSName), *map(str, addresses)]
+
+
+def _covers(name: str, host: str) -> bool:
+    """Whether a certificate's name is the host's; ``*.`` stands for one label."""
+    name, host = name.lower(), host.lower()
+    if name.startswith("*."):
+        return "." in host and host.partition(".")[2] == name[2:]
+    return name == host
 
 
 def validity_error(pem: bytes, now: datetime.datetime | None = None) -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,9 +14,7 @@ from torch import Tensor
 from conf.schema import LinkConfig
 from strategies.errors import TrunkError
 from strategies.session import Session, StepResult
-from strategies.transport import tickets
 from strategies.transport import trunk_pb2 as pb
-from strategies.transport.certificates import validity_error
 from strategies.transport.codec import (
     WIRE_DTYPES,
     decode,
@@ -28,23 +24,16 @@ from strategies.transport.codec import (
     encode_named,
     shape_of,
 )
-from strategies.transport.frames import client_frame, read_server_frame, refuse_failure
-from strategies.transport.stream import BROKEN, Stream
+from strategies.transport.connection import Connection
+from strategies.transport.frames import client_frame, read_server_frame
+from strategies.transport.stream import BROKEN
 from strategies.transport.tickets import Ticket
-
-logger = logging.getLogger(__name__)
 
 FIRST_CONNECTION_SECONDS = 30.0
 """For a session's first stream, which may need the trunk to be copied."""
 
-FIRST_PAUSE, LONGEST_PAUSE = 0.1, 5.0
-"""Seconds before another attempt to connect: doubled each time, within bounds."""
-
 REPEAT_SHARE = 1 / 8
 """Of `link.timeout`: after how long without an answer a question is asked again."""
-
-MAX_BREAKS = 10
-"""Streams that may break before one question is answered."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,30 +162,24 @@ class GrpcLink:
         config: LinkConfig,
         interceptors: Sequence[grpc.StreamStreamClientInterceptor] = (),
     ) -> None:
-        self._ticket, self._steps, self._config = ticket, steps, config
-        self._secret = tickets.session_secret(
-            node_key, ticket.trunk_key, ticket.nonce, ticket.session
-        )
+        self._address, self._config = ticket.address, config
         self._dtype = WIRE_DTYPES[config.dtype]
         self._limit = int(config.max_frame_mb * 2**20)
-        self._interceptors = interceptors
-        self._jitter = random.Random()  # of its own: training must not notice
-        self._connection = 0
-        self._stream: Stream | None = None
         self._outstanding: _Request | None = None
         self._over = False
         self.bytes_up = self.bytes_down = 0
         self.trunk_seconds = 0.0
-        if ticket.certificate and (error := validity_error(ticket.certificate)):
-            raise TrunkError(error, kind="clock")
+        self._connection = Connection(
+            ticket, node_key, steps=steps, config=config, interceptors=interceptors
+        )
         with self._ending_in_words():
-            opened = self._connect(min(FIRST_CONNECTION_SECONDS, config.timeout))
+            opened = self._connection.open(min(FIRST_CONNECTION_SECONDS, config.timeout))
         self.hidden_size = opened.hidden_size
 
     @property
     def connections(self) -> int:
         """How many streams were tried so far."""
-        return self._connection
+        return self._connection.number
 
     def compute(self, step: int, micro: int, h_BTD: Tensor, mask_BT: Tensor | None) -> Tensor:
         """Send activations (B, T, D) through the trunk; see `Session.compute`."""
@@ -247,13 +230,12 @@ class GrpcLink:
             self.abort()
             raise
         self._over = True
-        if self._stream is not None:
-            self._stream.drop()
+        self._connection.drop()
 
     def abort(self) -> None:
         """Leave before the end; nothing is left to do after a good-bye or an earlier call."""
-        if not self._over and self._stream is not None:
-            self._stream.leave(client_frame(close=pb.Close(early=True)))
+        if not self._over:
+            self._connection.leave(client_frame(close=pb.Close(early=True)))
         self._over = True
 
     def _ask(self, request: _Request) -> Any:
@@ -276,9 +258,8 @@ class GrpcLink:
         self._put(request)
 
     def _put(self, request: _Request) -> None:
-        assert self._stream is not None
         self.bytes_up += len(request.raw)
-        self._stream.send(request.raw)
+        self._connection.send(request.raw)
 
     def _answer(self) -> Any:
         """Wait for the answer to the outstanding request, whatever it takes within the deadline."""
@@ -294,7 +275,7 @@ class GrpcLink:
                 except TrunkError as error:
                     if error.kind == BROKEN:
                         breaks += 1
-                        self._reconnect(error, breaks)
+                        self._connection.reopen(error, breaks)
                         deadline = time.monotonic() + timeout
                     elif error.kind != "damaged":
                         raise
@@ -307,7 +288,7 @@ class GrpcLink:
                     return getattr(frame, request.answer)
                 # Else an answer that came twice, because its question did.
             raise TrunkError(
-                f"the trunk at {self._ticket.address} did not answer within {timeout:g} s; raise "
+                f"the trunk at {self._address} did not answer within {timeout:g} s; raise "
                 "link.timeout if it is only busy",
                 kind="timeout",
             )
@@ -337,73 +318,11 @@ class GrpcLink:
             self._put(request)
 
     def _receive(self, timeout: float) -> pb.ServerFrame | None:
-        assert self._stream is not None
-        raw = self._stream.receive(timeout)
+        raw = self._connection.receive(timeout)
         if raw is None:
             return None
         self.bytes_down += len(raw)
         return read_server_frame(raw)
-
-    def _reconnect(self, why: TrunkError, breaks: int) -> None:
-        """Connect to the session again, within the time for which the trunk keeps it."""
-        address, grace = self._ticket.address, self._config.grace
-        if breaks > MAX_BREAKS:
-            raise TrunkError(
-                f"the stream to the trunk at {address} broke {breaks} times before one question "
-                f"was answered, the last time because of this: {why}",
-                kind="lost",
-            )
-        logger.warning("the stream to the trunk at %s broke (%s): connecting again", address, why)
-        before = self._connection
-        try:
-            self._connect(grace)
-        except TrunkError as error:
-            if error.kind != "unreachable":
-                raise
-            raise TrunkError(
-                f"the stream to the trunk at {address} broke ({why}), and "
-                f"{self._connection - before} attempts within link.grace={grace:g} s did not bring "
-                "it back; the server has stopped or cannot be reached. A stopped run goes on with "
-                "resume",
-                kind="lost",
-            ) from error
-
-    def _connect(self, seconds: float) -> pb.Opened:
-        """Open a stream, as often as it takes: exponential back-off with jitter, bounded."""
-        deadline = time.monotonic() + seconds
-        pause, wait = FIRST_PAUSE, max(0.25, seconds / 4)
-        while True:
-            if self._stream is not None:
-                self._stream.drop()
-            self._connection += 1
-            self._stream = Stream(
-                self._ticket,
-                self._secret,
-                number=self._connection,
-                steps=self._steps,
-                limit=self._limit,
-                grace=self._config.grace,
-                interceptors=self._interceptors,
-            )
-            try:
-                frame = self._receive(min(wait, deadline - time.monotonic()))
-                why = "no answer"
-            except TrunkError as error:
-                if error.kind not in (BROKEN, "damaged"):
-                    raise
-                frame, why = None, str(error)
-            if frame is not None:
-                return refuse_failure(frame).opened
-            left = deadline - time.monotonic()
-            if left <= 0:
-                raise TrunkError(
-                    f"no trunk answers at {self._ticket.address}; check that link.advertise (or "
-                    "link.bind) is an address this client can reach, that its port is open, and "
-                    f"that link.tls is the same on both sides ({why})",
-                    kind="unreachable",
-                )
-            time.sleep(min(left, pause * self._jitter.uniform(0.5, 1.0)))
-            pause = min(2 * pause, LONGEST_PAUSE)
 
     @contextmanager
     def _ending_in_words(self) -> Iterator[None]:
@@ -412,10 +331,9 @@ class GrpcLink:
             yield
         except TrunkError as error:
             self.abort()
-            address = self._ticket.address
-            if address in str(error):
+            if self._address in str(error):
                 raise
-            raise TrunkError(f"the trunk at {address}: {error}", kind=error.kind) from error
+            raise TrunkError(f"the trunk at {self._address}: {error}", kind=error.kind) from error
 
     def _expect(self, message: pb.Tensor, what: str, like: Tensor) -> Tensor:
         """Decode a reply that must have the shape of what was sent, in its dtype."""

@@ -17,7 +17,7 @@ from conf.schema import LinkConfig
 from strategies.errors import TrunkError
 from strategies.transport import tickets
 from strategies.transport import trunk_pb2 as pb
-from strategies.transport.certificates import is_loopback, self_signed
+from strategies.transport.certificates import check_certificate, is_loopback, self_signed
 from strategies.transport.codec import WIRE_DTYPES
 from strategies.transport.conversation import Conversation, StepReport
 from strategies.transport.frames import failure_of, server_frame
@@ -177,29 +177,37 @@ class TrunkService:
         self._server.stop(grace=1.0).wait()
 
     def _bind(self) -> tuple[bytes, int]:
+        """Listen; returns the certificate that clients are to trust, and the port."""
         link, host = self._link, self._link.bind.rpartition(":")[0]
         public = (link.advertise or link.bind).rpartition(":")[0]
         secure = link.tls == "on" or (
             link.tls == "auto" and not (is_loopback(host) and is_loopback(public))
         )
-        certificate = b""
+        certificate, key = self._certificate(public) if secure else (b"", b"")
         try:
-            if not secure:
-                port = self._server.add_insecure_port(link.bind)
-            else:
-                if link.certificate:
-                    certificate = Path(link.certificate).read_bytes()
-                    key = Path(link.key).read_bytes()
-                else:
-                    certificate, key = self_signed(public)
+            if secure:
                 credentials = grpc.ssl_server_credentials([(key, certificate)])
-                port = self._server.add_secure_port(link.bind, credentials)
-        except (OSError, RuntimeError) as error:
+                return certificate, self._server.add_secure_port(link.bind, credentials)
+            return certificate, self._server.add_insecure_port(link.bind)
+        except RuntimeError as error:
             raise ValueError(
                 f"the trunk cannot listen on link.bind={link.bind}: {error}. Choose a free port, "
                 "or port 0 for any"
             ) from error
-        return certificate, port
+
+    def _certificate(self, host: str) -> tuple[bytes, bytes]:
+        link = self._link
+        if not link.certificate:
+            return self_signed(host)
+        try:
+            certificate, key = Path(link.certificate).read_bytes(), Path(link.key).read_bytes()
+        except OSError as error:
+            raise ValueError(
+                f"link.certificate or link.key cannot be read: {error}; give absolute paths that "
+                "the SuperLink's user can read"
+            ) from error
+        check_certificate(certificate, key, host.strip("[]"))
+        return certificate, key
 
     def _serve(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
         metadata = {key: str(value) for key, value in context.invocation_metadata()}

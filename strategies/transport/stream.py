@@ -149,9 +149,14 @@ def _reason(error: grpc.RpcError) -> TrunkError:
         return TrunkError(details, kind="refused")
     if "CERTIFICATE_VERIFY_FAILED" in details:
         return TrunkError(
-            "it shows another certificate than the one that came with the ticket: either something "
-            "between it and this client answers in its place, or link.certificate is not the one "
-            f"its address has a name in ({details})",
+            "it shows another certificate than the one that came with the ticket: something "
+            f"between it and this client answers in its place ({details})",
+            kind="certificate",
+        )
+    if "Hostname Verification" in details:
+        return TrunkError(
+            "its certificate is for another name; set link.advertise to a name that "
+            f"link.certificate holds ({details})",
             kind="certificate",
         )
     return TrunkError(details, kind=BROKEN if code in _LOST else "closed")

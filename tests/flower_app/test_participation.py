@@ -15,7 +15,10 @@ import torch
 from flwr.supercore.task_identity import TaskIdentity
 from safetensors.torch import load_file
 
-from conf.schema import Config
+from conf.schema import Config, LinkConfig
+from strategies.errors import TrunkError
+from strategies.transport.link import GrpcLink
+from strategies.transport.tickets import Ticket, new_key
 from tests.flower_app import test_app
 from tests.flower_app.grid import InProcessGrid, WatchedLink
 
@@ -315,3 +318,41 @@ def test_weighted_sampling_counts_the_clients_examples(tmp_path: Path) -> None:
 
     drawn = [record["clients"][0] for record in rounds[1:]]
     assert drawn.count("site-2") >= 5
+
+
+def test_a_node_that_lost_its_key_is_asked_anew_and_takes_part_again(tmp_path: Path) -> None:
+    """Its SuperNode was started anew in mid-run: what it kept is gone, its key too."""
+    grid = InProcessGrid(clients=2)
+
+    def forget(message: Any) -> None:
+        ticket = message.content.config_records["ticket"]
+        if (message.metadata.message_type, ticket["round"]) == ("train", 2):
+            grid.states.pop(1, None)
+
+    grid.meanwhile = forget
+    _, rounds, _ = run(configured(tmp_path, "train.rounds=3"), grid)
+
+    assert rounds[2]["clients"] == ["client-0"]
+    assert "has lost the key that its ticket was made for" in rounds[2]["missing"]["client-1"]
+    assert rounds[3]["clients"] == ["client-0", "client-1"]
+
+
+def test_a_ticket_copied_on_its_way_opens_nothing(tmp_path: Path) -> None:
+    """Row 26, through both apps: a thief reads every message to clients and is first to come."""
+    grid, refused = InProcessGrid(clients=2), list[str]()
+
+    def steal(message: Any) -> None:
+        record = message.content.config_records["ticket"]
+        if message.metadata.message_type != "query":
+            with pytest.raises(TrunkError) as error:
+                GrpcLink(Ticket.from_record(record), new_key(), steps=3, config=LinkConfig())
+            refused.append(error.value.kind)
+
+    grid.meanwhile = steal
+    folder, rounds, _ = run(configured(tmp_path), grid)
+    calm, _, _ = run(configured(tmp_path), InProcessGrid(clients=2))
+
+    assert len(refused) >= 2
+    assert set(refused) == {"refused"}
+    assert rounds[-1]["clients"] == ["client-0", "client-1"]
+    assert equal(folder, calm)

@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 
+from conf.load import load_config, to_dict
 from conf.rules import ConfigError
+from flower_app.checkpoint import Facts, write
 from simulations import demo as tool
 from simulations.console import Console
 from simulations.local_flower import COMPLETED, Outcome
@@ -199,3 +201,55 @@ def test_verbose_console_shows_everything() -> None:
     for line in FAILED_RUN.splitlines():
         Console(shown.append, verbose=True)(line)
     assert shown == FAILED_RUN.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("changes", "together"),
+    [
+        ("", False),
+        ("train.strategy=merged", True),
+        ("train.strategy=splitfed-v2", False),
+        ("train.strategy=splitfed-v2 train.turns=ordered", True),
+        ("train.strategy=splitfed-v2 train.turns=ordered link.transport=messages", False),
+    ],
+)
+def test_clients_that_wait_for_each_other_run_at_once(changes: str, together: bool) -> None:
+    told = tool._federation(load_config("demo", changes), 3)
+
+    assert told.startswith("num-supernodes=3")
+    assert ("init-args-num-cpus=3" in told) == together
+
+
+def test_a_run_is_resumed_with_as_many_clients_as_it_had(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").touch()
+    config = to_dict(load_config("demo", "train.rounds=9"))
+    facts = Facts(round=2, config=config, clients=["a", "b", "c"], loss=None, started="", seconds=0)
+    write(run, facts, {})
+    given: list[Any] = []
+
+    class Flower(_Flower):
+        def run(self, *arguments: Any, **options: Any) -> Outcome:
+            given.append((arguments, options))
+            return super().run(*arguments, **options)
+
+    flower = Flower([_outcome(run, **GOOD)])
+
+    @contextlib.contextmanager
+    def superlink() -> Iterator[_Flower]:
+        yield flower
+
+    monkeypatch.setattr(tool, "local_superlink", superlink)
+    said: list[str] = []
+    tool.resume_run(str(run), "link.timeout=7", say=said.append)
+
+    ((arguments, options),) = given
+    assert arguments == ("demo", "link.timeout=7")
+    assert (options["resume"], options["federation"]) == (str(run), "num-supernodes=3")
+    assert f"go on with {run} after round 2 of 9" in said[0]
+    with pytest.raises(ConfigError, match="train.lr was 0.004 and cannot become 1.0"):
+        tool.resume_run(str(run), "train.lr=1", say=said.append)
+    assert len(given) == 1, "nothing is started for a run that cannot go on"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import ssl
 import subprocess
@@ -17,7 +18,9 @@ import psutil
 import pytest
 
 from simulations.credentials import make_node_key, make_server_credentials
-from simulations.deployment import NODES, deployment, deployment_demo, write_data
+from simulations.deployment import deployment, write_data
+from simulations.deployment_demo import NODES, deployment_demo
+from simulations.intruders import Intruder, send_intruders
 from simulations.local_flower import worth_reading
 from simulations.processes import Started, free_ports, stopping, wait_until
 
@@ -102,6 +105,28 @@ def test_credentials_verify_and_keep_their_secrets(tmp_path: Path) -> None:
         _handshake(server, client, "elsewhere.example")
 
 
+def test_a_certificate_names_the_addresses_it_was_made_for(tmp_path: Path) -> None:
+    files = make_server_credentials(tmp_path, ["10.77.0.1"])
+    server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    server.load_cert_chain(files.certificate, files.key)
+    client = ssl.create_default_context(cafile=str(files.ca))
+    assert _handshake(server, client, "10.77.0.1")
+    with pytest.raises(ssl.SSLCertVerificationError):
+        _handshake(server, client, "127.0.0.1")
+
+
+def test_a_certificate_of_another_authority_is_refused(tmp_path: Path) -> None:
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    for folder in (ours, theirs):
+        folder.mkdir()
+    files, other = make_server_credentials(ours), make_server_credentials(theirs)
+    server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    server.load_cert_chain(files.certificate, files.key)
+    client = ssl.create_default_context(cafile=str(other.ca))
+    with pytest.raises(ssl.SSLCertVerificationError, match="unable to get local issuer"):
+        _handshake(server, client, "localhost")
+
+
 def _handshake(server: ssl.SSLContext, client: ssl.SSLContext, name: str) -> bool:
     """Do a TLS handshake in memory."""
     up, down = ssl.MemoryBIO(), ssl.MemoryBIO()
@@ -140,9 +165,39 @@ def test_console_leaves_out_housekeeping() -> None:
     assert [line for line in kept + dropped if worth_reading(line)] == kept
 
 
+@pytest.mark.parametrize(
+    ("ending", "seconds", "complaint"),
+    [
+        ("raise SystemExit('wrong key')", 30, ""),
+        ("raise SystemExit('no disk')", 30, "not refused.*exit code 1 and without 'wrong key'.*"),
+        ("print('wrong key')", 30, "not refused.*exit code 0"),
+        ("time.sleep(600)", 0, "waited 0 s for someone to be refused"),
+    ],
+)
+def test_an_intruder_that_is_not_refused_is_an_error(
+    tmp_path: Path, ending: str, seconds: int, complaint: str
+) -> None:
+    command = [sys.executable, "-c", f"import time; {ending}"]
+    with stopping() as started:
+        node = Started("node", command, env=os.environ, log=tmp_path / "log", cwd=tmp_path)
+        started.append(node)
+        intruder = Intruder(who="someone", node=node, expected="wrong key")
+        if complaint:
+            with pytest.raises(RuntimeError, match=complaint):
+                intruder.refusal(seconds=seconds)
+        else:
+            assert intruder.refusal(seconds=seconds) == "wrong key"
+
+
 @pytest.mark.slow
 def test_app_runs_under_real_supernodes_with_tls_and_keys() -> None:
-    folder = deployment_demo(overrides="train.rounds=1 train.local_steps=5")
+    said: list[str] = []
+    folder = deployment_demo(overrides="train.rounds=1 train.local_steps=5", say=said.append)
+    refused = [line for line in said if line.startswith("refused: ")]
+    assert re.search("key is not registered: .*Failed to activate SuperNode", refused[0])
+    assert re.search("another authority signed: .*CERTIFICATE_VERIFY_FAILED", refused[1])
+    for line, what in zip(refused[2:], ("SuperLink's database", "replayed"), strict=True):
+        assert re.search(f"{what}: no session is open to this token", line)
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["clients"] == len(NODES)
     assert summary["eval_loss_last"] < summary["eval_loss_first"]
@@ -151,16 +206,15 @@ def test_app_runs_under_real_supernodes_with_tls_and_keys() -> None:
 
 
 @pytest.mark.slow
-def test_unknown_and_unencrypted_supernodes_are_refused() -> None:
+def test_only_known_supernodes_that_trust_the_superlink_get_in() -> None:
     with deployment() as site:
         data = write_data(site.folder, NODES)
         site.add_node("known", data[0])
-        wait_until(lambda: site.online() == 1, seconds=90, what="the known SuperNode")
         plain = replace(site, tls=None).add_node("plain", data[1])
-        stranger = site.add_node("stranger", data[1], registered=False)
-        wait_until(lambda: not stranger.running, seconds=60, what="the stranger to be refused")
-        assert "Failed to activate SuperNode" in stranger.tail(40)
-        assert stranger.process.returncode != 0
+        intruders = send_intruders(site, data[1])
+        wait_until(lambda: site.online() >= 1, seconds=90, what="the known SuperNode")
+        for intruder in intruders:
+            assert intruder.expected in intruder.refusal()
         assert site.online() == 1
         assert "SuperNode ID" in site.started[1].tail(40)
         assert "SuperNode ID" not in plain.tail(200)

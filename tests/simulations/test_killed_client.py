@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import re
-import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
@@ -16,31 +11,11 @@ import pytest
 from simulations.deployment import EXPERIMENT, deployment, write_data
 from simulations.local_flower import Outcome
 from simulations.processes import wait_until
+from tests.simulations.watched import Watched
 
 NAMES = ("alder", "birch", "cedar", "dogwood")
 VICTIM = "cedar"
 OTHERS = sorted(set(NAMES) - {VICTIM})
-
-
-@dataclass
-class Watched:
-    """The records of a run that goes on; also what its console says, and when."""
-
-    folder: Path | None = None
-    said: list[tuple[float, str]] = field(default_factory=list)
-
-    def __call__(self, line: str) -> None:
-        """Take a line of the run's output."""
-        self.said.append((time.monotonic(), line))
-        if line.startswith("run folder: "):
-            self.folder = Path(line.removeprefix("run folder: "))
-
-    def records(self, kind: str) -> list[dict[str, Any]]:
-        """Steps or rounds, those written to the end."""
-        path = self.folder and self.folder / "metrics.jsonl"
-        text = path.read_text(encoding="utf-8") if path and path.exists() else ""
-        records = [json.loads(line) for line in text.split("\n")[:-1]]
-        return [record for record in records if record["kind"] == kind]
 
 
 def _run_and_kill(overrides: str, *, after: int) -> tuple[Outcome, Watched]:
@@ -52,7 +27,9 @@ def _run_and_kill(overrides: str, *, after: int) -> tuple[Outcome, Watched]:
         wait_until(lambda: site.online() == len(NAMES), seconds=120, what="the SuperNodes")
         run = pool.submit(site.flower.run, EXPERIMENT, f"link.tls=off {overrides}", echo=watched)
         wait_until(
-            lambda: run.done() or _applied(watched) >= after, seconds=300, what="the victim's steps"
+            lambda: run.done() or watched.steps(VICTIM) >= after,
+            seconds=300,
+            what="the victim's steps",
         )
         assert not run.done(), run.result().explain()
         family = psutil.Process().children(recursive=True)
@@ -68,11 +45,6 @@ def _alive(process: psutil.Process) -> bool:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
-
-
-def _applied(watched: Watched) -> int:
-    steps = watched.records("step")
-    return sum(step["client"] == VICTIM and step["round"] == 1 for step in steps)
 
 
 def _check_others_went_on(outcome: Outcome, watched: Watched, reason: str) -> None:

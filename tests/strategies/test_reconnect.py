@@ -137,13 +137,13 @@ def test_a_lost_gradient_is_fetched_and_not_sent_again(monkeypatch: pytest.Monke
         ((UP, 1), ["compute", "backward", "get_gradients", "backward"]),
     ):
         sent.clear()
-        with served(open_engine(), **QUICK) as service:
+        with served(open_engine()) as service:  # with time enough that nothing is repeated
             faults = Faults({fault: "break"})
             link = GrpcLink(
                 admit(service, "a"),
                 NODE_KEY,
                 steps=1,
-                config=link_config(**QUICK),
+                config=link_config(),
                 interceptors=[faults],
             )
             link.compute(0, 0, H, None)
@@ -154,8 +154,8 @@ def test_a_lost_gradient_is_fetched_and_not_sent_again(monkeypatch: pytest.Monke
 
 def cut(link: GrpcLink) -> None:
     """Break the link's stream as a network does: without a good-bye."""
-    assert link._stream is not None
-    link._stream._channel.close()
+    assert link._connection.stream is not None
+    link._connection.stream._channel.close()
 
 
 @pytest.mark.parametrize("strategy", ["splitfed-v1", "splitfed-v2", "merged"])
@@ -201,9 +201,12 @@ def test_a_new_stream_takes_the_place_of_one_that_the_trunk_believes_alive() -> 
     with served(engine) as service:
         link = connect(service, "a", 1)
         link.compute(0, 0, H, None)
-        stuck = link._stream
-        link._connect(5.0)
-        assert link._stream is not stuck
+        stuck, link._connection.stream = link._connection.stream, None
+        assert stuck is not None
+        link._connection.open(5.0)
+        with pytest.raises(TrunkError) as ended:  # and its thread serves others
+            stuck.receive(5.0)
+        assert ended.value.kind == "broken"
         grad, _ = link.backward(0, 0, torch.ones_like(H), last=True)
         assert grad.shape == H.shape
         assert service.sessions() == 1
@@ -267,7 +270,7 @@ def test_a_trunk_that_was_started_anew_knows_the_session_no_more() -> None:
 
 def test_attempts_to_connect_back_off(monkeypatch: pytest.MonkeyPatch) -> None:
     pauses: list[float] = []
-    monkeypatch.setattr("strategies.transport.link.time.sleep", pauses.append)
+    monkeypatch.setattr("strategies.transport.connection.time.sleep", pauses.append)
     with served(open_engine()) as service:
         ticket = replace(admit(service, "a"), address="127.0.0.1:1")
     with pytest.raises(TrunkError, match="no trunk answers at 127.0.0.1:1"):
@@ -329,7 +332,7 @@ def test_evaluation_survives_too() -> None:
 def test_nobody_can_number_connections_backwards() -> None:
     with served(open_engine()) as running:
         link = connect(running, "a", 1)
-        link._connect(5.0)
-        link._connection = 0  # the client forgot, or somebody repeats what was seen
+        link._connection.open(5.0)
+        link._connection.number = 0  # the client forgot, or somebody repeats what was seen
         with pytest.raises(TrunkError, match="used before"):
-            link._connect(5.0)
+            link._connection.open(5.0)
