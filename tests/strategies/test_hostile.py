@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
@@ -29,6 +33,7 @@ WHOLE = client_frame(apply=pb.Apply(step=3, client_square_norm=0.5, tokens=7, lo
 
 def open_merged(sync: str = "round") -> TrunkEngine:
     train = TrainConfig(strategy="merged", accumulate=2, sync=sync)
+    torch.manual_seed(0)
     engine = TrunkEngine(OneLayer(HIDDEN), hidden_size=HIDDEN, train=train, timeout=5.0)
     if sync == "step":
         assert isinstance(engine.policy, Merged)
@@ -70,6 +75,41 @@ def test_merged_goes_back_in_the_order_of_the_forwards() -> None:
         session.backward(0, 0, torch.ones(1, 2, HIDDEN), last=False, tokens=8)
     grad_BTD, _ = session.backward(0, 1, torch.ones(2, 3, HIDDEN), last=False, tokens=8)
     assert grad_BTD.shape == (2, 3, HIDDEN)
+
+
+def test_merged_goes_back_twice_through_a_batch_that_two_come_to_at_different_times() -> None:
+    """It failed for all of the cohort: the graph was gone with the first of them."""
+    engine = open_merged()
+    generator = torch.Generator().manual_seed(0)
+    first, common, own = (torch.randn(2, 3, HIDDEN, generator=generator) for _ in range(3))
+    one = torch.ones(2, 3, HIDDEN)
+    a = engine.open("a", client="a", steps=1)
+    a.compute(0, 0, first, None)
+    b = engine.open("b", client="b", steps=1)
+    with ThreadPoolExecutor(2) as pool:
+
+        def both(one: Callable[[], Any], other: Callable[[], Any]) -> list[Any]:
+            return [each.result(10) for each in [pool.submit(one), pool.submit(other)]]
+
+        both(lambda: a.compute(0, 1, common, None), lambda: b.compute(0, 0, common, None))
+        both(
+            lambda: a.backward(0, 0, one, last=False, tokens=12),
+            lambda: b.backward(0, 0, one, last=False, tokens=12),
+        )
+
+        def rest_of_b() -> tuple[torch.Tensor, float]:
+            b.compute(0, 1, own, None)
+            return b.backward(0, 1, one, last=True, tokens=12)
+
+        results = both(lambda: a.backward(0, 1, one, last=True, tokens=12), rest_of_b)
+
+    again = open_merged().open("all", client="all", steps=1)
+    again.compute(0, 0, torch.cat([first, common]), None)
+    again.backward(0, 0, torch.cat([one, one]) / 2, last=False, tokens=24)
+    again.compute(0, 1, torch.cat([common, own]), None)
+    _, square = again.backward(0, 1, torch.cat([one, one]) / 2, last=True, tokens=24)
+    assert results[0][1] == results[1][1] == pytest.approx(square, rel=1e-5)
+    assert torch.equal(results[0][0], b.get_gradients(0, 0)[0])
 
 
 @pytest.mark.parametrize("square", [-1.0, float("nan"), float("inf")])
