@@ -94,9 +94,11 @@ class Inputs:
             )
         )
 
-    def apply(self, step: int, tokens: int, shapes: dict[str, tuple[int, ...]]) -> bytes:
+    def apply(
+        self, step: int, tokens: int, shapes: dict[str, tuple[int, ...]], square: float = 0.5
+    ) -> bytes:
         """The end of a step; `shapes` are those of the ends' gradients, if they travel."""
-        frame = pb.Apply(step=step, client_square_norm=0.5, tokens=tokens, loss=1.0)
+        frame = pb.Apply(step=step, client_square_norm=square, tokens=tokens, loss=1.0)
         for name, shape in shapes.items():
             tensor = encode(self._values(shape), torch.float32)
             frame.gradients.append(pb.NamedTensor(name=name, tensor=tensor))

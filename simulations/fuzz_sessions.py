@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from conf.schema import TrainConfig
 from models import Cut, split
 from models.tiny import tiny_config
-from simulations.fuzz_inputs import LIMIT, Inputs
+from simulations.fuzz_inputs import LIMIT, NUMBERS, Inputs
 from strategies.errors import TrunkError
 from strategies.merged import Merged
 from strategies.transport import trunk_pb2 as pb
@@ -186,12 +186,15 @@ class Sessions:
         if at.ready:
             ends = END_SHAPES if self.kind.sync == "step" else {}
             return self._inputs.apply(step, max(1, at.tokens), ends)
+        if self.kind.strategy == "merged" and not at.shapes and chance.random() < 0.1:
+            return self._inputs.apply(step, 0, {}, chance.choice((0.0, *NUMBERS)))
         fresh = [m for m in range(MICROS) if m not in at.shapes and m not in at.gone_back]
         if fresh and (not at.shapes or (len(at.shapes) < GRAPHS and chance.random() < 0.4)):
             return self._inputs.compute(step, chance.choice(fresh))
         if not at.shapes:
             return self._inputs.compute(step, 0)
-        micro = next(iter(at.shapes))
+        # In the order of the forwards, which is merged's; a client may try another.
+        micro = chance.choice([*[next(iter(at.shapes))] * 3, *at.shapes])
         last = len(at.shapes) == 1 and (not fresh or chance.random() < 0.5)
         tokens = at.tokens = at.tokens or 1
         return self._inputs.backward(step, micro, at.shapes[micro], last=last, tokens=tokens)
