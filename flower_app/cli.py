@@ -243,6 +243,55 @@ def parity(
         raise typer.Exit(1)
 
 
+@app.command(rich_help_panel="Check and measure")
+def fuzz(
+    inputs: Annotated[int, typer.Option(help="How many frames.", min=1)] = 100_000,
+    seed: Annotated[int, typer.Option(help="Equal seeds send alike.")] = 0,
+    only: Annotated[
+        int, typer.Option(help="Only up to this input, from where its sequence begins; -1: all.")
+    ] = -1,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Send random, damaged and hostile frames to the decoder and to whole sessions."""
+    from simulations.fuzz import fuzz as run_fuzz
+
+    result = run_fuzz(inputs, seed, only if only >= 0 else None, _progress)
+    _figures(result, as_json)
+    if result["crashes"]:
+        raise typer.Exit(1)
+
+
+@bench.command("load")
+def bench_load(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    sessions: Annotated[int, typer.Option(help="Sessions at once.", min=1)] = 64,
+    steps: Annotated[int, typer.Option(help="Steps of each.", min=1)] = 5,
+    strategy: Annotated[str, typer.Option(help="As train.strategy.")] = "splitfed-v1",
+) -> None:
+    """Train over many sessions at once on one trunk: errors, memory, and what is left."""
+    from simulations.load import bench_load as measure
+
+    result = measure(sessions, steps, strategy)
+    _figures(result, as_json)
+    if not result["clean"]:
+        raise typer.Exit(1)
+
+
+@bench.command("soak")
+def bench_soak(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    steps: Annotated[int, typer.Option(help="Steps in all.", min=1)] = 2000,
+    strategy: Annotated[str, typer.Option(help="As train.strategy.")] = "splitfed-v1",
+) -> None:
+    """Train for long over a stream that breaks: does memory stay flat?"""
+    from simulations.soak import bench_soak as measure
+
+    result = measure(steps, strategy, say=_progress)
+    _figures(result, as_json)
+    if not result["flat"]:
+        raise typer.Exit(1)
+
+
 @bench.command("step")
 def bench_step(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -321,6 +370,10 @@ def chaos(
     typer.echo(json.dumps(summary.as_dict(), indent=2) if as_json else tool.render(summary))
     if summary.lost:
         raise typer.Exit(1)
+
+
+def _progress(line: str) -> None:
+    typer.echo(line, err=True)
 
 
 def _equivalence(model: str, attention: str, allow_untested: bool, as_json: bool) -> None:

@@ -7,6 +7,10 @@ PASSING = ("damaged", "stale", "missing")
 came again after its step, and a question for a gradient that is not there."""
 
 
+LONGEST_MESSAGE, LONGEST_KIND = 1000, 40
+"""Characters of an error; it may quote what a stranger sent, and ends up in logs."""
+
+
 class TrunkError(RuntimeError):
     """The trunk refused a frame, or cannot be reached. The message reaches the other side as it is.
 
@@ -19,8 +23,10 @@ class TrunkError(RuntimeError):
     """
 
     def __init__(self, message: str, *, kind: str = "refused") -> None:
-        super().__init__(message)
-        self.kind = kind
+        if len(message) > LONGEST_MESSAGE:
+            message = f"{message[:LONGEST_MESSAGE]}... ({len(message)} characters)"
+        super().__init__(message if message.strip() else "refused without a reason")
+        self.kind = kind[:LONGEST_KIND]
 
     @property
     def passes(self) -> bool:

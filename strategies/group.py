@@ -296,7 +296,14 @@ class Group:
             grad_BTD, tokens = request.payload
             own = self._rows[request.member][0]
             grad_out[own.rows, : own.tokens] = grad_BTD.to(grad_out) * (tokens / self._reference)
-        torch.autograd.backward(batch.h_out_BTD, grad_out)
+        # Who has more under way than another comes to a common batch later than it.
+        served = {request.member for request in waiting}
+        later = any(
+            own.batch is batch
+            for member, rows in self._rows.items() if member not in served
+            for own in rows
+        )  # fmt: skip
+        torch.autograd.backward(batch.h_out_BTD, grad_out, retain_graph=later)
         grad_in = batch.h_in_BTD.grad
         if grad_in is None:
             raise TrunkError("no gradient reached the trunk's input; is this part differentiable?")

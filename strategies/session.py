@@ -212,10 +212,11 @@ class Session:
             )
         check_finite(grad_BTD, f"the gradient of step {step}")
         if self._lane.group is not None:
-            if micro != min(self._pending):
+            # The group keeps them as they went forward, whatever their numbers are.
+            if micro != (due := next(iter(self._pending))):
                 raise TrunkError(
-                    f"micro-batch {micro} goes back before {min(self._pending)}; merged needs them "
-                    "in order",
+                    f"micro-batch {micro} goes back before {due}; merged needs them in the order "
+                    "of their forwards",
                     kind="order",
                 )
             if not 0 < tokens <= self._most_tokens():
@@ -293,14 +294,14 @@ class Session:
 
     def _check_apply(self, step: int, client_square_norm: float, tokens: int) -> None:
         self._check_step(step)
-        if self._lane.group is not None and tokens == 0 and not self._learnable:
-            return
-        if self._square_norm is None:
-            raise TrunkError(f"step {step} has not had its last backward", kind="order")
         if not client_square_norm >= 0:
             raise TrunkError(f"a square norm cannot be {client_square_norm}")
         if not math.isfinite(client_square_norm):
             raise norm_error(step, client_square_norm)
+        if self._lane.group is not None and tokens == 0 and not self._learnable:
+            return
+        if self._square_norm is None:
+            raise TrunkError(f"step {step} has not had its last backward", kind="order")
         if not 0 < tokens <= self._learnable:
             raise TrunkError(
                 f"step {step} reports {tokens} tokens; its micro-batches held {self._learnable}"

@@ -187,9 +187,11 @@ class Conversation:
 
     def _apply(self, frame: pb.Apply) -> pb.Applied:
         before = self.session.applied
-        self.session.check_ends(
-            {each.name: shape_of(each.tensor, f"'{each.name}'") for each in frame.gradients}
-        )
+        shapes = {each.name: shape_of(each.tensor, f"'{each.name}'") for each in frame.gradients}
+        if len(shapes) != len(frame.gradients):
+            # One that hides behind another of its name would be read unchecked.
+            raise TrunkError("a name comes twice among the ends' gradients", kind="shape")
+        self.session.check_ends(shapes)
         started = time.perf_counter()
         result = self.session.apply(
             frame.step,
