@@ -21,7 +21,7 @@ from conf.schema import Config, FederationConfig, TrainConfig
 from strategies.answers import ARRAYS, CONFIG, OUTCOME, PROFILE, TICKET, from_arrays
 from strategies.optim import derive_seed
 from strategies.replies import push, receive
-from strategies.transport.tickets import KEY_BYTES
+from strategies.transport.tickets import is_usable
 
 TRIES = 3
 """Times that nodes which cannot take part are asked again before a round is given up for them."""
@@ -235,7 +235,7 @@ def read_profile(node: int, reply: Message) -> Profile:
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise ValueError(f"{name} says {key}={value!r}")
     public_key = told.get("public-key")
-    if not isinstance(public_key, bytes) or len(public_key) != KEY_BYTES:
+    if not is_usable(public_key):
         raise ValueError(
             f"{name} shows no key to make its tickets for; run the same release of Graft there"
         )

@@ -14,7 +14,7 @@ import hmac
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
@@ -75,6 +75,17 @@ def new_key() -> bytes:
 def public_half(private_key: bytes) -> bytes:
     """The public key that belongs to a private one, 32 bytes."""
     return X25519PrivateKey.from_private_bytes(private_key).public_key().public_bytes_raw()
+
+
+def is_usable(public_key: object) -> TypeGuard[bytes]:
+    """Whether a secret can be agreed with the owner of this key; some points give none."""
+    if not isinstance(public_key, bytes) or len(public_key) != KEY_BYTES:
+        return False
+    try:
+        session_secret(new_key(), public_key, new_nonce(), "")
+    except ValueError:
+        return False
+    return True
 
 
 def new_nonce() -> bytes:

@@ -114,6 +114,7 @@ def test_examples_are_counted_only_if_somebody_needs_them(
         ({"error": "no data at /nowhere"}, "no data at /nowhere"),
         ({"client": ""}, "it says it is called ''"),
         ({"public-key": b"short"}, "c2 shows no key to make its tickets for"),
+        ({"public-key": bytes(32)}, "c2 shows no key to make its tickets for"),  # a weak point
         ({"client": 3}, "it says it is called 3"),
         ({"cut-top": -1}, "c2 says cut-top=-1"),
         ({"lora-rank": 0}, "c2 says lora-rank=0"),
