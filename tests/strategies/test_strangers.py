@@ -125,7 +125,7 @@ def test_the_right_token_of_another_connection_is_refused_too() -> None:
             metadata = [
                 (SESSION_KEY, "a"),
                 (CONNECTION_KEY, number),
-                (TOKEN_KEY, tickets.token(link._secret, token_of)),
+                (TOKEN_KEY, tickets.token(link._connection._secret, token_of)),
                 (STEPS_KEY, "1"),
             ]
             assert _try(channel, metadata) == grpc.StatusCode.UNAUTHENTICATED
