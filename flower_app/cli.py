@@ -408,7 +408,10 @@ def _figures(result: dict[str, Any], as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(result, indent=2))
         return
-    rows = {key: value for key, value in result.items() if isinstance(value, dict)}
+    # A table where all have the same columns; what is counted by kind has none.
+    nested = {key: value for key, value in result.items() if isinstance(value, dict)}
+    alike = len({tuple(value) for value in nested.values()}) <= 1
+    rows = nested if alike else {}
     width = max(len(key) for key in result)
     for key, value in result.items():
         if key not in rows:
@@ -420,6 +423,8 @@ def _figures(result: dict[str, Any], as_json: bool) -> None:
 
 
 def _short(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_short(each)}" for key, each in value.items())
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 

@@ -54,10 +54,14 @@ class Keeper:
             self._recorder.sync()  # a checkpoint whose records are lost would leave a gap
             checkpoint.write(run, facts, strategy.state_dict())
             self._owed = False
-            checkpoint.prune(run, self._config.output.keep_checkpoints)
         except OSError as error:
             self._owed = True
             self._complain(number, error)
+            return
+        try:
+            checkpoint.prune(run, self._config.output.keep_checkpoints)
+        except OSError as error:
+            self._say(f"WARNING: an old checkpoint in {run} could not be removed: {error}")
 
     def _complain(self, number: int, error: OSError) -> None:
         kept = [round for round, _ in folders(self._recorder.folder)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import zipfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,6 +19,15 @@ METRICS, OUTCOME, PROFILE, FRAMES = "metrics", "outcome", "profile", "frames"
 
 KEY_LOST = "this node has lost the key that its ticket was made for"
 """Begins the error of a node whose state is gone; it is asked anew who it is."""
+
+UNREADABLE = (
+    KeyError, TypeError, ValueError, AssertionError, OverflowError,
+    EOFError, OSError, zipfile.BadZipFile, MemoryError,
+)  # fmt: skip
+"""What a reply that a client made up can end in when it is read: NumPy's own errors among them."""
+
+MOST = {"loss": 1e6}
+"""Largest counters that are believed; all others below 2**53, up to which floats count."""
 
 COUNTERS = ("num-tokens", "loss", "steps", "bytes-up", "bytes-down")
 """What the metrics of an answer hold: finite numbers."""
@@ -57,8 +67,10 @@ def read_answer(key: str, reply: Message, node: str) -> Answer:
         return Answer(key=key, client=node, error=reply.error.reason or str(reply.error.code))
     try:
         return _read(key, reply)
-    except (KeyError, TypeError, ValueError) as error:
-        return Answer(key=key, client=node, error=f"its reply is not one of Graft's: {error}")
+    except UNREADABLE as error:
+        return Answer(
+            key=key, client=node, error=f"its reply is not one of Graft's: {error!r:.200}"
+        )
 
 
 def error_of(reply: Message) -> str:
@@ -80,9 +92,14 @@ def _read(key: str, reply: Message) -> Answer:
     answer = Answer(key=key, client=client, state=state, metrics=metrics)
     if wrong := [name for name, value in metrics.items() if not math.isfinite(value)]:
         return replace(answer, error=f"it reports {wrong[0]}={metrics[wrong[0]]}")
+    for name, value in metrics.items():
+        if not 0 <= value < MOST.get(name, 2.0**53):
+            return replace(answer, error=f"it reports {name}={value:g}")
     if metrics["num-tokens"] <= 0:
         return replace(answer, error="it reports no token")
     for name, tensor in state.items():
+        if tensor.dtype != torch.float32:  # as all that is trained travels; others may overflow
+            return replace(answer, error=f"its '{name:.80}' is {tensor.dtype}, not torch.float32")
         if not torch.isfinite(tensor).all():
             return replace(answer, error=f"its '{name}' holds values that are not finite")
     return answer

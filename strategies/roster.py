@@ -229,10 +229,13 @@ def read_profile(node: int, reply: Message) -> Profile:
     name = outcome.get("client")
     if not isinstance(name, str) or not name:
         raise ValueError(f"it says it is called {name!r}")
-    numbers = {"cut-bottom": 0, "cut-top": 0, "lora-rank": 1, "examples": 0}
-    for key, least in numbers.items():
+    numbers = {
+        "cut-bottom": (0, 10_000), "cut-top": (0, 10_000), "lora-rank": (1, 65_536),
+        "examples": (0, 10_000_000),
+    }  # fmt: skip
+    for key, (least, most) in numbers.items():
         value = told.get(key)
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
             raise ValueError(f"{name} says {key}={value!r}")
     public_key = told.get("public-key")
     if not is_usable(public_key):

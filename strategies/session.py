@@ -350,7 +350,13 @@ class Session:
             self._check_open()
             yield
 
+    @property
+    def progress(self) -> tuple[int, ...]:
+        """Changes with everything that a frame moves."""
+        return self.applied, len(self._pending), len(self._gradients), int(self._closed)
+
     def _finish_step(self) -> None:
+        self._declared = 0
         self._pending.clear()
         self._engine.in_flight.give_back(self._held_bytes)
         self._held_bytes = 0

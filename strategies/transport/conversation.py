@@ -22,6 +22,12 @@ from strategies.transport.codec import (
 )
 from strategies.transport.frames import failure_of, read_client_frame, server_frame
 
+PATIENCE = 0.2
+"""Seconds between two looks whether a frame that waits is still wanted."""
+
+MAX_REPEATS = 64
+"""Frames in a row that may move nothing; a client repeats a question 8 times before it gives up."""
+
 MAX_DAMAGED = 16
 """Damaged frames in a row after which a session is given up."""
 
@@ -77,26 +83,47 @@ class Conversation:
         self.key, self.session = key, session
         self._dtype, self._on_step, self._limit = dtype, on_step, limit
         self._serving = threading.Lock()
-        self._damaged = 0
+        self._damaged = self._repeats = 0
         # What has moved, and the trunk's own time, since the last step.
         self._bytes_up = self._bytes_down = 0
         self._seconds = 0.0
         self.closed = self.left = False
 
-    def answer(self, raw: bytes) -> bytes:
+    def answer(self, raw: bytes, wanted: Callable[[], bool] = lambda: True) -> bytes:
         """Answer one frame.
+
+        Parameters
+        ----------
+        raw : bytes
+            The frame.
+        wanted : callable
+            Whether anybody still waits for the answer, asked while an earlier frame is at work; if
+            not, the frame is left alone and the answer is empty.
 
         Raises
         ------
         TrunkError
             In words, if it cannot be served and the session is of no more use.
         """
-        with self._serving:
+        while not self._serving.acquire(timeout=PATIENCE):
+            if not wanted():
+                return b""
+        try:
             self._bytes_up += len(raw)
-            started = time.perf_counter()
+            started, before = time.perf_counter(), self.session.progress
             reply = self._reply_or_failure(raw, started)
             self._seconds += time.perf_counter() - started
+            self._check_progress(before)
             return self.frame(**reply)
+        finally:
+            self._serving.release()
+
+    def _check_progress(self, before: tuple[int, ...]) -> None:
+        """A client that only repeats itself must not hold a turn, or others up, for ever."""
+        moved = self.session.progress != before or not self.session.round.training
+        self._repeats = 0 if moved else self._repeats + 1
+        if self._repeats > MAX_REPEATS:
+            raise TrunkError(f"{MAX_REPEATS} frames in a row moved nothing", kind="order")
 
     def _reply_or_failure(self, raw: bytes, started: float) -> dict[str, Any]:
         if len(raw) > self._limit:

@@ -168,6 +168,8 @@ class TrunkService:
         with self._lock:
             seats, self._seats = list(self._seats.values()), {}
             streams = [seat.stream for seat in seats if seat.stream is not None]
+            for seat in seats:
+                seat.over = True
         for stream in streams:
             stream.cancel()
 
@@ -259,6 +261,8 @@ class TrunkService:
             raise TrunkError(f"{STEPS_KEY} must be a whole number, got {steps[:20]!r}")
         guest = seat.guest
         with seat.opening:
+            if seat.over:
+                raise TrunkError("its round has ended", kind="closed")
             if seat.talk is None:
                 session = self._engine.open(
                     guest.key, client=guest.client, steps=int(steps), cut=guest.cut
@@ -284,7 +288,9 @@ class TrunkService:
             if raw is None:
                 logger.info("session %s: its stream broke", seat.guest.key)
                 return
-            reply = talk.answer(raw)
+            reply = talk.answer(raw, lambda: seat.stream is context)
+            if not reply:  # another stream has taken this one's place
+                return
             self._wait(seat, context, time.monotonic())
             yield reply
             if talk.left:

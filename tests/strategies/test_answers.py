@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
 from strategies.answers import Answer, mismatches, read_answer, to_arrays
@@ -18,6 +20,19 @@ METRICS = {"num-tokens": 5, "loss": 1.0, "steps": 1, "bytes-up": 1, "bytes-down"
 def _flower_task(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("_run_id", "_node_id", "_task_id"):
         monkeypatch.setattr(TaskIdentity, name, 1)
+
+
+def raw_array(data: bytes) -> ArrayRecord:
+    """Bytes that claim to be an array."""
+    return ArrayRecord({"w": Array("float32", (2,), "numpy.ndarray", data)})
+
+
+def huge_header() -> bytes:
+    """The header of an array of petabytes, and nothing behind it."""
+    out = io.BytesIO()
+    shape = {"descr": "<f4", "fortran_order": False, "shape": (10**15,)}
+    np.lib.format.write_array_header_1_0(out, shape)
+    return out.getvalue()
 
 
 def reply(**changes: Any) -> Message:
@@ -51,6 +66,14 @@ def test_a_good_answer_is_read() -> None:
         ({"metrics": MetricRecord({**METRICS, "num-tokens": 0})}, "no token"),
         ({"arrays": to_arrays({"w": torch.tensor([float("nan")])})}, "'w' holds"),
         ({"outcome": ConfigRecord({"client": "c", "error": "no data"})}, "no data"),
+        # What one client makes up must cost itself the round, and nobody else the run.
+        ({"metrics": MetricRecord({**METRICS, "bytes-up": 1.7e308})}, "bytes-up=1.7e+308"),
+        ({"metrics": MetricRecord({**METRICS, "steps": -1})}, "steps=-1"),
+        ({"arrays": to_arrays({"w": torch.ones(2).double() * 1e300})}, "is torch.float64"),
+        ({"arrays": to_arrays({"w": torch.ones(2, dtype=torch.int8)})}, "is torch.int8"),
+        ({"arrays": raw_array(b"")}, "not one of Graft's"),
+        ({"arrays": raw_array(b"PK\x03\x04 no archive")}, "not one of Graft's"),
+        ({"arrays": raw_array(huge_header())}, "not one of Graft's"),
     ],
 )
 def test_what_does_not_hold_together_becomes_an_error(changes: dict[str, Any], word: str) -> None:

@@ -18,8 +18,11 @@ from flower_app import training
 from models import split
 from simulations.faults import DOWN, KINDS, UP, Faults, Schedule, draw_schedule
 from strategies.errors import TrunkError
-from strategies.transport.frames import read_client_frame
+from strategies.transport import trunk_pb2 as pb
+from strategies.transport.codec import encode
+from strategies.transport.frames import client_frame, read_client_frame
 from strategies.transport.link import GrpcLink, LocalLink
+from strategies.transport.service import TrunkService
 from strategies.transport.stream import Stream
 from strategies.trunk import TrunkEngine
 from tests.strategies.helpers import (
@@ -336,3 +339,36 @@ def test_nobody_can_number_connections_backwards() -> None:
         link._connection.number = 0  # the client forgot, or somebody repeats what was seen
         with pytest.raises(TrunkError, match="used before"):
             link._connection.open(5.0)
+
+
+def test_many_connections_of_one_client_hold_no_threads() -> None:
+    """merged: its first frame waits for the cohort, and it connects again and again."""
+    engine = engine_for(split(tiny_model(), CUT).trunk, TrainConfig(strategy="merged"))
+    engine.open_round(1, 1, training=True, cohort=2)
+    with served(engine) as service:
+        link = connect(service, "greedy", 1)
+        frame = client_frame(compute=pb.Compute(activations=encode(H, torch.float32)))
+        for _ in range(12):
+            link._connection.send(frame)
+            time.sleep(0.02)
+            link._connection.open(5.0)
+        deadline = time.monotonic() + 10
+        while _busy(service) > 2 and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert _busy(service) <= 2
+        link._connection.drop()
+
+
+def _busy(service: TrunkService) -> int:
+    """Threads that are in a stream's work: the service's pool keeps the idle ones."""
+    return len(service._server._state.rpc_states)
+
+
+def test_one_who_only_repeats_itself_is_given_up() -> None:
+    with served(open_engine(strategy="splitfed-v2")) as service:
+        link = connect(service, "a", 1)
+        link.compute(0, 0, H, None)
+        with pytest.raises(TrunkError, match="64 frames in a row moved nothing"):
+            for _ in range(70):
+                link.compute(0, 0, H, None)
+        assert connect(service, "b", 1).compute(0, 0, H, None).shape == H.shape
