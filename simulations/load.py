@@ -46,10 +46,10 @@ def bench_load(
     -------
     dict
         The setting; ``errors``; ``steps_per_second`` over all sessions; the server's memory,
-        threads and sessions before, with all sessions open and trained, and after the round, and
-        the same for one more such round; what a session takes, and what a replica's weights take in
-        theory, alone and with AdamW's moments; seconds to stop and the process's exit code;
-        ``clean``, if there was no error and nothing is left. Memory in MiB.
+        threads and sessions before, with all sessions open and trained, after all good-byes, and
+        after the round, and the same for one more such round; what a session takes, and what a
+        replica's weights take in theory, alone and with AdamW's moments; seconds to stop and the
+        process's exit code; ``clean``, if there was no error and nothing is left. Memory in MiB.
     """
     train, link = TrainConfig(strategy=strategy), LinkConfig(tls="on")
     sizes = {**SIZES, **sizes}
@@ -62,18 +62,22 @@ def bench_load(
         _train(trunk, ["warm-up"], 1, 2, hidden, link, 1)
         before = trunk.state()
         crowd = _train(trunk, keys, 2, 2, hidden, link, steps)
-        after = _settled(trunk)
+        after = trunk.state()
         again = _train(trunk, keys, 3, 3, hidden, link, steps)
-        end = _settled(trunk)
+        end = trunk.state()
+        alive = trunk.alive()
         weights = trunk.trainable_bytes()
         seconds = trunk.stop()
         code = trunk.exit_code
     errors = crowd.errors + again.errors
-    left = after.sessions + after.in_flight + end.sessions + end.in_flight
+    left = [
+        state for crowd in (crowd, again) for state in (crowd.left.sessions, crowd.left.in_flight)
+    ]
     moments = {
         "started": first,
         "before": before,
         "all sessions open": crowd.full,
+        "all have left": crowd.left,
         "after": after,
         "all open again": again.full,
         "after again": end,
@@ -93,7 +97,8 @@ def bench_load(
         "replica_with_moments_mib": round(3 * weights / _MIB, 3),
         "stop_seconds": round(seconds, 2),
         "exit_code": code,
-        "clean": not (errors or left or code),
+        "sessions_alive": alive,
+        "clean": not (errors or any(left) or alive or code),
     }
 
 
@@ -102,6 +107,8 @@ class _Crowd:
     """What became of a round's clients."""
 
     full: State
+    left: State
+    """After all good-byes, before the round was closed."""
     seconds: float
     errors: list[str] = field(default_factory=list)
 
@@ -150,8 +157,9 @@ def _train(
         meet.wait()
     for each in clients:
         each.result()
+    left = trunk.left()
     trunk.close_round(dict.fromkeys(keys, 1.0) if not errors else {})
-    return _Crowd(full, seconds, errors)
+    return _Crowd(full, left, seconds, errors)
 
 
 def _open(ticket: Ticket, node_key: bytes, steps: int, link: LinkConfig) -> GrpcLink:
@@ -168,14 +176,6 @@ def _steps(link: GrpcLink, steps: int, hidden: int) -> None:
         link.backward(step, 0, h_BTD / h_BTD.numel(), last=True, tokens=count)
         link.apply(step, StepCounters(client_square_norm=0.1, tokens=count, loss=1.0))
         link.applied()
-
-
-def _settled(trunk: TrunkProcess) -> State:
-    """The state once the streams' threads have noticed that their streams have ended."""
-    deadline = time.monotonic() + 10
-    while (state := trunk.state()).sessions and time.monotonic() < deadline:
-        time.sleep(0.1)
-    return state
 
 
 def _row(state: State) -> dict[str, Any]:

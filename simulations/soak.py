@@ -66,6 +66,8 @@ class _Soak:
     connections: int = 0
     breaks: int = 0
     done: int = 0
+    left: int = 0
+    """Sessions and bytes in flight after their client's good-bye, over all rounds."""
 
     def __post_init__(self) -> None:
         self._parts = split(llama({}), CUT)
@@ -103,7 +105,7 @@ class _Soak:
         link.close()
         self.connections += link.connections
         self.breaks += sum(faults.met.values())
-        self.trunk.close_round({key: float(tokens)})
+        self._close_round({key: float(tokens)})
 
     def _evaluate(self, number: int) -> None:
         key = f"evaluate-{number}"
@@ -113,7 +115,12 @@ class _Soak:
             self._parts.bottom, self._parts.top, link, [self._batch() for _ in range(3)], self.train
         )
         link.close()
-        self.trunk.close_round({})
+        self._close_round({})
+
+    def _close_round(self, weights: dict[str, float]) -> None:
+        state = self.trunk.left()
+        self.left += state.sessions + state.in_flight
+        self.trunk.close_round(weights)
 
     def _batch(self) -> Batch:
         """Other tokens in every step, and another length."""
@@ -160,7 +167,7 @@ def bench_soak(
     with trunk_process(train, LinkConfig(tls="on", timeout=60.0, grace=10.0), {}, spoil) as trunk:
         soak = _Soak(trunk, train, steps, say)
         soak.run()
-        left = trunk.state()
+        threads, alive = trunk.state().threads, trunk.alive()
         trunk.stop()
         code = trunk.exit_code
     rows = {name: trend(soak.samples, name) for name in PROCESSES}
@@ -177,9 +184,9 @@ def bench_soak(
         **rows,
         "flat_below": FLAT,
         "flat": all(row["mib_per_1000_steps"] < FLAT for row in rows.values()),
-        "sessions_left": left.sessions,
-        "bytes_in_flight_left": left.in_flight,
-        "threads_left": left.threads,
+        "left_after_good_byes": soak.left,
+        "sessions_alive": alive,
+        "threads_left": threads,
         "exit_code": code,
         "seconds": round(time.perf_counter() - started, 1),
     }

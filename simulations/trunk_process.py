@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import threading
 import time
@@ -20,12 +21,16 @@ from models import Cut, split
 from models.tiny import tiny_config
 from simulations.memory import peak_bytes
 from strategies.optim import trainable
+from strategies.session import Session
 from strategies.transport import tickets
 from strategies.transport.service import TrunkService
 from strategies.transport.tickets import Guest, Ticket
 from strategies.trunk import TrunkEngine
 
 CUT = Cut(bottom=1, top=1)
+LEAVE_SECONDS = 10.0
+"""For the trunk to notice that a client has left."""
+
 STOP_SECONDS = 30.0
 """For the process to end after its service has stopped."""
 
@@ -77,6 +82,16 @@ class TrunkProcess:
         state: State = self._ask("state")
         return state
 
+    def left(self) -> State:
+        """How it fares once its clients have said good-bye; to be asked before the round is closed,
+        which ends the sessions of those who have not."""
+        return self._wait(self.state, lambda state: not (state.sessions or state.in_flight))
+
+    def alive(self) -> int:
+        """Sessions that take memory, whether they are known or not; none after a round."""
+        alive: int = self._wait(lambda: self._ask("alive"), lambda count: not count)
+        return alive
+
     def trainable_bytes(self) -> int:
         """Of the trunk's trained weights: what a replica takes at least."""
         size: int = self._ask("trainable_bytes")
@@ -88,6 +103,13 @@ class TrunkProcess:
         self._ask("stop")
         self._process.join(STOP_SECONDS)
         return time.perf_counter() - started
+
+    @staticmethod
+    def _wait(look: Callable[[], Any], over: Callable[[Any], bool]) -> Any:
+        deadline = time.monotonic() + LEAVE_SECONDS
+        while not over(seen := look()) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        return seen
 
     def _ask(self, name: str, *arguments: Any) -> Any:
         self._pipe.send((name, arguments))
@@ -169,6 +191,10 @@ class _Server:
             sessions=self.service.sessions(),
             in_flight=self.engine.in_flight.bytes,
         )
+
+    def alive(self) -> int:
+        gc.collect()
+        return sum(type(each) is Session for each in gc.get_objects())
 
     def trainable_bytes(self) -> int:
         return sum(p.nbytes for p in trainable(self.engine.trunk))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from simulations.load import bench_load
+from strategies.transport.link import GrpcLink
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "head_dim": 8}
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -15,11 +16,25 @@ def _check(result: dict, sessions: int) -> None:
     assert result["clean"]
     assert result["exit_code"] == 0
     assert result["all sessions open"]["sessions"] == sessions
-    assert result["after"]["sessions"] == result["after"]["in_flight_bytes"] == 0
+    left = result["all have left"]
+    assert left["sessions"] == left["in_flight_bytes"] == result["sessions_alive"] == 0
 
 
 def test_eight_sessions() -> None:
     _check(bench_load(8, 2, **SMALL), 8)
+
+
+def test_a_session_without_a_good_bye_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[GrpcLink] = []
+    monkeypatch.setattr(GrpcLink, "close", lambda link: kept.append(link))
+    monkeypatch.setattr("simulations.trunk_process.LEAVE_SECONDS", 0.3)
+    result = bench_load(2, 1, **SMALL)
+    for link in kept:
+        link.abort()
+
+    assert result["errors"] == 0
+    assert result["all have left"]["sessions"] == 2
+    assert not result["clean"]
 
 
 @pytest.mark.slow
