@@ -96,7 +96,8 @@ class Group:
     _step: int = 0
     _tokens: dict[Session, int] = field(default_factory=dict)
     _reference: float = 0.0
-    _trunk_square: float = 0.0
+    _trunk_square: float | None = None
+    """None until the gradient of this step is whole: the last micro-batch of all has gone back."""
     _changed: threading.Condition = field(default_factory=threading.Condition)
 
     def join(self, member: Session, *, cohort: int, patience: float) -> None:
@@ -317,13 +318,13 @@ class Group:
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         if gradients:
             torch._foreach_mul_(gradients, self._reference / sum(self._tokens.values()))
-        self._trunk_square = square_norm(self.parameters)
+        self._trunk_square = square = square_norm(self.parameters)
         for request in requests:
-            request.answer = request.grad_BTD, self._trunk_square
+            request.answer = request.grad_BTD, square
 
     def _take_step(self, requests: list[_Request]) -> None:
         total = sum(request.payload[1] for request in requests)
-        trunk = self._trunk_square
+        trunk = self._trunk_square or 0.0
         if not total:  # those who had examples in this step have left
             clients = 0.0
         elif self.ends is not None:
@@ -345,7 +346,11 @@ class Group:
             steps=self.steps,
         )
         lr = learning_rate(self.train, here, trunk=True)
-        if self._tokens:
+        if self._trunk_square is None:
+            # What they left who went before the step's end was neither weighed nor clipped.
+            for parameter in self.parameters:
+                parameter.grad = None
+        else:
             clipped_step(self.trunk_optimizer, lr=lr, norm=norm, clip=self.train.clip)
         state: dict[str, Tensor] = {}
         if self.ends is not None:
@@ -358,7 +363,7 @@ class Group:
             request.answer = own_norm, lr, state
         self._step += 1
         self._tokens.clear()
-        self._reference = self._trunk_square = 0.0
+        self._reference, self._trunk_square = 0.0, None
 
 
 def buckets(items: Sequence[Any], shape: Any, most: float = MAX_PADDING) -> list[list[Any]]:

@@ -152,3 +152,27 @@ def test_no_tensor_hides_behind_another_of_its_name() -> None:
     ]
     with pytest.raises(TrunkError, match="twice"):
         talk.answer(client_frame(apply=pb.Apply(gradients=named)))
+
+
+@pytest.mark.parametrize("value", [1.0, 3e38])
+def test_merged_drops_what_a_client_left_behind_in_a_step_that_nobody_ended(value: float) -> None:
+    """It was applied by the next step, though it was never weighed, normed or clipped: the trunk
+    that all clients share was lost."""
+    engine = open_merged()
+    before = [p.detach().clone() for p in engine.trunk.parameters()]
+    leaves = engine.open("leaves", client="leaves", steps=1)
+    leaves.compute(0, 0, torch.full((2, 3, HIDDEN), value), None)
+    leaves.backward(0, 0, torch.full((2, 3, HIDDEN), value), last=False, tokens=6)
+    leaves.close()
+
+    stays = engine.open("stays", client="stays", steps=2)
+    assert stays.apply(0, client_square_norm=0.0, tokens=0).grad_norm == 0.0
+    for parameter, first in zip(engine.trunk.parameters(), before, strict=True):
+        assert torch.equal(parameter, first)
+        assert parameter.grad is None
+
+    stays.compute(1, 0, torch.ones(2, 3, HIDDEN), None)
+    stays.backward(1, 0, torch.ones(2, 3, HIDDEN), last=True, tokens=6)
+    stays.apply(1, client_square_norm=0.0, tokens=6)
+    assert all(torch.isfinite(p).all() for p in engine.trunk.parameters())
+    assert not torch.equal(next(engine.trunk.parameters()), before[0])
