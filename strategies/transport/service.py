@@ -320,24 +320,28 @@ class TrunkService:
         """A client that fell silent or stays away must not hold a turn, a replica or a thread."""
         silence, absence = self._link.timeout * IDLE_SHARE, self._link.grace
         while not self._stopped.wait(min(1.0, silence / 4, absence / 4)):
-            now = time.monotonic()
-            with self._lock:
-                waiting = [
-                    (seat, seat.stream, now - seat.since)
-                    for seat in self._seats.values()
-                    if seat.since is not None and seat.talk is not None
-                    and not (seat.over or seat.talk.closed)
-                ]  # fmt: skip
-            for seat, stream, seconds in waiting:
-                if seconds <= (absence if stream is None else silence):
-                    continue
-                how = "stayed away" if stream is None else "was silent"
-                logger.warning(
-                    "session %s: its client %s for %.3g s: given up", seat.guest.key, how, seconds
-                )
-                self._give_up(seat)
-                if stream is not None:
-                    stream.cancel()
+            self._look_for_lost(silence, absence)
+
+    def _look_for_lost(self, silence: float, absence: float) -> None:
+        """Apart from the loop, whose names would hold the last seat, replica and all."""
+        now = time.monotonic()
+        with self._lock:
+            waiting = [
+                (seat, seat.stream, now - seat.since)
+                for seat in self._seats.values()
+                if seat.since is not None and seat.talk is not None
+                and not (seat.over or seat.talk.closed)
+            ]  # fmt: skip
+        for seat, stream, seconds in waiting:
+            if seconds <= (absence if stream is None else silence):
+                continue
+            how = "stayed away" if stream is None else "was silent"
+            logger.warning(
+                "session %s: its client %s for %.3g s: given up", seat.guest.key, how, seconds
+            )
+            self._give_up(seat)
+            if stream is not None:
+                stream.cancel()
 
 
 def _next(requests: Iterator[bytes]) -> bytes | None:

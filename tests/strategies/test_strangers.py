@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import time
+import weakref
 
 import grpc
 import pytest
@@ -132,3 +134,23 @@ def test_the_right_token_of_another_connection_is_refused_too() -> None:
         _step(link, 0)
         link.close()
         channel.close()
+
+
+def test_a_session_takes_no_memory_after_its_round() -> None:
+    """The thread that looks for lost clients held the last seat it had seen, replica and all."""
+    engine = TrunkEngine(OneLayer(HIDDEN), hidden_size=HIDDEN, train=TrainConfig())
+    engine.open_round(1, 1, training=True)
+    with served(engine, timeout=1.0) as service:
+        link = connect(service, "a", 1)
+        session = weakref.ref(engine._sessions["a"])
+        time.sleep(0.3)  # it is looked at meanwhile
+        _step(link, 0)
+        link.close()
+        service.end_round()
+        engine.close_round({"a": 1.0})
+
+        deadline = time.monotonic() + 5
+        while session() is not None and time.monotonic() < deadline:
+            gc.collect()
+            time.sleep(0.05)
+        assert session() is None
