@@ -159,7 +159,8 @@ def bench_soak(
     dict
         The setting; for ``server`` and ``client`` memory first and last, the highest, and the slope
         in MiB by 1,000 steps over the last three quarters of the samples; ``flat``, if both slopes
-        are below `FLAT`; connections, breaks, sessions left, and seconds.
+        are below `FLAT`; ``clean``, if nothing was left after good-byes;
+        connections, breaks and seconds.
     """
     torch.set_num_threads(1)
     started = time.perf_counter()
@@ -187,6 +188,7 @@ def bench_soak(
         "left_after_good_byes": soak.left,
         "sessions_alive": alive,
         "threads_left": threads,
+        "clean": not (soak.left or alive or code),
         "exit_code": code,
         "seconds": round(time.perf_counter() - started, 1),
     }

@@ -29,6 +29,7 @@ def test_a_short_soak_reports_and_leaves_nothing() -> None:
     assert result["connections"] == 2
     assert result["samples"] == 2
     assert result["left_after_good_byes"] == result["sessions_alive"] == result["exit_code"] == 0
+    assert result["clean"]
     for process in ("server", "client"):
         assert 50 < result[process]["first_mib"] <= result[process]["highest_mib"] < 4000
 
