@@ -135,14 +135,14 @@ class SessionMachine(RuleBasedStateMachine):
         self.send_backward(self.applied, micro, shape, 1.0, last, tokens)
 
     @precondition(lambda self: self.at_war() and self.in_a_step())
-    @rule(micro=small, value=st.sampled_from([math.nan, math.inf]), forward=st.booleans())
-    def poison(self, micro: int, value: float, forward: bool) -> None:
-        if forward:
-            self.send_compute(self.applied, micro, (2, 2), value, False)
+    @rule(value=st.sampled_from([math.nan, math.inf]))
+    def poison(self, value: float) -> None:
+        if waiting := self.waiting():
+            shape = self.forwards[waiting[0]].shape
+            self.send_backward(self.applied, waiting[0], shape, value, False, 1)
         else:
-            waiting = (self.waiting() or [0])[0]
-            shape = self.forwards[waiting].shape if self.forwards else (1, 1)
-            self.send_backward(self.applied, waiting, shape, value, False, 1)
+            micro = (self.fresh() or [0])[0]
+            self.send_compute(self.applied, micro, (2, 2), value, False)
 
     @precondition(lambda self: not self.over and self.ready)
     @rule(square=st.sampled_from([0.0, 0.5, 3.0]))
@@ -347,7 +347,7 @@ def without_clock(answer: pb.ServerFrame) -> bytes:
 
 
 QUICK = settings(
-    max_examples=150,
+    max_examples=300,
     stateful_step_count=30,
     deadline=None,
     derandomize=True,
