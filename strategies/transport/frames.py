@@ -30,12 +30,8 @@ def read_client_frame(raw: bytes) -> pb.ClientFrame:
         Of kind `damaged`, if it did not arrive as it was sent; it may be sent again. Of another
         kind, if it did and is no frame of this version.
     """
-    body = _unseal(raw)
-    try:
-        frame = pb.ClientFrame.FromString(body)
-    except DecodeError as error:
-        raise TrunkError(f"a frame of {len(raw)} bytes is not a Graft frame: {error}") from error
-    _check_version(frame.version, "the client")
+    frame = pb.ClientFrame()
+    _read(frame, raw, "the client")
     if frame.WhichOneof("body") is None:
         raise TrunkError("a frame without a body came")
     return frame
@@ -43,12 +39,8 @@ def read_client_frame(raw: bytes) -> pb.ClientFrame:
 
 def read_server_frame(raw: bytes) -> pb.ServerFrame:
     """Read the trunk's frame, which may be a failure; see `read_client_frame`."""
-    body = _unseal(raw)
-    try:
-        frame = pb.ServerFrame.FromString(body)
-    except DecodeError as error:
-        raise TrunkError(f"a frame of {len(raw)} bytes is not a Graft frame: {error}") from error
-    _check_version(frame.version, "the trunk")
+    frame = pb.ServerFrame()
+    _read(frame, raw, "the trunk")
     return frame
 
 
@@ -62,6 +54,20 @@ def refuse_failure(frame: pb.ServerFrame) -> pb.ServerFrame:
 def failure_of(error: TrunkError, step: int = 0, micro: int = 0) -> pb.Failure:
     """What a client is told of an error."""
     return pb.Failure(kind=error.kind, message=str(error), step=step, micro=micro)
+
+
+def _read(frame: pb.ClientFrame | pb.ServerFrame, raw: bytes, whose: str) -> None:
+    """Fill an empty frame, and refuse another version's."""
+    try:
+        frame.ParseFromString(_unseal(raw))
+    except DecodeError as error:
+        raise TrunkError(f"a frame of {len(raw)} bytes is not a Graft frame: {error}") from error
+    if frame.version != WIRE_VERSION:
+        raise TrunkError(
+            f"wire version {frame.version} came from {whose}, version {WIRE_VERSION} is spoken "
+            "here; run the same release of Graft on both sides",
+            kind="version",
+        )
 
 
 def _seal(body: bytes) -> bytes:
@@ -84,12 +90,3 @@ def _unseal(raw: bytes) -> bytes:
         )
     body: bytes = envelope.body
     return body
-
-
-def _check_version(version: int, whose: str) -> None:
-    if version != WIRE_VERSION:
-        raise TrunkError(
-            f"wire version {version} came from {whose}, version {WIRE_VERSION} is spoken here; run "
-            "the same release of Graft on both sides",
-            kind="version",
-        )

@@ -25,6 +25,8 @@ __all__ = ["fed_avg_round", "train_whole"]
 
 HIDDEN = 32
 CUT = Cut(bottom=1, top=1)
+H = torch.randn(2, 5, HIDDEN, generator=torch.Generator().manual_seed(0))
+"""Activations (B, T, D)."""
 
 
 def tiny_model(family: str = "llama", seed: int = 0, **changes: object) -> PreTrainedModel:
@@ -69,6 +71,13 @@ def place(client: str = "client-0", round: int = 1, rounds: int = 1) -> training
 def engine_for(trunk: torch.nn.Module, train: TrainConfig, **kwargs: object) -> TrunkEngine:
     """An engine over a tiny trunk."""
     return TrunkEngine(trunk, hidden_size=HIDDEN, train=train, **kwargs)  # type: ignore[arg-type]
+
+
+def open_engine(*, training: bool = True, **train: object) -> TrunkEngine:
+    """An engine over a tiny model's trunk, with a round open."""
+    engine = engine_for(split(tiny_model(), CUT).trunk, TrainConfig(**train))  # type: ignore[arg-type]
+    engine.open_round(1, 1, training=training)
+    return engine
 
 
 @contextmanager

@@ -13,9 +13,7 @@ from strategies.checks import InFlight
 from strategies.errors import TrunkError
 from strategies.session import MAX_GRAPHS, Session
 from strategies.trunk import TrunkEngine
-from tests.strategies.helpers import CUT, HIDDEN, engine_for, tiny_model
-
-H = torch.randn(2, 5, HIDDEN, generator=torch.Generator().manual_seed(0))
+from tests.strategies.helpers import CUT, HIDDEN, H, engine_for, tiny_model
 
 
 def make_engine(**train: object) -> TrunkEngine:

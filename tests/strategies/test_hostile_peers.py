@@ -9,12 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 
-from conf.schema import TrainConfig
-from models import split
 from simulations.credentials import make_server_credentials
 from strategies.errors import TrunkError
 from strategies.transport.certificates import (
@@ -26,25 +23,20 @@ from strategies.transport.certificates import (
 from strategies.transport.link import GrpcLink
 from strategies.transport.service import TrunkService
 from tests.strategies.helpers import (
-    CUT,
-    HIDDEN,
     NODE_KEY,
+    H,
     admit,
-    engine_for,
     link_config,
+    open_engine,
     served,
-    tiny_model,
 )
 
-H = torch.randn(2, 5, HIDDEN, generator=torch.Generator().manual_seed(0))
 QUICK = {"timeout": 3.0, "grace": 1.5}
 
 
 @contextmanager
 def trunk(**link: object) -> Iterator[TrunkService]:
-    engine = engine_for(split(tiny_model(), CUT).trunk, TrainConfig())
-    engine.open_round(1, 1, training=True)
-    with served(engine, **{"tls": "on", **QUICK, **link}) as service:
+    with served(open_engine(), **{"tls": "on", **QUICK, **link}) as service:
         yield service
 
 

@@ -24,32 +24,25 @@ from strategies.transport.frames import client_frame, read_client_frame
 from strategies.transport.link import GrpcLink, LocalLink
 from strategies.transport.service import TrunkService
 from strategies.transport.stream import Stream
-from strategies.trunk import TrunkEngine
 from tests.strategies.helpers import (
     CUT,
-    HIDDEN,
     NODE_KEY,
+    H,
     admit,
     connect,
     engine_for,
     largest_difference,
     link_config,
+    open_engine,
     place,
     random_steps,
     served,
     tiny_model,
 )
 
-H = torch.randn(2, 5, HIDDEN, generator=torch.Generator().manual_seed(0))
 QUICK = {"timeout": 2.0, "grace": 1.0}
 TRAIN = TrainConfig(optimizer="adamw", lr=1e-2, accumulate=2)
 STEPS = 3
-
-
-def open_engine(**train: object) -> TrunkEngine:
-    engine = engine_for(split(tiny_model(), CUT).trunk, TrainConfig(**train))  # type: ignore[arg-type]
-    engine.open_round(1, 1, training=True)
-    return engine
 
 
 def trained(schedule: Schedule | None) -> tuple[torch.nn.Module, list[float], int]:

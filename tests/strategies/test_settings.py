@@ -20,6 +20,7 @@ from strategies.transport.link import LocalLink, _Request
 from tests.strategies.helpers import (
     CUT,
     HIDDEN,
+    H,
     connect,
     engine_for,
     largest_difference,
@@ -31,8 +32,6 @@ from tests.strategies.helpers import (
     train_whole,
     twin,
 )
-
-H = torch.randn(2, 5, HIDDEN, generator=torch.Generator().manual_seed(0))
 
 
 def open_session(train: TrainConfig, *, family: str = "llama", number: int = 1, **kwargs: Any):  # type: ignore[no-untyped-def]

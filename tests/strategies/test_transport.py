@@ -27,16 +27,17 @@ from strategies.transport.service import TrunkService
 from strategies.transport.stream import Stream
 from strategies.transport.tickets import Guest, Ticket, new_key, public_half, session_secret
 from strategies.transport.wire import CONNECTION_KEY, METHOD, SESSION_KEY, STEPS_KEY, TOKEN_KEY
-from strategies.trunk import TrunkEngine
 from tests.strategies.helpers import (
     CUT,
     HIDDEN,
     NODE_KEY,
+    H,
     admit,
     connect,
     engine_for,
     largest_difference,
     link_config,
+    open_engine,
     place,
     random_batch,
     random_steps,
@@ -45,15 +46,8 @@ from tests.strategies.helpers import (
     twin,
 )
 
-H = torch.randn(2, 5, HIDDEN, generator=torch.Generator().manual_seed(0))
 FP32 = torch.float32
 ONE = StepCounters(client_square_norm=0.0, tokens=1)
-
-
-def open_engine(*, training: bool = True, **train: object) -> TrunkEngine:
-    engine = engine_for(split(tiny_model(), CUT).trunk, TrainConfig(**train))  # type: ignore[arg-type]
-    engine.open_round(1, 1, training=training)
-    return engine
 
 
 def raw_call(
