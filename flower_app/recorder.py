@@ -50,7 +50,8 @@ class Recorder:
     say : callable, optional
         Takes one line for the console.
     point : Point, optional
-        Where a run goes on: in its own folder, with its records up to there.
+        Where a run goes on: in its own folder, with its records up to there. The folder stays as
+        it is until `take_up`.
     """
 
     def __init__(
@@ -71,24 +72,34 @@ class Recorder:
         self._lock = threading.Lock()
         self._rounds: list[dict[str, Any]] = []
         self._resumed: list[int] = []
-        self._begin("", 0.0)
-        if point is not None:
-            self._take_up(point)
-        replace_whole(self.folder / "config.yaml", to_yaml(config))
-        self._journal = Journal(self.folder / "metrics.jsonl", self.say)
-        self._empty = not self._rounds
-        if point is not None:
-            self._resumed.append(point.number)
-            self._journal.write(
-                _dumps({"kind": "resume", "round": point.number, "time": _now().isoformat()})
-            )
+        self._point = point
+        self._begin(*(("", 0.0) if point is None else (point.started, point.seconds)))
+        if point is None:
+            self._open()
 
     def start(self) -> None:
         """Print where the run goes."""
         self._clock = time.monotonic()
         self.say(f"run folder: {self.folder}")
-        if self._resumed:
-            self.say(f"going on after round {self._resumed[-1]} of {self.config.train.rounds}")
+        if self._point is not None:
+            self.say(f"going on after round {self._point.number} of {self.config.train.rounds}")
+
+    def take_up(self) -> None:
+        """Bring a resumed run's folder back to where it goes on; nothing for a new run.
+
+        What was there after that point is lost then, so call it when nothing can fail any more that
+        could have been tried before.
+        """
+        if self._point is None:
+            return
+        point = self._point
+        self._cut_back(point)
+        self._point = None
+        self._open()
+        self._resumed.append(point.number)
+        self._journal.write(
+            _dumps({"kind": "resume", "round": point.number, "time": _now().isoformat()})
+        )
 
     @property
     def started(self) -> str:
@@ -109,12 +120,15 @@ class Recorder:
         self._started, self._before = started or _now().isoformat(), before
         self._clock = time.monotonic()
 
-    def _take_up(self, point: Point) -> None:
-        """Bring the folder back to where its run goes on."""
+    def _open(self) -> None:
+        replace_whole(self.folder / "config.yaml", to_yaml(self.config))
+        self._journal = Journal(self.folder / "metrics.jsonl", self.say)
+        self._empty = not self._rounds
+
+    def _cut_back(self, point: Point) -> None:
         records = cut_back(self.folder / "metrics.jsonl", point.number)
         self._rounds = [record for record in records if record["kind"] == "round"]
         self._resumed = [record["round"] for record in records if record["kind"] == "resume"]
-        self._begin(point.started, point.seconds)
         (self.folder / "summary.json").unlink(missing_ok=True)
         checkpoint.clean(self.folder)
         for number, path in folders(self.folder):
@@ -271,6 +285,8 @@ class Recorder:
     def fail(self, error: BaseException | str) -> dict[str, Any]:
         """Write a summary that says why the run ended early.
 
+        A resumed run that was not taken up leaves its folder as it was.
+
         Parameters
         ----------
         error : exception or str
@@ -284,6 +300,11 @@ class Recorder:
         summary = self._summary(FAILED)
         text = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
         summary["error"] = text
+        if self._point is not None:
+            self._alone.release()
+            self.say(f"failed: {text}")
+            self.say(f"not resumed, and nothing was changed in {self.folder}")
+            return summary
         try:
             self._close(summary)
         except OSError as problem:  # what ended the run is what must be told

@@ -88,6 +88,7 @@ def run_experiment(
     service.on_step = strategy.on_step
     service.start()
     try:
+        recorder.take_up()
         strategy.start(
             grid=grid,
             initial_arrays=ArrayRecord(),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -280,6 +281,35 @@ def test_other_clients_than_before_are_named(
         resume(broken, InProcessGrid(3, present={0, 1}))
         assert "missing client-2; new none" in caplog.text
     assert "federation.min_clients=3" in caplog.text
+
+
+def fingerprint(folder: Path) -> dict[str, bytes]:
+    """Every file of a run folder."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+@pytest.mark.parametrize("trouble", ["the model has changed", "the port is taken"])
+def test_a_resume_that_fails_leaves_the_run_as_it_was(trouble: str, tmp_path: Path) -> None:
+    """From a checkpoint before the last, too: what came after it goes only when rounds follow."""
+    smooth = run(configured(tmp_path, "output.keep_checkpoints=9"), InProcessGrid(2))
+    before, lines = fingerprint(smooth), list[str]()
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        changes = f"link.bind=127.0.0.1:{port}" if "port" in trouble else ""
+        point = take_up(str(smooth / "checkpoints" / "round-0001"), changes)
+        if "model" in trouble:
+            point.state["engine"]["trunk"].popitem()
+        recorder = Recorder(point.config, say=lines.append, point=point)
+        recorder.start()
+        with pytest.raises(ValueError, match="does not fit|cannot listen") as error:
+            run_experiment(point.config, InProcessGrid(2), recorder, point)
+        recorder.fail(error.value)
+
+    assert fingerprint(smooth) == before
+    assert lines[-1] == f"not resumed, and nothing was changed in {smooth}"
+    again = resume(smooth / "checkpoints" / "round-0001", InProcessGrid(2))  # the lock is free
+    assert curve(again)
 
 
 def test_a_model_that_has_changed_since_is_refused(tmp_path: Path) -> None:
