@@ -9,14 +9,15 @@ from flwr.app import ConfigRecord as Record
 from flwr.app import Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from flower_app import stepwise, training
-from flower_app.data import batches
-from flower_app.plan import Plan, check_fit
-from flower_app.site import Site, client_name
-from flower_app.stepwise import Round, Training
+from flower_app.client import messaged as stepwise
+from flower_app.client import streamed as training
+from flower_app.client.messaged import Round, Training
+from flower_app.client.plan import Plan, check_fit
+from flower_app.client.site import Site, client_name
+from flower_app.data.client import batches
 from models import client_state
-from strategies.answers import ARRAYS, METRICS, OUTCOME, PROFILE, TICKET, to_arrays
 from strategies.errors import TrunkError
+from strategies.rounds.answers import ARRAYS, METRICS, OUTCOME, PROFILE, TICKET, to_arrays
 from strategies.transport.link import GrpcLink
 
 logger = logging.getLogger(__name__)

@@ -12,15 +12,15 @@ from torch import Tensor
 
 from conf.load import load_config
 from conf.schema import Config
-from flower_app.assembly import build_trunk, describe, export_model, resolve_model, set_threads
-from flower_app.keeper import Keeper
-from flower_app.recorder import Recorder
-from flower_app.resume import Point, take_up
-from flower_app.text import load_tokenizer
-from strategies.lockstep import Lockstep
-from strategies.splitfed import SplitFed
-from strategies.transport.service import TURN_SHARE, TrunkService
-from strategies.trunk import TrunkEngine
+from flower_app.build import build_trunk, describe, export_model, resolve_model, set_threads
+from flower_app.data.text import load_tokenizer
+from flower_app.runs.keeper import Keeper
+from flower_app.runs.recorder import Recorder
+from flower_app.runs.resume import Point, take_up
+from strategies.engine.engine import TrunkEngine
+from strategies.rounds.splitfed import SplitFed
+from strategies.transport.messages import Lockstep
+from strategies.transport.stream.service import TURN_SHARE, TrunkService
 
 app = ServerApp()
 

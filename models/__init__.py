@@ -1,12 +1,11 @@
 """Splitting, loading, adapting and saving transformer models. Knows nothing of Flower."""
 
 from models.adapters import fold_residuals, merge, tune, tune_whole
-from models.checkpoint import load_client, load_part
 from models.cut import Cut, in_ends
 from models.export import complete_pairs, save_adapter, save_full
 from models.families import tested_families
+from models.load import load_client, load_part
 from models.parts import Part, Parts, narrow, split
-from models.scratch import build_scratch, load_whole, outline
 from models.state import (
     client_state,
     global_name,
@@ -15,6 +14,7 @@ from models.state import (
     named_trainable,
     trainable_state,
 )
+from models.whole import build_scratch, load_whole, outline
 
 __all__ = [
     "Cut",

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
+from strategies.engine.session import Session
 from strategies.errors import TrunkError
-from strategies.session import Session
 from strategies.transport import trunk_pb2 as pb
-from strategies.transport.codec import (
+from strategies.transport.codec.tensors import (
     decode,
     decode_named,
     encode,

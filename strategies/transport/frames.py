@@ -8,7 +8,7 @@ from google.protobuf.message import DecodeError
 
 from strategies.errors import TrunkError
 from strategies.transport import trunk_pb2 as pb
-from strategies.transport.codec import WIRE_VERSION
+from strategies.transport.codec.tensors import WIRE_VERSION
 
 
 def client_frame(**body: object) -> bytes:

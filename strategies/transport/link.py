@@ -12,10 +12,10 @@ import grpc
 from torch import Tensor
 
 from conf.schema import LinkConfig
+from strategies.engine.session import Session, StepResult
 from strategies.errors import TrunkError
-from strategies.session import Session, StepResult
 from strategies.transport import trunk_pb2 as pb
-from strategies.transport.codec import (
+from strategies.transport.codec.tensors import (
     WIRE_DTYPES,
     decode,
     decode_named,
@@ -24,9 +24,9 @@ from strategies.transport.codec import (
     encode_named,
     shape_of,
 )
-from strategies.transport.connection import Connection
 from strategies.transport.frames import client_frame, read_server_frame
-from strategies.transport.stream import BROKEN
+from strategies.transport.stream.channel import BROKEN
+from strategies.transport.stream.connection import Connection
 from strategies.transport.tickets import Ticket
 
 FIRST_CONNECTION_SECONDS = 30.0

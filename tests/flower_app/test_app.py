@@ -16,12 +16,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conf.load import load_config
 from conf.schema import Config
-from flower_app.assembly import resolve_model
-from flower_app.data import Batch, batches, load_client_data, num_steps, steps
-from flower_app.recorder import Recorder
+from flower_app.build import resolve_model
+from flower_app.client.streamed import token_loss
+from flower_app.data.client import Batch, batches, load_client_data, num_steps, steps
+from flower_app.data.text import load_tokenizer
+from flower_app.runs.recorder import Recorder
 from flower_app.server_app import run_experiment
-from flower_app.text import load_tokenizer
-from flower_app.training import token_loss
 from models import build_scratch
 from strategies.optim import derive_seed
 from tests.flower_app.grid import InProcessGrid
@@ -257,7 +257,7 @@ def test_a_failing_export_loses_nothing(tmp_path: Path, monkeypatch: pytest.Monk
     def full_disk(*args: Any, **kwargs: Any) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("flower_app.assembly.save_full", full_disk)
+    monkeypatch.setattr("flower_app.build.save_full", full_disk)
 
     with pytest.raises(RuntimeError, match="no space left on device.*trained.safetensors"):
         run(tiny_config(tmp_path, "train.rounds=1"), InProcessGrid(clients=2))
@@ -317,7 +317,7 @@ def test_an_unforeseen_error_at_a_client_is_named(
     def broken(*args: Any, **kwargs: Any) -> None:
         raise IndexError("index out of range in self")
 
-    monkeypatch.setattr("flower_app.training.evaluate", broken)
+    monkeypatch.setattr("flower_app.client.streamed.evaluate", broken)
 
     with pytest.raises(RuntimeError, match="client-0: IndexError: index out of range"):
         run(tiny_config(tmp_path), InProcessGrid(clients=2))

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from conf.load import to_json
 from conf.schema import Config
-from flower_app.assembly import (
+from flower_app.build import (
     build_client,
     build_trunk,
     describe,
@@ -24,7 +24,7 @@ from flower_app.assembly import (
     num_blocks,
     take_residuals,
 )
-from flower_app.site import Site, own_config
+from flower_app.client.site import Site, own_config
 from models import (
     Cut,
     build_scratch,
@@ -35,7 +35,7 @@ from models import (
     load_trainable_state,
     trainable_state,
 )
-from strategies.answers import ARRAYS, CONFIG, TICKET, to_arrays
+from strategies.rounds.answers import ARRAYS, CONFIG, TICKET, to_arrays
 from tests.flower_app.grid import InProcessGrid
 from tests.flower_app.test_app import held_out_loss, run, site_steps, tiny_config
 from tests.strategies.helpers import fed_avg_round, largest_difference

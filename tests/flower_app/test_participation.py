@@ -29,7 +29,7 @@ FAST = "train.rounds=1 federation.fraction_evaluate=0 link.grace=0.2 train.lr=0.
 def _flower_task(one_thread: None, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("_run_id", "_node_id", "_task_id"):
         monkeypatch.setattr(TaskIdentity, name, 1)
-    monkeypatch.setattr("flower_app.site.GrpcLink", WatchedLink)
+    monkeypatch.setattr("flower_app.client.site.GrpcLink", WatchedLink)
 
 
 def configured(tmp_path: Path, changes: str = "") -> Config:

@@ -15,9 +15,9 @@ from flwr.supercore.task_identity import TaskIdentity
 from transformers import AutoModelForCausalLM
 
 from conf.schema import Config
-from flower_app.assembly import build_client
-from flower_app.ends import Ends
-from flower_app.stepwise import PROGRESS, TENSORS
+from flower_app.build import build_client
+from flower_app.client.ends import Ends
+from flower_app.client.messaged import PROGRESS, TENSORS
 from tests.flower_app.grid import InProcessGrid
 from tests.flower_app.test_app import run, tiny_config
 from tests.strategies.helpers import largest_difference
@@ -40,7 +40,7 @@ def _flower_task(
         with one_at_a_time:
             return build_client(config)
 
-    monkeypatch.setattr("flower_app.site.build_client", build)
+    monkeypatch.setattr("flower_app.client.site.build_client", build)
     if "merged" in request.node.name:  # no dropout there: nothing need be seeded meanwhile
         monkeypatch.setattr(Ends, "_seeded", lambda *place: contextlib.nullcontext())
 

@@ -12,9 +12,9 @@ from transformers import PreTrainedModel
 
 from models import build_scratch
 from models.families import NAMED
-from models.scratch import has_sdpa
 from models.tiny import roughen, tiny_config
 from models.verify import PADDINGS, Difference, compare, example
+from models.whole import has_sdpa
 
 FAMILIES = [
     (family, attention)

@@ -23,10 +23,10 @@ from models import Cut, load_client, load_part, tested_families
 from models.anatomy import examine
 from models.cut import ROLES
 from models.parts import Part, split_unchecked
-from models.scratch import has_sdpa
 from models.tiny import roughen, tiny_config
 from models.verify import PADDINGS, compare, example
-from simulations.parity import all_cuts
+from models.whole import has_sdpa
+from simulations.equality.parity import all_cuts
 
 MOST_PARAMETERS = 30_000_000
 TOLERANCE = 1e-5

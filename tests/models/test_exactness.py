@@ -7,7 +7,7 @@ import torch
 
 from models import Cut, split
 from models.verify import compare, example
-from simulations.parity import all_cuts
+from simulations.equality.parity import all_cuts
 from tests.models.helpers import FAMILIES, assert_exact, ids, run, tiny
 
 pytestmark = pytest.mark.usefixtures("one_thread")

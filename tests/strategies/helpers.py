@@ -10,15 +10,15 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from conf.schema import LinkConfig, TrainConfig
-from flower_app import training
-from flower_app.data import Batch
+from flower_app.client import streamed as training
+from flower_app.data.client import Batch
 from models import Cut, split
 from models.tiny import VOCAB, tiny_config
-from simulations.reference import fed_avg_round, train_whole
+from simulations.equality.reference import fed_avg_round, train_whole
+from strategies.engine.engine import TrunkEngine
 from strategies.transport.link import GrpcLink, LocalLink
-from strategies.transport.service import TrunkService
+from strategies.transport.stream.service import TrunkService
 from strategies.transport.tickets import Guest, Ticket, new_key, public_half
-from strategies.trunk import TrunkEngine
 
 __all__ = ["fed_avg_round", "train_whole"]
 """Imported from here by the tests."""

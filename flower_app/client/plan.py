@@ -1,0 +1,96 @@
+"""What a client trains on in a round, step by step: the same plan in every process that asks."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from conf.schema import Config
+from flower_app.client.ends import Place
+from flower_app.data.client import Batch, batches, num_steps, steps
+from flower_app.data.text import Example
+from models import Part
+from strategies.optim import derive_seed
+
+
+class Plan:
+    """The micro-batches of each optimizer step of one client and round.
+
+    Parameters
+    ----------
+    examples : sequence of Example
+        The client's training examples.
+    config : Config
+        Batch size, accumulation, steps or epochs, seed.
+    place : Place
+        The client and the round: what the order depends on.
+    pad_id : int
+        Fills a batch where there is no token.
+    sizes : sequence of int, optional
+        Examples of each step as the server drew them (`train.global_batch`); 0 is a step without.
+        They come in as many micro-batches of `train.batch_size` as it takes.
+    """
+
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        config: Config,
+        place: Place,
+        *,
+        pad_id: int,
+        sizes: Sequence[int] = (),
+    ) -> None:
+        self._examples, self._train, self._pad_id, self._sizes = (
+            examples, config.train, pad_id, list(sizes),
+        )  # fmt: skip
+        self.count = len(self._sizes) or num_steps(len(examples), config.train)
+        self._seed = derive_seed(config.seed, place.round, place.client, "order")
+
+    def __iter__(self) -> Iterator[list[Batch]]:
+        generator = torch.Generator().manual_seed(self._seed)
+        if self._sizes:
+            return self._drawn(generator)
+        return steps(
+            self._examples,
+            batch_size=self._train.batch_size,
+            accumulate=self._train.accumulate,
+            steps=self.count,
+            pad_id=self._pad_id,
+            generator=generator,
+        )
+
+    def __getitem__(self, step: int) -> list[Batch]:
+        return next(itertools.islice(iter(self), step, None))
+
+    def _drawn(self, generator: torch.Generator) -> Iterator[list[Batch]]:
+        """Without replacement until all examples were seen, then anew."""
+        order: list[int] = []
+        for size in self._sizes:
+            while len(order) < size:
+                order += torch.randperm(len(self._examples), generator=generator).tolist()
+            chosen, order = order[:size], order[size:]
+            yield list(
+                batches(
+                    [self._examples[index] for index in chosen],
+                    self._train.batch_size,
+                    pad_id=self._pad_id,
+                )
+            )
+
+
+def check_fit(bottom: Part, examples: Sequence[Example], context: int) -> None:
+    """Refuse texts that the model cannot embed, which torch would answer with an IndexError."""
+    config = bottom.config.get_text_config(decoder=True)
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions and context > positions:
+        raise ValueError(
+            f"data.context={context} exceeds the {positions} positions of this model; lower it"
+        )
+    largest = max((int(example.input_ids.max()) for example in examples), default=0)
+    if largest >= config.vocab_size:
+        raise ValueError(
+            f"the tokenizer gave id {largest}, the model embeds {config.vocab_size}; set "
+            "model.tokenizer to the model's own, or leave it empty"
+        )

@@ -1,0 +1,75 @@
+"""Keeps checkpoints while a run goes on; a full disk costs a checkpoint, not the run."""
+
+from __future__ import annotations
+
+import errno
+import math
+from collections.abc import Callable
+
+from conf.load import to_dict
+from conf.schema import Config
+from flower_app.runs import checkpoint
+from flower_app.runs.checkpoint import Facts
+from flower_app.runs.folders import folders
+from flower_app.runs.recorder import Recorder
+from strategies.rounds.splitfed import SplitFed
+
+
+class Keeper:
+    """Writes a checkpoint after every `output.checkpoint_every` rounds and after the last.
+
+    Parameters
+    ----------
+    config : Config
+        The run's.
+    recorder : Recorder
+        Knows the run folder, and when the run began.
+    say : callable, optional
+        Takes one line for the console; by default the recorder's.
+    """
+
+    def __init__(
+        self, config: Config, recorder: Recorder, say: Callable[[str], None] | None = None
+    ) -> None:
+        self._config, self._recorder = config, recorder
+        self._say = say or recorder.say
+        self._owed = False
+
+    def __call__(self, number: int, strategy: SplitFed) -> None:
+        """Write a checkpoint if one is due, or could not be written when it was."""
+        every = self._config.output.checkpoint_every
+        last = number == self._config.train.rounds
+        if not every or (number % every and not last and not self._owed):
+            return
+        run, loss = self._recorder.folder, strategy.held_out_loss
+        facts = Facts(
+            round=number,
+            config=to_dict(self._config),
+            clients=strategy.roster.clients,
+            loss=loss if loss is not None and math.isfinite(loss) else None,
+            started=self._recorder.started,
+            seconds=self._recorder.seconds,
+        )
+        try:
+            self._recorder.sync()  # a checkpoint whose records are lost would leave a gap
+            checkpoint.write(run, facts, strategy.state_dict())
+            self._owed = False
+        except OSError as error:
+            self._owed = True
+            self._complain(number, error)
+            return
+        try:
+            checkpoint.prune(run, self._config.output.keep_checkpoints)
+        except OSError as error:
+            self._say(f"WARNING: an old checkpoint in {run} could not be removed: {error}")
+
+    def _complain(self, number: int, error: OSError) -> None:
+        kept = [round for round, _ in folders(self._recorder.folder)]
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        remedy = "free space on this disk" if full else "mend that"
+        self._say(
+            f"WARNING: no checkpoint of round {number}: {error}. The run goes on, the last "
+            f"checkpoint is {f'that of round {kept[-1]}' if kept else 'none'}; {remedy}, and the "
+            "next round is kept again (output.checkpoint_every=0 keeps none, a smaller "
+            "output.keep_checkpoints fewer)"
+        )

@@ -1,0 +1,191 @@
+"""How much a split step costs against an unsplit one: one client, real gRPC, two processes."""
+
+from __future__ import annotations
+
+import multiprocessing
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from conf.schema import LinkConfig, TrainConfig
+from flower_app.client import streamed as training
+from flower_app.data.client import Batch
+from models import Cut, split
+from strategies.engine.engine import TrunkEngine
+from strategies.optim import Progress, clipped_step, learning_rate, square_norm, trainable
+from strategies.transport import tickets
+from strategies.transport.link import GrpcLink
+from strategies.transport.stream.service import TrunkService
+from strategies.transport.tickets import Guest, Ticket
+
+SIZES = {"blocks": 12, "hidden": 256, "vocabulary": 1024, "batch": 4, "tokens": 64}
+CUT = Cut(bottom=2, top=1)
+
+
+def bench_step(steps: int = 40, warmup: int = 5, wire: str = "fp32") -> dict[str, Any]:
+    """Time the split step of a Llama-like model against the unsplit step, in one run.
+
+    Steps of both kinds take turns, so that whatever else the machine does meets both. AdamW runs in
+    all parts; every process has one torch thread.
+
+    Parameters
+    ----------
+    steps : int
+        Timed steps of each kind.
+    warmup : int
+        Steps of each kind before the clock starts.
+    wire : str
+        Type on the wire: fp32, fp16 or bf16.
+
+    Returns
+    -------
+    dict
+        Median seconds of both, their ratio, bytes per step each way, and the sizes.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    total = steps + warmup
+    train, link = TrainConfig(lr=1e-4), LinkConfig(dtype=wire)
+    batch = _batch()
+    try:
+        with _trunk_process(train, link, total) as (ticket, node_key):
+            client = _SplitStep(train, link, batch, ticket, node_key, total)
+            whole = _WholeStep(train, batch, total)
+            times: dict[str, list[float]] = {"split": [], "unsplit": []}
+            for index in range(total):
+                for name, step in (("unsplit", whole), ("split", client)):
+                    started = time.perf_counter()
+                    step(index)
+                    times[name].append(time.perf_counter() - started)
+            up, down = client.link.bytes_up / total, client.link.bytes_down / total
+            drift = abs(client.loss - whole.loss)
+            client.link.close()
+    finally:
+        torch.set_num_threads(before)
+    split_s, unsplit_s = (statistics.median(times[n][warmup:]) for n in ("split", "unsplit"))
+    return {
+        "benchmark": "step",
+        **SIZES,
+        "cut": str(CUT),
+        "threads": 1,
+        "wire": wire,
+        "steps": steps,
+        "unsplit_seconds": round(unsplit_s, 5),
+        "split_seconds": round(split_s, 5),
+        "ratio": round(split_s / unsplit_s, 4),
+        "bytes_up_per_step": round(up),
+        "bytes_down_per_step": round(down),
+        "last_loss_difference": drift,
+    }
+
+
+class _WholeStep:
+    """The unsplit step, with the same optimizer code as the split one."""
+
+    def __init__(self, train: TrainConfig, batch: Batch, total: int) -> None:
+        self._model, self._train, self._batch, self._total = _model().train(), train, batch, total
+        self._parameters = trainable(self._model)
+        self._optimizer = torch.optim.AdamW(
+            self._parameters, lr=train.lr, weight_decay=train.weight_decay
+        )
+        self.loss = 0.0
+
+    def __call__(self, index: int) -> None:
+        batch = self._batch
+        logits = self._model(batch.input_ids, use_cache=False).logits
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch.labels[:, 1:].flatten())
+        loss.backward()
+        progress = Progress(round=1, rounds=1, step=index, steps=self._total)
+        norm = square_norm(self._parameters) ** 0.5
+        rate = learning_rate(self._train, progress)
+        clipped_step(self._optimizer, lr=rate, norm=norm, clip=self._train.clip)
+        self.loss = float(loss.detach())
+
+
+class _SplitStep:
+    """The client's side of the split step: what `training.train` does, a step a call."""
+
+    def __init__(
+        self,
+        train: TrainConfig,
+        link: LinkConfig,
+        batch: Batch,
+        ticket: Ticket,
+        node_key: bytes,
+        total: int,
+    ) -> None:
+        parts = split(_model(), CUT)
+        self.link = GrpcLink(ticket, node_key, steps=total, config=link)
+        place = training.Place(seed=0, client="bench", round=1, rounds=1)
+        self._trainer = training.Trainer(parts.bottom, parts.top, self.link, total, train, place)
+        self._batch = batch
+        self.loss = 0.0
+
+    def __call__(self, index: int) -> None:
+        self.loss, _ = self._trainer.step(index, [self._batch])
+
+
+def _model() -> PreTrainedModel:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=SIZES["vocabulary"],
+                hidden_size=SIZES["hidden"],
+                intermediate_size=SIZES["hidden"] * 8 // 3 // 32 * 32,
+                num_hidden_layers=SIZES["blocks"],
+                num_attention_heads=4,
+                num_key_value_heads=4,
+                max_position_embeddings=SIZES["tokens"],
+                tie_word_embeddings=False,
+            )
+        )
+
+
+def _batch() -> Batch:
+    generator = torch.Generator().manual_seed(0)
+    shape = (SIZES["batch"], SIZES["tokens"])
+    ids = torch.randint(0, SIZES["vocabulary"], shape, generator=generator)
+    return Batch(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids)
+
+
+@contextmanager
+def _trunk_process(
+    train: TrainConfig, link: LinkConfig, steps: int
+) -> Iterator[tuple[Ticket, bytes]]:
+    """A process that serves the trunk; yields a ticket to it and the key it is for."""
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    process = context.Process(target=_serve, args=(there, train, link), daemon=True)
+    process.start()
+    there.close()
+    try:
+        yield here.recv()
+    finally:
+        here.close()
+        process.join(10)
+        if process.is_alive():
+            process.terminate()
+
+
+def _serve(pipe: Connection, train: TrainConfig, link: LinkConfig) -> None:
+    torch.set_num_threads(1)
+    trunk = split(_model(), CUT).trunk
+    engine = TrunkEngine(trunk, hidden_size=trunk.hidden_size, train=train)
+    engine.open_round(1, 1, training=True)
+    service = TrunkService(engine, link)
+    service.start()
+    node_key = tickets.new_key()
+    guest = Guest(key="bench", client="bench", public_key=tickets.public_half(node_key))
+    pipe.send((service.ticket(guest), node_key))
+    try:
+        pipe.recv()
+    except EOFError:
+        service.stop()

@@ -1,0 +1,360 @@
+"""The claims of `graft parity --all`: what each compares, and within what tolerance."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from conf.schema import (
+    AggregationConfig,
+    Config,
+    CutConfig,
+    DataConfig,
+    FederationConfig,
+    LinkConfig,
+    LoraSettings,
+    ModelConfig,
+    OutputConfig,
+    TrainConfig,
+    TuningConfig,
+)
+from models import Cut, build_scratch, split
+from models.tiny import roughen, tiny_config
+from models.verify import PADDINGS, TOLERANCE, compare, example
+from models.whole import has_sdpa, load_whole
+from simulations.equality.federation import (
+    Client,
+    Cohort,
+    Federation,
+    Gap,
+    Reference,
+    exact_lora,
+    fed_prox_round,
+    largest_difference,
+    random_steps,
+    side_by_side,
+    unsplit,
+)
+from simulations.equality.inprocess import read_tensors, run_app
+from simulations.equality.parity import all_cuts, count_blocks
+from simulations.equality.reference import (
+    centralised_round,
+    fed_avg_round,
+    plain_optimizer,
+    train_whole,
+)
+
+LARGE = 20_000_000
+"""Parameters from which a model is trained with LoRA and in fewer steps."""
+
+CUTS = (Cut(1, 1), Cut(2, 1), Cut(1, 2))
+"""Of three clients with cuts of their own."""
+
+MODES = {
+    "all": ("full", "full", "full"),
+    "LoRA": ("lora", "lora", "lora"),
+    "trunk": ("frozen", "full", "frozen"),
+    "trunk LoRA": ("frozen", "lora", "frozen"),
+}
+"""What is trained in bottom, trunk and top."""
+
+
+class NotTriedError(Exception):
+    """Why a claim says nothing about a model."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model that claims are tried on."""
+
+    name: str
+    model: PreTrainedModel
+    """Untuned, without dropout; nothing changes it."""
+    folder: Path
+    """The same as a checkpoint."""
+    tokenizer: str
+    large: bool = False
+    allow_untested: bool = False
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of a round of merged training; other claims take fewer."""
+        return 2 if self.large else 10
+
+    @property
+    def cut(self) -> Cut:
+        """The smallest ends that have a block each."""
+        return Cut(1, 1) if count_blocks(self.model) > 2 else Cut(0, 0)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One row of the table for each model."""
+
+    text: str
+    measure: Callable[[Subject, Claim], Gap]
+    tolerance: float
+    trains: str = ""
+    """One of `MODES`; empty: nothing."""
+    optimizer: str = ""
+    train: dict[str, Any] = field(default_factory=dict)
+
+
+# ---- the models -------------------------------------------------------------------------------
+
+
+def tiny(family: str, attention: str, scratch: Path) -> Subject:
+    """A random model of four blocks that embeds bytes; GPT-2's embedding is tied."""
+    config = tiny_config(family, vocab_size=259)
+    how = attention if attention != "both" else "sdpa" if has_sdpa(config) else "eager"
+    model = roughen(build_scratch(config, 0, attention=how)).eval()
+    tied = bool(getattr(config, "tie_word_embeddings", False))
+    name = f"tiny {family}" + (", tied" if tied else "")
+    return Subject(name, model, _saved(model, scratch / family), "bytes")
+
+
+def checkpoint(path: str, attention: str, allow_untested: bool, scratch: Path) -> Subject:
+    """A checkpoint with its dropout taken out: draws are no part of what is compared."""
+    how = "sdpa" if attention == "both" else attention
+    try:
+        model = load_whole(path, attention=how)
+    except ValueError:
+        if attention != "both":
+            raise
+        model = load_whole(path, attention="eager")
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    text = model.config.get_text_config(decoder=True)
+    for name, value in text.to_dict().items():
+        if isinstance(value, float) and (name.endswith("pdrop") or "dropout" in name):
+            setattr(text, name, 0.0)
+    large = sum(parameter.numel() for parameter in model.parameters()) >= LARGE
+    name = Path(path).stem if path.endswith(".gguf") else Path(path).name
+    folder = _saved(model, scratch / "model")
+    return Subject(name, model.eval(), folder, path, large, allow_untested)
+
+
+def _saved(model: PreTrainedModel, folder: Path) -> Path:
+    model.save_pretrained(folder)
+    return folder
+
+
+# ---- what is compared -------------------------------------------------------------------------
+
+
+def split_is_unsplit(subject: Subject, claim: Claim) -> Gap:
+    """Logits and every gradient, at a few cuts and every padding."""
+    blocks = count_blocks(subject.model)
+    cuts = all_cuts(blocks)
+    if blocks > 4:
+        cuts = [Cut(1, 1), Cut(blocks // 2, blocks // 4)]
+    worst = 0.0
+    for cut in cuts:
+        parts = split(subject.model, cut, allow_untested=subject.allow_untested)
+        for padding in PADDINGS:
+            found = compare(subject.model, parts, *example(subject.model.config, padding))
+            worst = max(worst, found.logits, found.gradient)
+    return Gap(worst)
+
+
+def one_client(subject: Subject, claim: Claim) -> Gap:
+    """One client's steps, and the same steps of the unsplit model."""
+
+    def alone(whole: PreTrainedModel, cohort: Cohort, *rest: Any) -> None:
+        train_whole(whole, cohort[0], *rest)
+
+    steps = 3 if subject.large else 6
+    cohort = [_steps(subject, steps, seed=1, accumulate=2, padding="left")]
+    return _compared(subject, claim, [cohort], alone, accumulate=2)
+
+
+def fed_avg(
+    subject: Subject, claim: Claim, *, mixed: bool = False, reference: Reference = fed_avg_round
+) -> Gap:
+    """Three clients of unequal steps and batches, two rounds; `mixed`: of three cuts."""
+    if mixed and count_blocks(subject.model) < 4:
+        raise NotTriedError(f"cuts {CUTS} need 4 blocks, it has {count_blocks(subject.model)}")
+    clients = [Client(cut, 4) for cut in CUTS] if mixed else None
+    cohorts = _unequal(subject)
+    return _compared(subject, claim, cohorts, reference, clients, accumulate=2)
+
+
+def centralised(subject: Subject, claim: Claim) -> Gap:
+    """Three clients of unequal batches, lengths and paddings, two rounds; one optimizer for all."""
+    cohorts = [
+        [
+            _steps(subject, subject.steps, seed=17 * number + 1000 * client, padding=padding)
+            for client, padding in enumerate(("left", "right", "none"))
+        ]
+        for number in (1, 2)
+    ]
+    config = _config(subject, claim)
+    whole = unsplit(subject.model, config)
+    optimizer = plain_optimizer(whole, config.train)
+
+    def reference(
+        model: PreTrainedModel, cohort: Cohort, train: TrainConfig, number: int, rounds: int
+    ) -> None:
+        centralised_round(model, cohort, train, number, rounds, optimizer=optimizer)
+
+    federation = _federation(subject, config)
+    return side_by_side(federation, whole, config.train, cohorts, reference)
+
+
+def exact_mean(subject: Subject, claim: Claim) -> Gap:
+    """Clients of three ranks and, where there are blocks for it, three cuts."""
+    cuts = CUTS if count_blocks(subject.model) >= 4 else (subject.cut,) * 3
+    clients = [Client(cut, rank) for cut, rank in zip(cuts, (4, 2, 6), strict=True)]
+    config = replace(
+        _config(subject, claim, accumulate=2), aggregation=AggregationConfig(lora="exact")
+    )
+    federation = _federation(subject, config, clients)
+    return exact_lora(federation, _unequal(subject), config.lora.alpha)
+
+
+def transports(subject: Subject, claim: Claim) -> Gap:
+    """Both apps whole, once with a stream to the trunk, once with nothing but messages."""
+    clients = 1 if claim.train["strategy"] == "splitfed-v2" else 2 if subject.large else 3
+    saved = []
+    with tempfile.TemporaryDirectory(prefix="graft-parity-") as folder:
+        for transport in ("stream", "messages"):
+            config = _app_config(subject, claim, transport, clients, folder)
+            saved.append(run_app(config, clients))
+    first = read_tensors(subject.folder)
+    # lora_B starts at zero.
+    moved = [t for name, t in saved[0].items() if ".lora_B." in name]
+    moved += [t - first[name] for name, t in saved[0].items() if name in first]
+    return Gap(largest_difference(*saved), max(float(t.abs().max()) for t in moved))
+
+
+def _compared(
+    subject: Subject,
+    claim: Claim,
+    cohorts: Sequence[Cohort],
+    reference: Reference,
+    clients: Sequence[Client] | None = None,
+    **train: Any,
+) -> Gap:
+    config = _config(subject, claim, rounds=len(cohorts), **train)
+    clients = clients or [Client(subject.cut, config.lora.rank)] * len(cohorts[0])
+    federation = _federation(subject, config, clients)
+    whole = unsplit(subject.model, config)
+    return side_by_side(federation, whole, config.train, cohorts, reference)
+
+
+def _federation(
+    subject: Subject, config: Config, clients: Sequence[Client] | None = None
+) -> Federation:
+    clients = clients or [Client(subject.cut, config.lora.rank)] * 3
+    return Federation(subject.model, config, clients, allow_untested=subject.allow_untested)
+
+
+def _config(subject: Subject, claim: Claim, **train: Any) -> Config:
+    values = {"rounds": 2, "clip": 0.5, "weight_decay": 0.01, "schedule": "cosine"}
+    values |= {"optimizer": claim.optimizer, **train, **claim.train}
+    values.setdefault("lr", 0.3 if claim.optimizer == "sgd" else 3e-3)
+    bottom, trunk, top = MODES[claim.trains]
+    return Config(
+        cut=CutConfig(bottom=subject.cut.bottom, top=subject.cut.top),
+        tuning=TuningConfig(bottom=bottom, trunk=trunk, top=top),
+        lora=LoraSettings(rank=4),
+        train=TrainConfig(**values),  # type: ignore[arg-type]
+    )
+
+
+def _app_config(
+    subject: Subject, claim: Claim, transport: str, clients: int, folder: str
+) -> Config:
+    steps = 1 if subject.large else 3
+    config = _config(subject, claim, local_steps=steps, batch_size=2, accumulate=2)
+    return replace(
+        config,
+        model=ModelConfig(
+            path=str(subject.folder),
+            tokenizer=subject.tokenizer,
+            attention=str(subject.model.config._attn_implementation),
+            allow_untested=subject.allow_untested,
+        ),
+        data=DataConfig(context=24, max_examples=12, heldout=0.2),
+        federation=FederationConfig(
+            min_clients=clients, quorum=1.0, round_timeout=600.0, fraction_evaluate=0.0
+        ),
+        link=LinkConfig(transport=transport),
+        output=OutputConfig(folder=folder),
+    ).check()
+
+
+def _unequal(subject: Subject) -> list[list[list[list[Any]]]]:
+    """Two rounds of three clients of unequal steps, batch sizes, lengths and paddings."""
+    least = 1 if subject.large else 2
+    return [
+        [
+            _steps(
+                subject,
+                least + client,
+                seed=1000 * number + 10 * client,
+                accumulate=1 + client % 2,
+                padding=("left", "right", "none")[client],
+            )
+            for client in range(3)
+        ]
+        for number in (1, 2)
+    ]
+
+
+def _steps(subject: Subject, count: int, **how: Any) -> list[list[Any]]:
+    text = subject.model.config.get_text_config(decoder=True)
+    return random_steps(count, vocabulary=text.vocab_size, **how)
+
+
+# ---- the claims -------------------------------------------------------------------------------
+
+_SGD, _ADAMW, _MERGED_ADAMW, _TRANSPORTS = 1e-5, 1e-4, 2e-4, 5e-5
+"""Largest differences of weights. AdamW divides by the root of the second moment."""
+
+_FEDAVG = "splitfed-v1 = FedAvg of the unsplit model"
+_PROX = "splitfed-v1, prox = FedProx of the unsplit model"
+_CUTS = "splitfed-v1, three cuts = FedAvg of the unsplit"
+_MERGED = "merged, sync=step = centralised training"
+_FROZEN = "merged, sync=round, ends frozen = centralised"
+_EXACT = "exact LoRA: effective weights = clients' mean"
+_STEP: dict[str, Any] = {"strategy": "merged", "sync": "step"}
+_mixed = partial(fed_avg, mixed=True)
+_prox = partial(fed_avg, reference=fed_prox_round)
+
+
+def _transports(text: str, **train: Any) -> Claim:
+    return Claim(f"stream = messages: {text}", transports, _TRANSPORTS, "all", "adamw", train)
+
+
+CLAIMS: tuple[Claim, ...] = (
+    Claim("split = unsplit: logits, every gradient", split_is_unsplit, TOLERANCE),
+    Claim("one client = unsplit training", one_client, _SGD, "all", "sgd"),
+    Claim("one client = unsplit training", one_client, _ADAMW, "all", "adamw"),
+    Claim(_FEDAVG, fed_avg, _SGD, "all", "sgd"),
+    Claim(_FEDAVG, fed_avg, _ADAMW, "all", "adamw"),
+    Claim(_FEDAVG, fed_avg, _ADAMW, "LoRA", "adamw"),
+    Claim(_PROX, _prox, _SGD, "all", "sgd", {"prox": 5.0}),
+    Claim(_CUTS, _mixed, _SGD, "all", "sgd"),
+    Claim(_CUTS, _mixed, _ADAMW, "all", "adamw"),
+    Claim(_CUTS, _mixed, _ADAMW, "LoRA", "adamw"),
+    Claim(_MERGED, centralised, _SGD, "all", "sgd", _STEP),
+    Claim(_MERGED, centralised, _MERGED_ADAMW, "all", "adamw", _STEP),
+    Claim(_MERGED, centralised, _SGD, "LoRA", "sgd", _STEP),
+    Claim(_FROZEN, centralised, _SGD, "trunk", "sgd", {"strategy": "merged"}),
+    Claim(_EXACT, exact_mean, 1e-6, "LoRA", "adamw"),
+    _transports("splitfed-v1", strategy="splitfed-v1"),
+    _transports("splitfed-v2, one client", strategy="splitfed-v2"),
+    _transports("merged, sync=round", strategy="merged"),
+    _transports("merged, sync=step", **_STEP),
+    # A resumed run, once there are checkpoints: Claim("resumed = not stopped", resumed, 0.0, "all")
+)
+"""Every row of the table; a claim is added here."""

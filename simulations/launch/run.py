@@ -1,0 +1,207 @@
+"""Run an experiment from outside, as `make demo` does, and judge what it left."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from conf.schema import Config
+from simulations.launch.console import Console
+from simulations.launch.local_flower import Outcome, local_superlink
+from simulations.launch.preflight import check_run
+
+FALL_NATS = 2.0
+"""By how much the held-out loss of the demo must fall."""
+
+RAY_LATE = "The current node timed out during startup"
+"""Ray gives its processes 30 seconds to start, which a busy machine may miss."""
+
+
+def run_experiment(
+    experiment: str,
+    overrides: str = "",
+    *,
+    clients: int = 0,
+    say: Callable[[str], None] = print,
+    verbose: bool = False,
+) -> Outcome:
+    """Run an experiment on a SuperLink of its own and wait for its end.
+
+    Parameters
+    ----------
+    experiment, overrides : str
+        The run's configuration; it is checked before anything is started.
+    clients : int
+        Simulated clients; 0: Flower's default, two.
+    say : callable
+        Takes one line for the console.
+    verbose : bool
+        Show Flower's own lines too.
+
+    Returns
+    -------
+    Outcome
+        A completed run. Any other end raises a RuntimeError.
+    """
+    federation = _federation(check_run(experiment, overrides), clients)
+    say(f"starting Flower and its simulated clients for experiment '{experiment}' ...")
+    return _run(experiment, overrides, "", federation, say, verbose)
+
+
+def resume_run(
+    run: str,
+    overrides: str = "",
+    *,
+    clients: int = 0,
+    say: Callable[[str], None] = print,
+    verbose: bool = False,
+) -> Outcome:
+    """Go on with a run that was stopped, on a SuperLink of its own, and wait for its end.
+
+    Parameters
+    ----------
+    run : str
+        A run folder, its name as `graft runs` shows it, or one of its checkpoints.
+    overrides : str
+        Changes to its configuration.
+    clients : int
+        Simulated clients; 0: as many as there were.
+    say : callable
+        Takes one line for the console.
+    verbose : bool
+        Show Flower's own lines too.
+
+    Returns
+    -------
+    Outcome
+        A completed run. Any other end raises a RuntimeError.
+    """
+    from flower_app.runs.resume import look_up  # with torch
+
+    point = look_up(run, overrides)
+    federation = _federation(point.config, clients or len(point.clients))
+    say(
+        f"starting Flower and its simulated clients to go on with {point.run} after round "
+        f"{point.number} of {point.config.train.rounds} ..."
+    )
+    return _run(point.config.experiment, overrides, str(point.source), federation, say, verbose)
+
+
+def _run(
+    experiment: str,
+    overrides: str,
+    resume: str,
+    federation: str,
+    say: Callable[[str], None],
+    verbose: bool,
+) -> Outcome:
+    echo = Console(say, verbose)
+    try:
+        with local_superlink() as flower:
+
+            def run() -> Outcome:
+                return flower.run(
+                    experiment, overrides, resume=resume, federation=federation, echo=echo
+                )
+
+            outcome = run()
+            if not outcome.completed and any(RAY_LATE in line for line in outcome.lines):
+                say("Ray, which runs the simulated clients, did not come up in time; once more ...")
+                outcome = run()
+    except (KeyboardInterrupt, SystemExit):
+        if echo.folder is not None:
+            say(f"stopped; what there is: {echo.folder}")
+        raise
+    if not outcome.completed:
+        raise RuntimeError(f"the run did not complete: {outcome.details} ({outcome.status})")
+    outcome.summary()
+    return outcome
+
+
+def _federation(config: Config, clients: int) -> str:
+    """Value of `--federation-config`: how many clients, and all at once if the run needs that."""
+    count = f"num-supernodes={clients}" if clients else ""
+    together = config.train.strategy == "merged" or config.train.turns == "ordered"
+    if not together or config.link.transport != "stream":
+        return count
+    at_once = f"client-resources-num-cpus=1 init-args-num-cpus={clients or FLOWERS_CLIENTS}"
+    return f"{count} {at_once}".strip()
+
+
+def demo(say: Callable[[str], None] = print, verbose: bool = False) -> Path:
+    """Run the demo, check that it learned, and say what to look at and to try next.
+
+    Parameters
+    ----------
+    say : callable
+        Takes one line for the console.
+    verbose : bool
+        Show Flower's own lines too.
+
+    Returns
+    -------
+    Path
+        The run folder.
+    """
+    outcome = run_experiment("demo", say=say, verbose=verbose)
+    summary, folder = outcome.summary(), outcome.folder
+    assert folder is not None
+    check_fall(summary, FALL_NATS)
+    say("")
+    say(
+        f"The demo learned: held-out loss {summary['eval_loss_first']:.3f} -> "
+        f"{summary['eval_loss_last']:.3f} nats per byte "
+        f"(perplexity {summary['eval_perplexity_last']:.2f}) in {summary['rounds']} rounds "
+        f"with {summary['clients']} clients."
+    )
+    say("")
+    say(f"Results in {folder}")
+    for name, what in _LEFT.items():
+        if (folder / name).exists():
+            say(f"  {name:<14} {what}")
+    say("")
+    say("Next (after `source .venv/bin/activate`):")
+    for command in _NEXT:
+        say(f"  {command}")
+    return folder
+
+
+def check_fall(summary: dict[str, Any], nats: float) -> None:
+    """Raise unless the held-out loss fell by at least so many nats.
+
+    Parameters
+    ----------
+    summary : dict
+        A run's summary.
+    nats : float
+        The least fall.
+    """
+    first, last = summary["eval_loss_first"], summary["eval_loss_last"]
+    if first is None or last is None or not math.isfinite(first - last):
+        raise RuntimeError(f"the run has no held-out loss: first {first}, last {last}")
+    if first - last < nats:
+        raise RuntimeError(
+            f"the held-out loss went from {first:.3f} to {last:.3f}; "
+            f"a fall of {nats:g} nats was expected"
+        )
+
+
+FLOWERS_CLIENTS = 2
+"""SuperNodes that Flower simulates if nobody says how many."""
+
+_LEFT = {
+    "summary.json": "how it ended, in numbers",
+    "metrics.jsonl": "every step and round",
+    "loss.png": "the loss, drawn",
+    "model": "the trained model, for transformers",
+    "config.yaml": "the configuration that reproduces it",
+}
+_NEXT = (
+    "flwr run . --stream --run-config \"overrides='train.rounds=5 cut.bottom=2'\"",
+    "graft run lora            # LoRA in all three parts, on the model that the demo left",
+    "graft config demo         # everything that can be set",
+    "graft runs                # what was run, and how it ended",
+    "make deployment-demo      # the same app under a SuperLink and two SuperNodes, with TLS",
+)

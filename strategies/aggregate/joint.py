@@ -1,0 +1,170 @@
+"""The one model that a federation trains: clients' ends and the server's trunk, kept together."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+import torch
+from flwr.app import ArrayRecord
+from torch import Tensor, nn
+
+from conf.schema import Config
+from models import Cut, Part, fold_residuals, in_ends, trainable_state
+from models.adapters import RESIDUAL, residual_weights
+from strategies.aggregate.lora import form_but_rank
+from strategies.aggregate.state import Contribution, GlobalState
+from strategies.engine.engine import TrunkEngine
+from strategies.engine.policies.merged import Merged
+from strategies.engine.policies.registry import SplitFedV1
+from strategies.rounds.answers import Answer, to_arrays
+from strategies.rounds.roster import Profile
+
+
+class JointModel:
+    """What is trained, by name in the whole model, and who holds which of it.
+
+    Parameters
+    ----------
+    engine : TrunkEngine
+        Holds the trunk. Under splitfed-v1 its replicas are averaged with the clients' ends, so that
+        a layer's mean is over all that trained it, wherever it ran.
+    config : Config
+        How it is averaged.
+    """
+
+    def __init__(self, engine: TrunkEngine, config: Config) -> None:
+        self._engine, self._config = engine, config
+        self._state = GlobalState(config)
+        self._bases: dict[str, Tensor] = {}
+        self._arrays: dict[tuple[int, int, int], ArrayRecord] = {}
+
+    def start(self, ends: Mapping[str, Tensor]) -> None:
+        """Set the clients' first tensors, where averaging needs to know them."""
+        # Where there is one trunk, no client contributes to it.
+        replicated = isinstance(self._engine.policy, SplitFedV1)
+        self._state.start({**ends, **(self._trunk_state() if replicated else {})})
+        self._arrays.clear()
+
+    def arrays_for(self, profile: Profile | None = None) -> ArrayRecord:
+        """What a client starts a round from: the tensors of its ends, in its rank.
+
+        Without a profile, one with the run's own cut and rank.
+
+        Empty before the first round: clients start from what the configuration says.
+        """
+        cut, rank = self._cut, self._config.lora.rank
+        if profile is not None:
+            cut, rank = Cut(bottom=profile.bottom, top=profile.top), profile.rank
+        place = (cut.bottom, cut.top, rank)
+        if place not in self._arrays:
+            found = self._state.tensors(lambda name: self._in_ends(name, cut), rank)
+            self._arrays[place] = to_arrays(found)
+        return self._arrays[place]
+
+    def contributions(
+        self, answers: Sequence[Answer], replicas: Mapping[str, Mapping[str, Tensor]]
+    ) -> tuple[list[Contribution], dict[str, str]]:
+        """Join each client's ends with its replica of the trunk.
+
+        Parameters
+        ----------
+        answers : sequence of Answer
+            What clients sent.
+        replicas : mapping
+            By session key; empty where there is one trunk.
+
+        Returns
+        -------
+        contributions : list of Contribution
+            Of those that fit together, weighted by tokens.
+        odd : dict
+            By session key, why another does not fit.
+        """
+        joint = {a.key: {**a.state, **replicas.get(a.key, {})} for a in answers}
+        held = self._state.tensors(lambda name: True, self._config.lora.rank)
+        held = {name: tensor for name, tensor in held.items() if not name.endswith(RESIDUAL)}
+        forms = {key: _form(state) for key, state in joint.items()}
+        # Before anything is held, those that most clients have are the right ones.
+        right = _form(held) if held else Counter(forms.values()).most_common(1)[0][0]
+        odd = {
+            key: f"its tensors differ from the federation's in {sorted(dict(form ^ right))[:3]}"
+            for key, form in forms.items()
+            if form != right
+        }
+        return [
+            Contribution(a.client, a.metrics["num-tokens"], joint[a.key])
+            for a in answers
+            if a.key not in odd
+        ], odd
+
+    def update(self, number: int, contributions: Sequence[Contribution]) -> float | None:
+        """Average a round, and give the trunk its part; returns the error of averaging adapters."""
+        report = self._state.update(number, contributions)
+        policy = self._engine.policy
+        if isinstance(policy, Merged) and policy.ends is not None:
+            # What the last step left; a client that ended before it holds something older.
+            self._state.start(policy.ends.state())
+        self._arrays.clear()
+        own = self._trunk_state()
+        kept = self._state.tensors(
+            lambda name: not self._in_ends(name, self._cut), self._config.lora.rank
+        )
+        averaged = {name: kept[name] for name in own if name in kept}
+        self._engine.policy.load(averaged)
+        self._fold(kept)
+        return report.lora_error
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All that a later round depends on, besides the engine's state; sharing memory."""
+        return self._state.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go back to a `state_dict`; the engine is at its own already."""
+        self._state.load_state_dict(state)
+        self._arrays.clear()
+        self._fold(
+            self._state.tensors(
+                lambda name: not self._in_ends(name, self._cut), self._config.lora.rank
+            )
+        )
+
+    def _fold(self, kept: Mapping[str, Tensor]) -> None:
+        """Set the trunk's base weights to what they were at first plus the residuals in `kept`.
+
+        As clients do, who rebuild theirs: sums of differences would depend on the rounds before.
+        """
+        residuals = {name: tensor for name, tensor in kept.items() if name.endswith(RESIDUAL)}
+        if not residuals and not self._bases:
+            return
+        trunk = self._engine.trunk
+        assert isinstance(trunk, Part)
+        with torch.no_grad():
+            for name, weight in residual_weights(trunk, {*residuals, *self._bases}).items():
+                weight.copy_(self._bases.setdefault(name, weight.detach().clone()))
+        fold_residuals(trunk, residuals)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that was trained, and the residuals that belong to it, in the run's own rank."""
+        return {
+            **self._trunk_state(),
+            **self._state.tensors(lambda name: True, self._config.lora.rank),
+        }
+
+    def _trunk_state(self) -> dict[str, Tensor]:
+        return trainable_state(self._engine.trunk)
+
+    @property
+    def _cut(self) -> Cut:
+        return Cut(bottom=self._config.cut.bottom, top=self._config.cut.top)
+
+    def _in_ends(self, name: str, cut: Cut) -> bool:
+        trunk: nn.Module = self._engine.trunk
+        assert isinstance(trunk, Part)
+        return in_ends(
+            name, block_list=trunk.block_list, num_blocks=trunk.num_blocks_total, cut=cut
+        )
+
+
+def _form(state: Mapping[str, Tensor]) -> frozenset[tuple[str, tuple[int, ...]]]:
+    return frozenset((name, form_but_rank(name, tensor)) for name, tensor in state.items())

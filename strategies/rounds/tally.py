@@ -1,0 +1,55 @@
+"""A round as it is reported: who was asked, who answered, who was dropped and why."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from strategies.rounds.cohort import Turnout
+
+
+@dataclass(kw_only=True)
+class Tally:
+    """Round `number` so far: its training, the attempts at it that failed, and its evaluation."""
+
+    number: int
+    started: float = field(default_factory=time.monotonic)
+    training: Turnout | None = None
+    evaluation: Turnout | None = None
+    abandoned: list[Turnout] = field(default_factory=list)
+    train: dict[str, float] | None = None
+    evaluate: dict[str, float] | None = None
+    tokens: int = 0
+    bytes_up: int = 0
+    bytes_down: int = 0
+
+    @property
+    def attempt(self) -> int:
+        """Number of the attempt that is due, from 1."""
+        return len(self.abandoned) + 1
+
+    def record(self) -> dict[str, Any]:
+        """The fields of `Observer.round`; those of the cohort are the training's, if there was any.
+
+        Tokens and bytes are those of the answers that were used: an abandoned attempt has none.
+        """
+        first = self.training or self.evaluation or Turnout()
+        record: dict[str, Any] = {
+            "round": self.number,
+            "train": self.train,
+            "evaluate": self.evaluate,
+            "asked": first.asked,
+            "clients": first.clients,
+            "missing": dict(first.missing),
+            "tokens": self.tokens,
+            "bytes_up": self.bytes_up,
+            "bytes_down": self.bytes_down,
+            "seconds": time.monotonic() - self.started,
+        }
+        if self.abandoned:
+            record["attempts"] = self.attempt
+            record["abandoned"] = [vars(turnout) for turnout in self.abandoned]
+        if self.training and self.evaluation:
+            record["evaluation"] = vars(self.evaluation)
+        return record

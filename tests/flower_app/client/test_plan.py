@@ -1,0 +1,55 @@
+"""A client's steps are the same in every process that asks for them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from conf.load import load_config
+from flower_app.client.ends import Place
+from flower_app.client.plan import Plan
+from flower_app.data.client import Batch
+from flower_app.data.text import Example
+
+PLACE = Place(seed=0, client="client-0", round=1, rounds=2)
+
+
+def examples(count: int) -> list[Example]:
+    return [Example(torch.full((4,), i + 3), torch.full((4,), i + 3)) for i in range(count)]
+
+
+def plan(sizes: tuple[int, ...] = (), place: Place = PLACE, **train: int) -> Plan:
+    config = load_config("demo", "train.batch_size=4 train.local_steps=0")
+    config = replace(config, train=replace(config.train, **train))
+    return Plan(examples(10), config, place, pad_id=0, sizes=sizes)
+
+
+def seen(batches: list[Batch]) -> list[int]:
+    return [int(row[0]) - 3 for batch in batches for row in batch.input_ids]
+
+
+def test_a_step_can_be_asked_for_alone() -> None:
+    whole = [seen(step) for step in plan(accumulate=2, local_steps=5)]
+
+    assert [seen(plan(accumulate=2, local_steps=5)[step]) for step in range(5)] == whole
+    assert len({tuple(step) for step in whole}) == 5
+
+
+def test_the_order_depends_on_client_and_round() -> None:
+    first = seen(plan()[0])
+
+    assert seen(plan(place=replace(PLACE, round=2))[0]) != first
+    assert seen(plan(place=replace(PLACE, client="client-1"))[0]) != first
+
+
+def test_drawn_sizes_take_every_example_once_in_micro_batches() -> None:
+    drawn = plan(sizes=(6, 0, 4))
+    steps = [seen(step) for step in drawn]
+
+    assert drawn.count == 3
+    assert [len(step) for step in steps] == [6, 0, 4]
+    assert sorted(steps[0] + steps[2]) == list(range(10))
+    assert [len(batch.input_ids) for batch in drawn[0]] == [4, 2]
+    assert drawn[1] == []
+    assert [seen(drawn[step]) for step in range(3)] == steps

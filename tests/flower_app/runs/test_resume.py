@@ -1,0 +1,326 @@
+"""A run that was killed and resumed equals, bit for bit, one that never was.
+
+The clients are the real ClientApp; everything on the server is built anew from the disk.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from flwr.supercore.task_identity import TaskIdentity
+from safetensors.torch import load_file
+
+from conf.schema import Config
+from flower_app.build import resolve_model
+from flower_app.runs.folders import folders
+from flower_app.runs.plots import plot_loss
+from flower_app.runs.recorder import Recorder
+from flower_app.runs.resume import look_up, take_up
+from flower_app.server_app import run_experiment
+from tests.flower_app import test_app
+from tests.flower_app.grid import InProcessGrid
+
+ROUNDS = "train.rounds=4 train.local_steps=2 train.lr=0.01 train.schedule=cosine train.warmup=0.1"
+LORA = "tuning.bottom=lora tuning.trunk=lora tuning.top=lora lora.rank=2 train.lr=0.05"
+
+
+class Killed(BaseException):
+    """The process is gone: nothing of it goes on, and the system takes its locks back."""
+
+
+@pytest.fixture(autouse=True)
+def _flower_task(one_thread: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("_run_id", "_node_id", "_task_id"):
+        monkeypatch.setattr(TaskIdentity, name, 1)
+    # Pictures take longer than these runs.
+    monkeypatch.setattr("flower_app.runs.recorder.plot_loss", lambda folder: None)
+
+
+def configured(tmp_path: Path, changes: str = "") -> Config:
+    return resolve_model(test_app.tiny_config(tmp_path, f"{ROUNDS} {changes}"))
+
+
+def run(config: Config, grid: InProcessGrid, lines: list[str] | None = None) -> Path:
+    """A run from its start; the folder."""
+    return _work(Recorder(config, say=(lines if lines is not None else []).append), config, grid)
+
+
+def resume(folder: Path, grid: InProcessGrid, overrides: str = "", lines: Any = None) -> Path:
+    """What a new ServerApp does with `resume`."""
+    point = take_up(str(folder), overrides)
+    recorder = Recorder(point.config, say=(lines if lines is not None else []).append, point=point)
+    return _work(recorder, point.config, grid, point)
+
+
+def _work(recorder: Recorder, config: Config, grid: InProcessGrid, point: Any = None) -> Path:
+    recorder.start()
+    try:
+        recorder.finish(run_experiment(config, grid, recorder, point))
+    except Killed:
+        recorder._alone.release()
+        recorder._journal._file.close()
+    return recorder.folder
+
+
+def killing(grid: InProcessGrid, round: int, message: str = "train", nth: int = 2) -> InProcessGrid:
+    """Let the server die when it reaches the n-th client in a round."""
+    seen = 0
+
+    def meanwhile(sent: Any) -> None:
+        nonlocal seen
+        ticket = sent.content.config_records["ticket"]
+        seen += sent.metadata.message_type == message and ticket["round"] == round
+        if seen == nth:
+            raise Killed
+
+    grid.meanwhile = meanwhile
+    return grid
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    text = (folder / "metrics.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def curve(folder: Path) -> list[tuple[Any, ...]]:
+    """Every loss of the run and what goes with it, exactly, whoever was recorded first."""
+    found = [
+        (r["round"], 0, r["client"], r["step"], r["loss"], r["grad_norm"], r["lr"], r["tokens"])
+        if r["kind"] == "step"
+        else (r["round"], 1, r["train"], r["evaluate"], r["clients"], r["tokens"])
+        for r in records(folder)
+        if r["kind"] != "resume"
+    ]
+    return sorted(found, key=lambda entry: entry[: 2 if entry[1] else 4])
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    for path in (folder / "model").glob("*.safetensors"):
+        found |= load_file(path)
+    return found
+
+
+def assert_equal_runs(one: Path, other: Path) -> None:
+    left, right = weights(one), weights(other)
+    assert left
+    assert left.keys() == right.keys()
+    assert not [name for name in left if not torch.equal(left[name], right[name])]
+    assert curve(one) == curve(other)
+
+
+CASES = {
+    "v1": "",
+    "v2": "train.strategy=splitfed-v2",
+    "v2, momentum": "train.strategy=splitfed-v2 train.optimizer=sgd train.momentum=0.9",
+    "v2, messages": "train.strategy=splitfed-v2 link.transport=messages train.turns=ordered",
+    "v1, messages, dropout": "link.transport=messages model.scratch.attention_dropout=0.2",
+    "merged": "train.strategy=merged link.transport=messages",
+    "merged, step": "train.strategy=merged train.sync=step link.transport=messages",
+    "merged, global batch": (
+        "train.strategy=merged train.sync=step link.transport=messages train.global_batch=6 "
+        "train.local_steps=3"
+    ),
+    "dropout, few": (
+        "model.scratch.attention_dropout=0.2 federation.fraction_train=0.5 "
+        "federation.fraction_evaluate=0.5 federation.oversample=0.25 federation.retries=1"
+    ),
+    "prox, accumulate": "train.prox=0.1 train.accumulate=2",
+    "fedadam": "aggregation.optimizer=fedadam",
+    "fedyogi, v2": "aggregation.optimizer=fedyogi train.strategy=splitfed-v2",
+    "fedavgm": "aggregation.optimizer=fedavgm",
+    "bf16": "model.dtype=bf16",
+    "lora": f"{LORA} lora.dropout=0.2",
+    "lora, v2": f"{LORA} train.strategy=splitfed-v2",
+    "lora, exact": f"{LORA} aggregation.lora=exact",
+    "lora, exact, v2": f"{LORA} aggregation.lora=exact train.strategy=splitfed-v2",
+    "lora, svd": f"{LORA} aggregation.lora=svd",
+    "lora, ffa": f"{LORA} aggregation.lora=ffa",
+    "trunk frozen": "train.strategy=splitfed-v2 tuning.trunk=frozen",
+}
+
+
+FAST = ("v2", "merged, step", "dropout, few", "fedadam", "lora, exact")
+PARAMS = [
+    pytest.param(changes, id=name, marks=[] if name in FAST else pytest.mark.slow)
+    for name, changes in CASES.items()
+]
+
+
+@pytest.mark.parametrize("changes", PARAMS)
+def test_a_killed_run_goes_on_as_if_nothing_had_been(changes: str, tmp_path: Path) -> None:
+    """Killed within round 3, when one client has trained; other node ids and a new state after."""
+    config = configured(tmp_path, changes)
+    clients = 4 if "fraction" in changes else 2
+
+    smooth = run(config, InProcessGrid(clients))
+    broken = run(config, killing(InProcessGrid(clients), 3))
+    before = curve(broken)
+    resume(broken, InProcessGrid(clients, first_id=5000))
+
+    assert max(entry[0] for entry in before) in (2, 3)
+    assert before != curve(smooth)
+    assert_equal_runs(broken, smooth)
+
+
+@pytest.mark.slow
+def test_mixed_ranks_and_cuts_go_on_too(tmp_path: Path) -> None:
+    """Heterogeneous clients under exact averaging: what is held has the widest rank."""
+
+    def grid() -> InProcessGrid:
+        own = [{}, {"lora-rank": 3}, {"cut-bottom": 2, "lora-rank": 1}]
+        nodes = {n: {"partition-id": n, "num-partitions": 3, **more} for n, more in enumerate(own)}
+        return InProcessGrid(3, node_configs=nodes)
+
+    config = configured(tmp_path, f"{LORA} aggregation.lora=exact")
+
+    smooth = run(config, grid())
+    broken = run(config, killing(grid(), 3))
+    resume(broken, grid())
+
+    assert_equal_runs(broken, smooth)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("round", [2, 4])
+@pytest.mark.parametrize("message", ["train", "evaluate"])
+def test_it_may_be_killed_anywhere(round: int, message: str, tmp_path: Path) -> None:
+    config = configured(tmp_path, "train.strategy=splitfed-v2")
+
+    smooth = run(config, InProcessGrid(2))
+    broken = run(config, killing(InProcessGrid(2), round, message))
+    resume(broken, InProcessGrid(2))
+
+    assert_equal_runs(broken, smooth)
+
+
+@pytest.mark.slow
+def test_it_may_be_killed_again_and_again(tmp_path: Path) -> None:
+    config = configured(tmp_path, "train.strategy=splitfed-v2 aggregation.optimizer=fedadam")
+
+    smooth = run(config, InProcessGrid(2))
+    broken = run(config, killing(InProcessGrid(2), 2))
+    for round in (2, 3, 4):
+        resume(broken, killing(InProcessGrid(2), round, "evaluate"))
+    resume(broken, InProcessGrid(2))
+
+    assert_equal_runs(broken, smooth)
+    assert [r["round"] for r in records(broken) if r["kind"] == "resume"] == [1, 1, 2, 3]
+
+
+def test_the_summary_covers_the_whole_run(tmp_path: Path) -> None:
+    config, lines = configured(tmp_path), []
+
+    smooth = run(config, InProcessGrid(2))
+    broken = run(config, killing(InProcessGrid(2), 3))
+    (broken / "metrics.jsonl").open("a").write('{"kind": "st')  # what a kill may leave
+    again = resume(broken, InProcessGrid(2), lines=lines)
+
+    told, wanted = (json.loads((f / "summary.json").read_text()) for f in (broken, smooth))
+    for key in ("rounds", "clients", "tokens", "bytes_up", "eval_loss_first", "eval_loss_last"):
+        assert told[key] == wanted[key]
+    assert told["resumed"] == [2]
+    assert told["started"] < told["finished"]
+    assert again == broken
+    assert lines[0] == lines[-1] == f"run folder: {broken}"
+    assert lines[1] == "going on after round 2 of 4"
+    assert plot_loss(broken).stat().st_size > 5000
+
+
+def test_a_run_killed_before_its_model_was_saved_only_saves_it(tmp_path: Path) -> None:
+    config, grid = configured(tmp_path), InProcessGrid(2)
+
+    folder = run(config, InProcessGrid(2))
+    saved = weights(folder)
+    (folder / "summary.json").unlink()
+    (folder / "model" / "model.safetensors").unlink()
+    resume(folder, grid)
+
+    assert not grid.seen
+    assert all(torch.equal(saved[name], tensor) for name, tensor in weights(folder).items())
+
+
+def test_rounds_may_be_added_and_a_constant_rate_makes_it_the_longer_run(tmp_path: Path) -> None:
+    changes = "train.schedule=constant train.warmup=0 train.strategy=splitfed-v2"
+    longer = run(configured(tmp_path, changes), InProcessGrid(2))
+    folder = run(configured(tmp_path, f"{changes} train.rounds=2"), InProcessGrid(2))
+
+    with pytest.raises(ValueError, match=r"is finished: all 2 rounds.*raise train.rounds"):
+        look_up(str(folder))
+    resume(folder, InProcessGrid(2), "train.rounds=4 output.log_every=3 runtime.trunk_threads=1")
+
+    assert_equal_runs(folder, longer)
+    assert "rounds: 4" in (folder / "config.yaml").read_text()
+
+
+def test_an_earlier_checkpoint_may_be_named_and_what_came_after_it_goes(tmp_path: Path) -> None:
+    config = configured(tmp_path, "output.keep_checkpoints=4 train.strategy=splitfed-v2")
+    smooth = run(config, InProcessGrid(2))
+    wanted = curve(smooth), weights(smooth)
+
+    resume(smooth / "checkpoints" / "round-0001", killing(InProcessGrid(2), 3))
+
+    assert [number for number, _ in folders(smooth)] == [1, 2]
+    resume(smooth, InProcessGrid(2))
+    assert curve(smooth) == wanted[0]
+    assert all(torch.equal(wanted[1][name], tensor) for name, tensor in weights(smooth).items())
+
+
+def test_other_clients_than_before_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    broken = run(configured(tmp_path), killing(InProcessGrid(3), 3))
+
+    with caplog.at_level(logging.WARNING):
+        resume(broken, InProcessGrid(3, present={0, 1}))
+        assert "missing client-2; new none" in caplog.text
+    assert "federation.min_clients=3" in caplog.text
+
+
+def fingerprint(folder: Path) -> dict[str, bytes]:
+    """Every file of a run folder."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+@pytest.mark.parametrize("trouble", ["the model has changed", "the port is taken"])
+def test_a_resume_that_fails_leaves_the_run_as_it_was(trouble: str, tmp_path: Path) -> None:
+    """From a checkpoint before the last, too: what came after it goes only when rounds follow."""
+    smooth = run(configured(tmp_path, "output.keep_checkpoints=9"), InProcessGrid(2))
+    before, lines = fingerprint(smooth), list[str]()
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        changes = f"link.bind=127.0.0.1:{port}" if "port" in trouble else ""
+        point = take_up(str(smooth / "checkpoints" / "round-0001"), changes)
+        if "model" in trouble:
+            point.state["engine"]["trunk"].popitem()
+        recorder = Recorder(point.config, say=lines.append, point=point)
+        recorder.start()
+        with pytest.raises(ValueError, match="does not fit|cannot listen") as error:
+            run_experiment(point.config, InProcessGrid(2), recorder, point)
+        recorder.fail(error.value)
+
+    assert fingerprint(smooth) == before
+    assert lines[-1] == f"not resumed, and nothing was changed in {smooth}"
+    again = resume(smooth / "checkpoints" / "round-0001", InProcessGrid(2))  # the lock is free
+    assert curve(again)
+
+
+def test_a_model_that_has_changed_since_is_refused(tmp_path: Path) -> None:
+    broken = run(configured(tmp_path), killing(InProcessGrid(2), 2))
+    point = take_up(str(broken))
+    point.state["engine"]["trunk"].popitem()
+
+    with pytest.raises(ValueError, match=r"round 1 of .* does not fit this run's model: .*missing"):
+        _work(
+            Recorder(point.config, say=[].append, point=point),
+            point.config,
+            InProcessGrid(2),
+            point,
+        )

@@ -1,0 +1,367 @@
+"""Row 17: whatever the network does to a session, each of its steps is taken once, or it ends in
+words within a deadline."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pytest
+import torch
+
+from conf.schema import TrainConfig
+from flower_app.client import streamed as training
+from models import split
+from simulations.disturb.faults import DOWN, KINDS, UP, Faults, Schedule, draw_schedule
+from strategies.errors import TrunkError
+from strategies.transport import trunk_pb2 as pb
+from strategies.transport.codec.tensors import encode
+from strategies.transport.frames import client_frame, read_client_frame
+from strategies.transport.link import GrpcLink, LocalLink
+from strategies.transport.stream.channel import Stream
+from strategies.transport.stream.service import TrunkService
+from tests.strategies.helpers import (
+    CUT,
+    NODE_KEY,
+    H,
+    admit,
+    connect,
+    engine_for,
+    largest_difference,
+    link_config,
+    open_engine,
+    place,
+    random_steps,
+    served,
+    tiny_model,
+)
+
+QUICK = {"timeout": 2.0, "grace": 1.0}
+TRAIN = TrainConfig(optimizer="adamw", lr=1e-2, accumulate=2)
+STEPS = 3
+
+
+def trained(schedule: Schedule | None) -> tuple[torch.nn.Module, list[float], int]:
+    """The model after a round whose link meets these faults (None: no wire at all); its losses, and
+    how many streams it took."""
+    model = tiny_model("gpt2", resid_pdrop=0.2)
+    parts = split(model, CUT)
+    engine = engine_for(parts.trunk, TRAIN)
+    engine.open_round(1, 1, training=True)
+    steps = random_steps(STEPS, seed=5, accumulate=2)
+    streams = 0
+    with served(engine, **QUICK) as service:
+        if schedule is None:
+            link = LocalLink(engine.open("a", client="a", steps=STEPS))
+        else:
+            faults = Faults(schedule, delay=0.4)
+            config = link_config(**QUICK)
+            link = GrpcLink(
+                admit(service, "a"), NODE_KEY, steps=STEPS, config=config, interceptors=[faults]
+            )  # type: ignore[assignment]
+        outcome = training.train(parts.bottom, parts.top, link, steps, STEPS, TRAIN, place("a"))
+        link.close()
+        assert engine.in_flight.bytes == 0
+        if schedule is not None:
+            assert sum(faults.met.values()) == len(schedule), "a fault was not met"
+            streams = link.connections  # type: ignore[attr-defined]
+            assert service.sessions() == 0
+    engine.close_round({"a": 1.0})
+    return model, outcome.losses, streams
+
+
+_kept: list[tuple[torch.nn.Module, list[float]]] = []
+
+
+@pytest.fixture
+def undisturbed(one_thread: None) -> tuple[torch.nn.Module, list[float]]:
+    if not _kept:
+        _kept.append(trained(None)[:2])
+    return _kept[0]
+
+
+# Up: 0 Compute, 1 Backward, 2 Compute, 3 Backward, 4 Apply, ...; down: 0 Opened, then the answers.
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("frame", [(UP, 0), (UP, 3), (UP, 4), (DOWN, 1), (DOWN, 2), (DOWN, 5)])
+def test_one_fault_changes_no_bit(
+    kind: str, frame: tuple[str, int], undisturbed: tuple[torch.nn.Module, list[float]]
+) -> None:
+    model, losses, streams = trained({frame: kind})
+
+    assert losses == undisturbed[1]
+    assert largest_difference(model, undisturbed[0]) == 0
+    assert streams == (2 if kind == "break" else 1)
+
+
+@pytest.mark.parametrize("kind", ["lose", "break", "corrupt"])
+def test_the_good_bye_and_the_greeting_may_be_lost_too(
+    kind: str, undisturbed: tuple[torch.nn.Module, list[float]]
+) -> None:
+    good_bye = STEPS * 5
+    model, _, _ = trained({(DOWN, 0): kind, (UP, good_bye): kind})
+    assert largest_difference(model, undisturbed[0]) == 0
+    model, _, _ = trained({(DOWN, good_bye + 1): kind})
+    assert largest_difference(model, undisturbed[0]) == 0
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_many_faults_change_no_bit(
+    seed: int, undisturbed: tuple[torch.nn.Module, list[float]]
+) -> None:
+    model, losses, _ = trained(draw_schedule(seed, frames=14, rate=0.3))
+
+    assert losses == undisturbed[1]
+    assert largest_difference(model, undisturbed[0]) == 0
+
+
+def test_a_lost_gradient_is_fetched_and_not_sent_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """GetGradients brings the reply that was lost; a `Backward` that was lost is sent again."""
+    sent: list[str] = []
+    send = Stream.send
+
+    def noted(self: Stream, raw: bytes) -> None:
+        sent.append(read_client_frame(raw).WhichOneof("body") or "")
+        send(self, raw)
+
+    monkeypatch.setattr(Stream, "send", noted)
+    for fault, expected in (
+        ((DOWN, 2), ["compute", "backward", "get_gradients"]),
+        ((UP, 1), ["compute", "backward", "get_gradients", "backward"]),
+    ):
+        sent.clear()
+        with served(open_engine()) as service:  # with time enough that nothing is repeated
+            faults = Faults({fault: "break"})
+            link = GrpcLink(
+                admit(service, "a"),
+                NODE_KEY,
+                steps=1,
+                config=link_config(),
+                interceptors=[faults],
+            )
+            link.compute(0, 0, H, None)
+            link.backward(0, 0, torch.ones_like(H), last=True)
+            assert sent == expected
+            link.abort()
+
+
+def cut(link: GrpcLink) -> None:
+    """Break the link's stream as a network does: without a good-bye."""
+    assert link._connection.stream is not None
+    link._connection.stream._channel.close()
+
+
+@pytest.mark.parametrize("strategy", ["splitfed-v1", "splitfed-v2", "merged"])
+def test_a_session_keeps_its_graph_for_the_grace_and_no_longer(strategy: str) -> None:
+    engine = open_engine(strategy=strategy)
+    with served(engine, timeout=6.0, grace=0.8) as service:
+        link = connect(service, "a", 2, timeout=6.0, grace=0.8)
+        link.compute(0, 0, H, None)
+        cut(link)
+        time.sleep(0.3)
+        assert service.broken("a") is not None
+        assert not engine._sessions["a"]._closed
+        link.backward(0, 0, torch.ones_like(H), last=True, tokens=4)  # comes back
+        assert service.broken("a") is None
+        assert engine.in_flight.bytes > 0
+
+        cut(link)
+        deadline = time.monotonic() + 5
+        while not engine._sessions["a"]._closed and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert engine._sessions["a"]._closed
+        assert engine.in_flight.bytes == 0
+        assert service.broken("a") is not None
+        with pytest.raises(TrunkError, match="no session is open to this token") as refused:
+            link.get_gradients(0, 0)
+        assert refused.value.kind == "refused"
+
+
+def test_one_who_leaves_in_order_is_not_waited_for() -> None:
+    engine = open_engine(strategy="splitfed-v2")
+    with served(engine) as service:
+        leaver = connect(service, "a", 2)
+        leaver.compute(0, 0, H, None)
+        started = time.monotonic()
+        leaver.abort()
+        assert connect(service, "b", 2).compute(0, 0, H, None).shape == H.shape
+        assert time.monotonic() - started < 5, "link.grace is 30 s"
+
+
+def test_a_new_stream_takes_the_place_of_one_that_the_trunk_believes_alive() -> None:
+    """The network swallows packets, and only the client has noticed."""
+    engine = open_engine()
+    with served(engine) as service:
+        link = connect(service, "a", 1)
+        link.compute(0, 0, H, None)
+        stuck, link._connection.stream = link._connection.stream, None
+        assert stuck is not None
+        link._connection.open(5.0)
+        with pytest.raises(TrunkError) as ended:  # and its thread serves others
+            stuck.receive(5.0)
+        assert ended.value.kind == "broken"
+        grad, _ = link.backward(0, 0, torch.ones_like(H), last=True)
+        assert grad.shape == H.shape
+        assert service.sessions() == 1
+
+
+def test_the_trunks_work_for_a_broken_stream_is_waited_for_not_done_twice(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine = open_engine()
+    with served(engine) as service:
+        link = connect(service, "a", 1)
+        working, go_on, runs = threading.Event(), threading.Event(), []
+        session = engine._sessions["a"]
+        forward = session._forward
+
+        def slow(h: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+            runs.append(1)
+            working.set()
+            go_on.wait(10)
+            return forward(h, mask)
+
+        monkeypatch.setattr(session, "_forward", slow)
+        got: list[torch.Tensor] = []
+        client = threading.Thread(target=lambda: got.append(link.compute(0, 0, H, None)))
+        client.start()
+        assert working.wait(10)
+        cut(link)
+        deadline = time.monotonic() + 10
+        while link.connections < 2 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        time.sleep(0.2)
+        go_on.set()
+        client.join(10)
+
+        assert (len(got), len(runs), link.connections) == (1, 1, 2)
+        link.abort()
+
+
+def test_a_trunk_that_died_ends_the_round_in_words_within_the_grace() -> None:
+    with served(open_engine(), **QUICK) as service:
+        link = connect(service, "a", 1, **QUICK)
+        link.compute(0, 0, H, None)
+        service._server.stop(None).wait()
+
+        started = time.monotonic()
+        with pytest.raises(TrunkError, match=r"attempts within link.grace=1 s .* resume") as lost:
+            link.backward(0, 0, torch.ones_like(H), last=True)
+        assert lost.value.kind == "lost"
+        assert time.monotonic() - started < 4
+
+
+def test_a_trunk_that_was_started_anew_knows_the_session_no_more() -> None:
+    with served(open_engine(), **QUICK) as service:
+        link = connect(service, "a", 1, **QUICK)
+        link.compute(0, 0, H, None)
+        address = service.address
+    with served(open_engine(), bind=address, **QUICK), pytest.raises(TrunkError) as refused:
+        link.backward(0, 0, torch.ones_like(H), last=True)
+    assert refused.value.kind == "refused"
+
+
+def test_attempts_to_connect_back_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses: list[float] = []
+    monkeypatch.setattr("strategies.transport.stream.connection.time.sleep", pauses.append)
+    with served(open_engine()) as service:
+        ticket = replace(admit(service, "a"), address="127.0.0.1:1")
+    with pytest.raises(TrunkError, match="no trunk answers at 127.0.0.1:1"):
+        GrpcLink(ticket, NODE_KEY, steps=1, config=link_config(timeout=0.5))
+
+    ceilings = [min(0.1 * 2**i, 5.0) for i in range(len(pauses))]
+    assert len(pauses) > 3
+    for pause, ceiling in zip(pauses[:3], ceilings, strict=False):
+        assert pause <= ceiling
+    assert len({p / c for p, c in zip(pauses[:4], ceilings, strict=False)}) > 1, "no jitter"
+
+
+@contextmanager
+def black_hole() -> Iterator[str]:
+    """An address that takes connections and says nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield f"127.0.0.1:{server.getsockname()[1]}"
+
+
+def test_an_address_that_swallows_everything_is_given_up() -> None:
+    with served(open_engine()) as service, black_hole() as address:
+        ticket = replace(admit(service, "a"), address=address)
+        started = time.monotonic()
+        with pytest.raises(TrunkError, match=r"check that link.advertise .* port is open"):
+            GrpcLink(ticket, NODE_KEY, steps=1, config=link_config(timeout=2.0))
+        assert time.monotonic() - started < 6
+
+
+def test_a_session_of_nothing_but_damage_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Something on the way changes every frame: bounded, and in words."""
+    with served(open_engine()) as service:
+        link = connect(service, "a", 1)
+        monkeypatch.setattr(
+            Stream, "send", lambda self, raw: self._outbox.put(raw[:-1] + bytes([raw[-1] ^ 1]))
+        )
+        with pytest.raises(TrunkError, match="16 frames in a row: .* did not arrive"):
+            link.compute(0, 0, H, None)
+
+
+def test_evaluation_survives_too() -> None:
+    engine = engine_for(split(tiny_model(), CUT).trunk, TrainConfig())
+    engine.open_round(1, 1, training=False)
+    with served(engine, **QUICK) as service:
+        calm = connect(service, "calm", 0, **QUICK)
+        faults = Faults({(UP, 1): "lose", (DOWN, 1): "duplicate", (UP, 4): "break"})
+        link = GrpcLink(
+            admit(service, "a"),
+            NODE_KEY,
+            steps=0,
+            config=link_config(**QUICK),
+            interceptors=[faults],
+        )
+        for batch in range(4):
+            h = H + batch
+            assert torch.equal(link.compute(batch, 0, h, None), calm.compute(batch, 0, h, None))
+        link.close()
+
+
+def test_nobody_can_number_connections_backwards() -> None:
+    with served(open_engine()) as running:
+        link = connect(running, "a", 1)
+        link._connection.open(5.0)
+        link._connection.number = 0  # the client forgot, or somebody repeats what was seen
+        with pytest.raises(TrunkError, match="used before"):
+            link._connection.open(5.0)
+
+
+def test_many_connections_of_one_client_hold_no_threads() -> None:
+    """merged: its first frame waits for the cohort, and it connects again and again."""
+    engine = engine_for(split(tiny_model(), CUT).trunk, TrainConfig(strategy="merged"))
+    engine.open_round(1, 1, training=True, cohort=2)
+    with served(engine) as service:
+        link = connect(service, "greedy", 1)
+        frame = client_frame(compute=pb.Compute(activations=encode(H, torch.float32)))
+        for _ in range(12):
+            link._connection.send(frame)
+            time.sleep(0.02)
+            link._connection.open(5.0)
+        deadline = time.monotonic() + 10
+        while _busy(service) > 2 and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert _busy(service) <= 2
+        link._connection.drop()
+
+
+def _busy(service: TrunkService) -> int:
+    """Threads that are in a stream's work: the service's pool keeps the idle ones."""
+    return len(service._server._state.rpc_states)
+
+
+def test_one_who_only_repeats_itself_is_given_up() -> None:
+    with served(open_engine(strategy="splitfed-v2")) as service:
+        link = connect(service, "a", 1)
+        link.compute(0, 0, H, None)
+        with pytest.raises(TrunkError, match="64 frames in a row moved nothing"):
+            for _ in range(70):
+                link.compute(0, 0, H, None)
+        assert connect(service, "b", 1).compute(0, 0, H, None).shape == H.shape
