@@ -17,6 +17,7 @@ from models import (
     Cut,
     Part,
     build_scratch,
+    client_state,
     complete_pairs,
     fold_residuals,
     load_client,
@@ -33,7 +34,9 @@ from models import (
     tune,
 )
 from models.adapters import RESIDUAL
+from models.load import outline_client
 from models.whole import make_config, parse_dtype, read_config
+from strategies.records import Form
 
 LAST = "last:"
 
@@ -56,6 +59,23 @@ def build_client(config: Config) -> tuple[Part, Part]:
     else:
         bottom, top = load_client(model.path, _cut(config), device=device, **_loading(model))
     return _tune(bottom, config), _tune(top, config)
+
+
+def client_form(config: Config, cut: Cut, rank: int) -> Form:
+    """Names and shapes of what a client of this cut and rank trains; a checkpoint's weights are
+    not read for it."""
+    own = dataclasses.replace(
+        config,
+        cut=dataclasses.replace(config.cut, bottom=cut.bottom, top=cut.top),
+        lora=dataclasses.replace(config.lora, rank=rank),
+        runtime=dataclasses.replace(config.runtime, client_device="cpu"),
+    )
+    if own.model.scratch:
+        ends = build_client(own)
+    else:
+        bottom, top = outline_client(own.model.path, cut, **_loading(own.model))
+        ends = _tune(bottom, own), _tune(top, own)
+    return {name: tuple(tensor.shape) for name, tensor in client_state(*ends).items()}
 
 
 def build_trunk(config: Config) -> Part:

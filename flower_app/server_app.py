@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from flwr.app import ArrayRecord, Context
@@ -12,7 +13,14 @@ from torch import Tensor
 
 from conf.load import load_config
 from conf.schema import Config
-from flower_app.build import build_trunk, describe, export_model, resolve_model, set_threads
+from flower_app.build import (
+    build_trunk,
+    client_form,
+    describe,
+    export_model,
+    resolve_model,
+    set_threads,
+)
 from flower_app.data.text import load_tokenizer
 from flower_app.runs.keeper import Keeper
 from flower_app.runs.recorder import Recorder
@@ -20,7 +28,8 @@ from flower_app.runs.resume import Point, take_up
 from strategies.engine.engine import TrunkEngine
 from strategies.rounds.splitfed import SplitFed
 from strategies.transport.messages import Lockstep
-from strategies.transport.stream.service import TURN_SHARE, TrunkService
+from strategies.transport.plane import Plane
+from strategies.transport.stream.service import TrunkService
 
 app = ServerApp()
 
@@ -67,26 +76,34 @@ def run_experiment(
     """
     set_threads(config.runtime.trunk_threads)
     trunk = build_trunk(config)
-    link, messages = config.link, config.link.transport == "messages"
+    link = config.link
+    kind: type[Lockstep | TrunkService] = Lockstep if link.transport == "messages" else TrunkService
+    limits = kind.limits(config)
     engine = TrunkEngine(
         trunk,
         hidden_size=trunk.hidden_size,
         train=config.train,
         seed=config.seed,
-        timeout=config.federation.round_timeout if messages else link.timeout * TURN_SHARE,
+        timeout=limits.turn,
+        max_graphs=limits.graphs,
         max_sequences=config.train.batch_size,
         max_tokens=config.data.context,
         max_in_flight=int(link.max_in_flight_mb * 2**20),
     )
-    if messages:  # a message holds all micro-batches of a step
-        engine.max_graphs = engine.max_micro_batches
-    service = Lockstep(engine, link) if messages else TrunkService(engine, link)
-    keeper = Keeper(config, recorder)
-    strategy = SplitFed(engine, service, config, recorder, model=describe(trunk), keep=keeper)
+    plane: Plane = kind(engine, link)
+    strategy = SplitFed(
+        engine,
+        plane,
+        config,
+        recorder,
+        form=partial(client_form, config),
+        model=describe(trunk),
+        keep=Keeper(config, recorder),
+    )
     if point is not None:
         _load(strategy, point, recorder)
-    service.on_step = strategy.on_step
-    service.start()
+    plane.on_step = strategy.on_step
+    plane.start()
     try:
         recorder.take_up()
         strategy.start(
@@ -96,7 +113,7 @@ def run_experiment(
             timeout=config.federation.round_timeout,
         )
     finally:
-        service.stop()
+        plane.stop()
     return (
         _save(config, strategy.joint.tensors(), recorder.folder)
         if config.output.save_model

@@ -112,6 +112,26 @@ def load_client(
     return bottom.eval(), top.eval()
 
 
+def outline_client(
+    path_or_id: str,
+    cut: Cut,
+    *,
+    dtype: str = "float32",
+    attention: str = "sdpa",
+    allow_untested: bool = False,
+) -> tuple[Part, Part]:
+    """Bottom and top of a checkpoint without weights, to be asked for names and shapes.
+
+    Parameters and errors are those of `load_client`; a ``.gguf`` file is read for it.
+    """
+    how = {"dtype": dtype, "attention": attention, "allow_untested": allow_untested}
+    if path_or_id.endswith(".gguf"):
+        return load_client(path_or_id, cut, **how)  # type: ignore[arg-type]
+    hollow, _ = _outline(path_or_id, cut, dtype, attention, allow_untested)
+    anatomy = examine(hollow)
+    return Part(hollow, "bottom", cut, anatomy), Part(hollow, "top", cut, anatomy)
+
+
 def _outline(
     path_or_id: str, cut: Cut, dtype: str, attention: str, allow_untested: bool
 ) -> tuple[PreTrainedModel, Checkpoint]:

@@ -54,6 +54,8 @@ class TrunkEngine:
         Seconds a session may wait for its turn (`splitfed-v2`).
     max_sequences, max_tokens : int
         Largest B and T that are accepted: attention takes memory that grows with the square of T.
+    max_graphs : int
+        Micro-batches of one session whose graphs may wait at once; 0: all of a step.
     max_in_flight : int
         Most bytes of activations whose step is not taken yet, over all sessions.
 
@@ -72,16 +74,17 @@ class TrunkEngine:
         timeout: float = 120.0,
         max_sequences: int = 2**16,
         max_tokens: int = 2**16,
+        max_graphs: int = MAX_GRAPHS,
         max_in_flight: int = 2**32,
     ) -> None:
         self.in_flight = InFlight(max_in_flight)
         self.max_sequences, self.max_tokens = max_sequences, max_tokens
         self.trunk, self.hidden_size, self.train = trunk, hidden_size, train
         self.seed, self.timeout = seed, timeout
-        self.max_graphs = MAX_GRAPHS
         # A drawn batch may fall to one client as a whole.
         drawn = math.ceil(train.global_batch / train.batch_size)
         self.max_micro_batches = max(train.accumulate, drawn)
+        self.max_graphs = max_graphs or self.max_micro_batches
         self.policy = POLICIES[train.strategy](trunk, train)
         self.device = next(trunk.parameters()).device
         self._round: Round | None = None
@@ -200,10 +203,16 @@ class TrunkEngine:
                 self._round = replace(self._round, cohort=self._round.cohort - 1)
         self.policy.miss()
 
-    def session_tokens(self, key: str) -> int:
-        """Tokens whose steps session `key` has applied; 0 for an unknown session."""
+    def finish(self, key: str) -> tuple[int, int]:
+        """End session `key` for good; returns the tokens and the optimizer steps it took part in.
+
+        Held-out tokens, if it evaluates; nothing for an unknown session.
+        """
         session = self._sessions.get(key)
-        return session.tokens if session else 0
+        if session is None:
+            return 0, 0
+        session.close()
+        return session.tokens, session.applied
 
     def largest_frame(self, itemsize: int) -> int:
         """Bytes of the largest frame with activations of so many bytes an element, and its mask."""

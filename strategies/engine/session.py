@@ -79,6 +79,7 @@ class Session:
         self._result: StepResult | None = None
         self._square_norm: float | None = None
         self._learnable = 0
+        self._evaluated: dict[tuple[int, int], int] = {}
         self._held_bytes = 0
         self._declared = 0
         self._closed = False
@@ -122,6 +123,8 @@ class Session:
         h_BTD = h_BTD.to(self._engine.device)
         mask_BT = None if mask_BT is None else mask_BT.to(self._engine.device)
         if not self.round.training:
+            self._evaluated[step, micro] = held_tokens(h_BTD, mask_BT)
+            self.tokens = sum(self._evaluated.values())
             with torch.no_grad():
                 return self._forward(h_BTD, mask_BT)
         self._check_step(step)
@@ -159,8 +162,7 @@ class Session:
             h_out_BTD = self.run(h_in_BTD, mask_BT, self.client, step, micro, "trunk")
         self._pending[micro] = _Pending(h_in_BTD, h_out_BTD)
         # No step can learn from more tokens than it holds: a client's weight is its tokens.
-        held = h_BTD.shape[0] * h_BTD.shape[1] if mask_BT is None else int(mask_BT.sum())
-        self._learnable += held
+        self._learnable += held_tokens(h_BTD, mask_BT)
         return h_out_BTD.detach()
 
     def backward(
@@ -412,6 +414,11 @@ class Session:
                 "they stay with their client",
                 kind="shape",
             )
+
+
+def held_tokens(h_BTD: Tensor, mask_BT: Tensor | None) -> int:
+    """Tokens of a micro-batch: those that are not padding."""
+    return h_BTD.shape[0] * h_BTD.shape[1] if mask_BT is None else int(mask_BT.sum())
 
 
 def _back_through(pending: _Pending, grad_BTD: Tensor) -> Tensor:
