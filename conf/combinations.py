@@ -26,6 +26,12 @@ def check_model(model: ModelConfig) -> None:
             "clear one of them (model.scratch={} or model.path=)",
             key="model.path",
         )
+    if model.base and not model.path:
+        raise ConfigError(
+            f"model.base ({model.base!r}) is the base of the adapter at model.path, and that is not "
+            "set: set model.path to the adapter's folder, or to the model itself without model.base",
+            key="model.base",
+        )
     if model.scratch and not isinstance(model.scratch.get("model_type"), str):
         raise ConfigError(
             "model.scratch needs a model_type, such as llama or gpt2; it has "

@@ -42,7 +42,12 @@ class ModelConfig(_Section):
     section: ClassVar[str] = "model"
 
     path: str = ""
-    """Folder, hub id or .gguf file of a checkpoint; `last:NAME` is the newest run of NAME."""
+    """Folder, hub id or .gguf file of a checkpoint; `last:NAME` is the newest run of NAME.
+
+    The folder may be of a PEFT adapter: its base is the one that it names, or `base`.
+    """
+    base: str = ""
+    """Folder or hub id of the model that the adapter at `path` adapts; empty: as it says itself."""
     scratch: dict[str, Any] = field(default_factory=dict)
     """A `transformers` config (with `model_type`) to train from random weights; excludes `path`.
 
