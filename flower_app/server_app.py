@@ -13,6 +13,7 @@ from torch import Tensor
 from conf.load import load_config
 from conf.schema import Config
 from flower_app.build import build_trunk, describe, export_model, resolve_model, set_threads
+from flower_app.check import check_names
 from flower_app.data.text import load_tokenizer
 from flower_app.runs.keeper import Keeper
 from flower_app.runs.recorder import Recorder
@@ -34,6 +35,7 @@ def main(grid: Grid, context: Context) -> None:
         config = point.config
     else:
         config = resolve_model(load_config(str(run["experiment"]), str(run["overrides"])))
+    check_names(config)
     recorder = Recorder(config, point=point)
     recorder.start()
     try:

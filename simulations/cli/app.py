@@ -126,7 +126,11 @@ def config(
     from conf.load import experiments, load_config, to_yaml
 
     if experiment:
-        typer.echo(to_yaml(load_config(experiment, _joined(overrides))), nl=False)
+        from flower_app.check import check_names  # with torch
+
+        found = load_config(experiment, _joined(overrides))
+        check_names(found)
+        typer.echo(to_yaml(found), nl=False)
         return
     typer.echo("experiments (graft config NAME prints one, graft run NAME runs it):")
     for name in experiments():

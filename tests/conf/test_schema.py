@@ -11,6 +11,7 @@ import pytest
 from conf.load import FOLDER, load_config
 from conf.rules import ConfigError, split_address
 from conf.schema import (
+    AggregationConfig,
     Config,
     CutConfig,
     DataConfig,
@@ -45,7 +46,7 @@ from conf.schema import (
         (DataConfig, {"overlong": "wrap"}),
         (DataConfig, {"partitioner": "random"}),
         (DataConfig, {"max_examples": -1}),
-        (TrainConfig, {"strategy": "fedavg"}),
+        (TrainConfig, {"strategy": "fed avg"}),
         (TrainConfig, {"warmup": 1.0}),
         (TrainConfig, {"batch_size": 0}),
         (TrainConfig, {"accumulate": 0}),
@@ -62,7 +63,8 @@ from conf.schema import (
         (LinkConfig, {"bind": ":9393"}),
         (LinkConfig, {"advertise": "trunk.example.org:0"}),
         (LinkConfig, {"tls": "maybe"}),
-        (LinkConfig, {"dtype": "int8"}),
+        (LinkConfig, {"dtype": "int/8"}),
+        (AggregationConfig, {"lora": ""}),
         (LinkConfig, {"timeout": float("inf")}),
         (RuntimeConfig, {"client_threads": -1}),
         (RuntimeConfig, {"trunk_device": "GPU 1"}),
