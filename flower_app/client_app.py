@@ -17,7 +17,7 @@ from flower_app.client.site import Site, client_name
 from flower_app.data.client import batches
 from models import client_state
 from strategies.errors import TrunkError
-from strategies.rounds.answers import ARRAYS, METRICS, OUTCOME, PROFILE, TICKET, to_arrays
+from strategies.records import ARRAYS, METRICS, OUTCOME, PROFILE, TICKET, to_arrays
 from strategies.transport.link import GrpcLink
 
 logger = logging.getLogger(__name__)

@@ -117,25 +117,13 @@ def test_every_requirement_has_a_tested_version(project: Path, settings: dict[st
     assert set(settings["tool"]["uv"]["exclude-dependencies"]) <= tested
 
 
-def test_readme_names_every_folder(project: Path) -> None:
-    """And no folder that is gone."""
-    named = _paths_of_tree(_tree(project / "README.md"), folders=True)
-    there = {f"{parent}/" for path in _source_files(project) for parent in Path(path).parents}
-    there -= {"./"}
-    assert sorted(there - named) == [], "not in README's tree"
-    assert sorted(named - there) == [], "in README's tree but gone"
-
-
-def test_architecture_names_every_file(project: Path) -> None:
-    """And no file that is gone."""
-    named = _paths_of_tree(_tree(project / "docs" / "architecture.md"))
-    there = _source_files(project)
-    assert sorted(there - named) == [], "not in docs/architecture.md"
-    assert sorted(named - there) == [], "in docs/architecture.md but gone"
-
-
-def _source_files(project: Path) -> set[str]:
-    return {
+def test_readme_tree_is_true(project: Path) -> None:
+    """Every file of the packages is named once, and nothing that is gone is named."""
+    text = (project / "README.md").read_text(encoding="utf-8")
+    match = re.search(r"<!-- tree -->\n```\n(.*?)```\n<!-- /tree -->", text, re.S)
+    assert match, "README.md has no tree between its markers"
+    named = _paths_of_tree(match.group(1))
+    there = {
         path
         for path in _tracked(project)
         if path.split("/")[0] in LAYERS
@@ -143,28 +131,22 @@ def _source_files(project: Path) -> set[str]:
         and not path.endswith("__init__.py")
         and path.endswith((".py", ".yaml", ".proto"))
     }
+    assert sorted(there - named) == [], "not in README's tree"
+    assert sorted(named - there) == [], "in README's tree but gone"
 
 
-def _tree(page: Path) -> str:
-    text = page.read_text(encoding="utf-8")
-    match = re.search(r"<!-- tree -->\n```\n(.*?)```\n<!-- /tree -->", text, re.S)
-    assert match, f"{page.name} has no tree between its markers"
-    return match.group(1)
-
-
-def _paths_of_tree(tree: str, *, folders: bool = False) -> set[str]:
-    """Return the files, or the folders, of an indented tree of lines `name  what it is`."""
-    above: list[tuple[int, str]] = []
+def _paths_of_tree(tree: str) -> set[str]:
+    """Return the file paths of an indented tree whose lines are `name  what it is`."""
+    folders: list[tuple[int, str]] = []
     paths: set[str] = set()
     for line in filter(str.strip, tree.splitlines()):
         indent, name = len(line) - len(line.lstrip()), line.split()[0]
-        while above and above[-1][0] >= indent:
-            above.pop()
-        path = "".join(folder for _, folder in above) + name
+        while folders and folders[-1][0] >= indent:
+            folders.pop()
         if name.endswith("/"):
-            above.append((indent, name))
-        if name.endswith("/") == folders:
-            paths.add(path)
+            folders.append((indent, name))
+            continue
+        paths.add("".join(folder for _, folder in folders) + name)
     return {path for path in paths if path.split("/")[0] in LAYERS}
 
 

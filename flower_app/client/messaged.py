@@ -23,7 +23,7 @@ from flower_app.data.client import Batch
 from models import Part, client_state, load_client_state
 from strategies.errors import TrunkError
 from strategies.optim import autocast
-from strategies.rounds.answers import ARRAYS, FRAMES, METRICS, from_arrays, to_arrays
+from strategies.records import ARRAYS, FRAMES, METRICS, from_arrays, to_arrays
 from strategies.transport import trunk_pb2 as pb
 from strategies.transport.codec.tensors import (
     WIRE_DTYPES,

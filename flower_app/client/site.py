@@ -19,7 +19,7 @@ from flower_app.client import streamed as training
 from flower_app.data.client import ClientData, load_client_data
 from flower_app.data.text import load_tokenizer
 from models import Part, fold_residuals, load_client_state
-from strategies.rounds.answers import ARRAYS, CONFIG, FRAMES, KEY_LOST, TICKET, from_arrays
+from strategies.records import ARRAYS, CONFIG, FRAMES, KEY_LOST, TICKET, from_arrays
 from strategies.transport import tickets
 from strategies.transport.link import GrpcLink
 from strategies.transport.tickets import Ticket

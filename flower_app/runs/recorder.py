@@ -32,6 +32,7 @@ from flower_app.runs.journal import Journal, cut_back, replace_whole
 from flower_app.runs.lines import finished_line, perplexity, round_line, step_line
 from flower_app.runs.plots import plot_loss
 from flower_app.runs.resume import Point
+from strategies.events import Event, StepDone, Turnout
 
 __all__ = ["Recorder", "find_last_run"]
 
@@ -134,6 +135,29 @@ class Recorder:
         for number, path in folders(self.folder):
             if number > point.number:
                 checkpoint.remove(path)
+
+    def __call__(self, event: Event) -> None:
+        """Record what the strategy tells."""
+        if isinstance(event, StepDone):
+            self.step(**vars(event))
+            return
+        first = event.training or event.evaluation or Turnout()
+        later = event.evaluation if event.training else None
+        self.round(
+            round=event.round,
+            train=event.train,
+            evaluate=event.evaluate,
+            asked=first.asked,
+            clients=first.clients,
+            missing=first.missing,
+            tokens=event.tokens,
+            bytes_up=event.bytes_up,
+            bytes_down=event.bytes_down,
+            seconds=event.seconds,
+            evaluation=vars(later) if later else None,
+            attempts=len(event.abandoned) + 1,
+            abandoned=[vars(turnout) for turnout in event.abandoned],
+        )
 
     def step(
         self,

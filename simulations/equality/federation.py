@@ -39,7 +39,8 @@ from strategies.aggregate.joint import JointModel
 from strategies.aggregate.lora import A_NAME, B_NAME
 from strategies.engine.engine import TrunkEngine
 from strategies.engine.policies.merged import Merged
-from strategies.rounds.answers import Answer, from_arrays
+from strategies.records import from_arrays
+from strategies.rounds.answers import Answer
 from strategies.rounds.roster import Profile
 from strategies.transport.link import LocalLink
 

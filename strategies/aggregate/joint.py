@@ -17,7 +17,8 @@ from strategies.aggregate.state import Contribution, GlobalState
 from strategies.engine.engine import TrunkEngine
 from strategies.engine.policies.merged import Merged
 from strategies.engine.policies.registry import SplitFedV1
-from strategies.rounds.answers import Answer, to_arrays
+from strategies.records import to_arrays
+from strategies.rounds.answers import Answer
 from strategies.rounds.roster import Profile
 
 

@@ -10,15 +10,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from flwr.app import Array, ArrayRecord, Message
+from flwr.app import Message
 from torch import Tensor
 
-ARRAYS, CONFIG, TICKET = "arrays", "config", "ticket"
-METRICS, OUTCOME, PROFILE, FRAMES = "metrics", "outcome", "profile", "frames"
-"""Names of the records in a message and its reply."""
-
-KEY_LOST = "this node has lost the key that its ticket was made for"
-"""Begins the error of a node whose state is gone; it is asked anew who it is."""
+from strategies.records import ARRAYS, METRICS, OUTCOME, from_arrays
 
 UNREADABLE = (
     KeyError, TypeError, ValueError, AssertionError, OverflowError,
@@ -42,23 +37,6 @@ class Answer:
     state: dict[str, Tensor] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
     error: str = ""
-
-
-def to_arrays(state: dict[str, Tensor]) -> ArrayRecord:
-    """Pack named tensors for a Flower message; bf16, which NumPy lacks, travels as fp32."""
-    return ArrayRecord(
-        {
-            name: Array(
-                (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).cpu().numpy()
-            )
-            for name, tensor in state.items()
-        }
-    )
-
-
-def from_arrays(arrays: ArrayRecord) -> dict[str, Tensor]:
-    """Unpack `to_arrays`."""
-    return {name: torch.from_numpy(array.numpy()) for name, array in arrays.items()}
 
 
 def read_answer(key: str, reply: Message, node: str) -> Answer:

@@ -3,25 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 
 from flwr.app import Message
 
+from strategies.events import Turnout
 from strategies.rounds.answers import Answer, read_answer
 from strategies.rounds.roster import Profile
-
-
-@dataclass(kw_only=True)
-class Turnout:
-    """What became of a cohort, by client name; `missing` says why."""
-
-    asked: list[str] = field(default_factory=list)
-    clients: list[str] = field(default_factory=list)
-    missing: dict[str, str] = field(default_factory=dict)
-
-    def reasons(self) -> str:
-        """Every reason, by name."""
-        return "; ".join(f"{name}: {why}" for name, why in sorted(self.missing.items()))
 
 
 class Cohort:
@@ -42,7 +29,16 @@ class Cohort:
         self.profiles, self.count = profiles, count
         self.keys = {profile.node: f"{stem}-{profile.node}" for profile in profiles}
         self.answers: list[Answer] = []
-        self.turnout = Turnout(asked=sorted(profile.client for profile in profiles))
+        self.missing: dict[str, str] = {}
+
+    @property
+    def turnout(self) -> Turnout:
+        """What became of those who were asked, so far."""
+        return Turnout(
+            asked=tuple(sorted(profile.client for profile in self.profiles)),
+            clients=tuple(answer.client for answer in self.answers),
+            missing=dict(self.missing),
+        )
 
     def enough(self) -> bool:
         """Whether so many answers hold as are needed."""
@@ -73,22 +69,20 @@ class Cohort:
             answer = read_answer(self.keys[profile.node], reply, profile.client)
             error = answer.error or _name_error(answer, profile) or check(answer)
             if error:
-                self.turnout.missing[profile.client] = error
+                self.missing[profile.client] = error
             else:
                 self.answers.append(answer)
         for profile in waiting.values():
-            self.turnout.missing[profile.client] = "no answer"
+            self.missing[profile.client] = "no answer"
         self.answers.sort(key=lambda answer: answer.client)
-        self.turnout.clients = [answer.client for answer in self.answers]
         return list(self.answers)
 
     def drop(self, reasons: dict[str, str]) -> list[Answer]:
         """Take out the answers of these session keys, for these reasons; returns the others."""
         for answer in self.answers:
             if answer.key in reasons:
-                self.turnout.missing[answer.client] = reasons[answer.key]
+                self.missing[answer.client] = reasons[answer.key]
         self.answers = [answer for answer in self.answers if answer.key not in reasons]
-        self.turnout.clients = [answer.client for answer in self.answers]
         return list(self.answers)
 
 

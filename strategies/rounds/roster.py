@@ -20,7 +20,7 @@ from conf.load import to_json
 from conf.schema import Config, FederationConfig, TrainConfig
 from strategies.mail import push, receive
 from strategies.optim import derive_seed
-from strategies.rounds.answers import ARRAYS, CONFIG, OUTCOME, PROFILE, TICKET, from_arrays
+from strategies.records import ARRAYS, CONFIG, OUTCOME, PROFILE, TICKET, from_arrays
 from strategies.transport.tickets import is_usable
 
 TRIES = 3

@@ -25,26 +25,16 @@ from strategies.aggregate.joint import JointModel
 from strategies.aggregate.state import Contribution
 from strategies.engine.engine import TrunkEngine
 from strategies.engine.policies.merged import Merged
+from strategies.events import Observer, StepDone
 from strategies.mail import exchange
-from strategies.rounds.answers import ARRAYS, CONFIG, KEY_LOST, TICKET, Answer, error_of
+from strategies.records import ARRAYS, CONFIG, KEY_LOST, TICKET
+from strategies.rounds.answers import Answer, error_of
 from strategies.rounds.cohort import Cohort
 from strategies.rounds.roster import Profile, Roster, draw_batches, quorum, sizes
 from strategies.rounds.tally import Tally
 from strategies.transport.messages import Lockstep
 from strategies.transport.stream.service import Broken, StepReport, TrunkService
 from strategies.transport.tickets import Guest
-
-
-class Observer(Protocol):
-    """Who is told of the run's progress."""
-
-    @property
-    def step(self) -> Callable[..., None]:
-        """Called with the fields of an applied optimizer step."""
-
-    @property
-    def round(self) -> Callable[..., None]:
-        """Called with the fields of an ended round; round 0 is the evaluation before training."""
 
 
 class Keep(Protocol):
@@ -75,8 +65,8 @@ class SplitFed(Strategy):
         The engine's data plane, started: streams, or Flower's messages.
     config : Config
         The run's configuration, which travels to the clients.
-    observer : Observer
-        Told of every step and round.
+    observer : callable
+        Told of every step and round, as `strategies.events`.
     model : str
         What the trunk was cut from, in words; a client with another model refuses to train.
     keep : Keep, optional
@@ -259,7 +249,7 @@ class SplitFed(Strategy):
                 )
             metrics = self._tally.evaluate = self._fold(answers)
             self._tally.evaluation = turnout
-        self.observer.round(**self._tally.record())
+        self.observer(self._tally.event())
         return MetricRecord(dict(metrics)) if metrics else None
 
     def on_step(self, report: StepReport) -> None:
@@ -268,9 +258,9 @@ class SplitFed(Strategy):
         Steps of a round's second attempt say so: they take the place of the first one's.
         """
         number, attempt = map(int, report.key.split("-")[1].split("."))
-        record = {**vars(report), "round": number, "step": report.step + 1}
-        del record["key"]
-        self.observer.step(**record, attempt=attempt)
+        told = {**vars(report), "round": number, "attempt": attempt, "step": report.step + 1}
+        del told["key"]
+        self.observer(StepDone(**told))
 
     def _train(
         self, number: int, arrays: ArrayRecord, grid: Grid

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from typing import Any
 
-from strategies.rounds.cohort import Turnout
+from strategies.events import RoundDone, Turnout
 
 
 @dataclass(kw_only=True)
@@ -29,27 +28,20 @@ class Tally:
         """Number of the attempt that is due, from 1."""
         return len(self.abandoned) + 1
 
-    def record(self) -> dict[str, Any]:
-        """The fields of `Observer.round`; those of the cohort are the training's, if there was any.
+    def event(self) -> RoundDone:
+        """The round, now that it is over.
 
         Tokens and bytes are those of the answers that were used: an abandoned attempt has none.
         """
-        first = self.training or self.evaluation or Turnout()
-        record: dict[str, Any] = {
-            "round": self.number,
-            "train": self.train,
-            "evaluate": self.evaluate,
-            "asked": first.asked,
-            "clients": first.clients,
-            "missing": dict(first.missing),
-            "tokens": self.tokens,
-            "bytes_up": self.bytes_up,
-            "bytes_down": self.bytes_down,
-            "seconds": time.monotonic() - self.started,
-        }
-        if self.abandoned:
-            record["attempts"] = self.attempt
-            record["abandoned"] = [vars(turnout) for turnout in self.abandoned]
-        if self.training and self.evaluation:
-            record["evaluation"] = vars(self.evaluation)
-        return record
+        return RoundDone(
+            round=self.number,
+            train=self.train,
+            evaluate=self.evaluate,
+            training=self.training,
+            evaluation=self.evaluation,
+            abandoned=tuple(self.abandoned),
+            tokens=self.tokens,
+            bytes_up=self.bytes_up,
+            bytes_down=self.bytes_down,
+            seconds=time.monotonic() - self.started,
+        )

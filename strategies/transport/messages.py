@@ -23,7 +23,7 @@ from conf.schema import LinkConfig
 from strategies.engine.engine import TrunkEngine
 from strategies.errors import TrunkError
 from strategies.mail import LONGEST_PAUSE, never, push, unanswered
-from strategies.rounds.answers import ARRAYS, CONFIG, FRAMES, TICKET
+from strategies.records import ARRAYS, CONFIG, FRAMES, TICKET
 from strategies.transport.codec.tensors import WIRE_DTYPES
 from strategies.transport.conversation import Conversation, StepReport
 from strategies.transport.tickets import Guest, Ticket

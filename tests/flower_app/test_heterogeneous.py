@@ -35,7 +35,7 @@ from models import (
     load_trainable_state,
     trainable_state,
 )
-from strategies.rounds.answers import ARRAYS, CONFIG, TICKET, to_arrays
+from strategies.records import ARRAYS, CONFIG, TICKET, to_arrays
 from tests.flower_app.grid import InProcessGrid
 from tests.flower_app.test_app import held_out_loss, run, site_steps, tiny_config
 from tests.strategies.helpers import fed_avg_round, largest_difference

@@ -12,7 +12,7 @@ from flwr.supercore.object_store.sql_object_store import SqlObjectStore
 from conf.schema import TrainConfig
 from models import split
 from simulations.deploy.thief import steal_ticket, try_ticket
-from strategies.rounds.answers import ARRAYS, CONFIG, TICKET
+from strategies.records import ARRAYS, CONFIG, TICKET
 from strategies.transport.link import GrpcLink
 from strategies.transport.tickets import new_key
 from tests.strategies.helpers import (

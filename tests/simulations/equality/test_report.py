@@ -13,7 +13,6 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from simulations.cli import app as cli
-from simulations.equality import claims as equivalence_claims
 from simulations.equality import report as equivalence
 from simulations.equality.claims import CLAIMS, Claim, NotTriedError
 from simulations.equality.federation import Gap

@@ -11,7 +11,8 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
-from strategies.rounds.answers import Answer, mismatches, read_answer, to_arrays
+from strategies.records import to_arrays
+from strategies.rounds.answers import Answer, mismatches, read_answer
 
 METRICS = {"num-tokens": 5, "loss": 1.0, "steps": 1, "bytes-up": 1, "bytes-down": 1}
 

@@ -1,0 +1,46 @@
+"""`aggregation`: How what clients trained becomes one model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from conf import rules
+from conf.rules import ConfigError, one_of, setting
+from conf.sections.base import Section
+
+
+@dataclass(frozen=True, kw_only=True)
+class AggregationConfig(Section):
+    """How what clients trained becomes one model. Under splitfed-v1 this includes the trunk."""
+
+    section: ClassVar[str] = "aggregation"
+
+    lora: str = setting("factors", one_of("factors", "ffa", "exact", "svd"))
+    """factors (the mean of A and of B), ffa (A is frozen), exact (the mean of B.A; what the rank
+    cannot hold goes into the base weights) or svd (the mean of B.A, cut to the rank)."""
+    optimizer: str = setting("fedavg", one_of("fedavg", "fedavgm", "fedadam", "fedyogi"))
+    """fedavg (the mean itself), or a server optimizer: fedavgm, fedadam, fedyogi."""
+    lr: float = setting(0.0, rules.NOT_NEGATIVE)
+    """Learning rate of the server optimizer; 0: 1 for fedavgm, 0.01 for fedadam and fedyogi."""
+    momentum: float = setting(0.9, rules.BELOW_ONE)
+    """fedavgm."""
+    betas: tuple[float, float] = setting((0.9, 0.99), rules.BETAS)
+    """fedadam, fedyogi."""
+    tau: float = setting(1e-3, rules.POSITIVE)
+    """fedadam, fedyogi: added to the root of the second moment."""
+
+    def _check_together(self) -> None:
+        if self.lora in ("exact", "svd") and self.optimizer != "fedavg":
+            raise ConfigError(
+                f"aggregation.lora={self.lora} with aggregation.optimizer="
+                f"{self.optimizer}: a server optimizer moves the factors, and their product is "
+                "then no mean; set aggregation.optimizer=fedavg, or aggregation.lora=factors or "
+                "ffa",
+                key="aggregation.optimizer",
+            )
+
+    @property
+    def rate(self) -> float:
+        """The learning rate that is used."""
+        return self.lr or (1.0 if self.optimizer == "fedavgm" else 0.01)

@@ -1,0 +1,100 @@
+"""`link`: The data plane."""
+
+from __future__ import annotations
+
+import ipaddress
+from dataclasses import dataclass
+from typing import ClassVar
+
+from conf import rules
+from conf.rules import ConfigError, one_of, setting, split_address
+from conf.sections.base import Section
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinkConfig(Section):
+    """The data plane: how activations and gradients travel between a client and the trunk."""
+
+    section: ClassVar[str] = "link"
+
+    transport: str = setting("stream", one_of("stream", "messages"))
+    """stream (gRPC, a port of its own) or messages (nothing but Flower's own, two for a step)."""
+    bind: str = setting("127.0.0.1:0", rules.ADDRESS)
+    """Address the trunk listens on; port 0: any free one (simulation)."""
+    advertise: str = setting("", rules.ADDRESS_OR_EMPTY)
+    """Address clients connect to, if it is not `bind` (a public name, a forwarded port)."""
+    tls: str = setting("auto", one_of("auto", "on", "off"))
+    """auto (off on loopback, else a certificate made for the run), on, or off."""
+    certificate: str = ""
+    """PEM file of the operator's certificate chain (with `key`), not one made for the run."""
+    key: str = ""
+    dtype: str = setting("fp32", one_of("fp32", "fp16", "bf16"))
+    """Type of activations and gradients on the wire: fp32, fp16 or bf16."""
+    timeout: float = setting(120.0, rules.POSITIVE)
+    """Seconds that a client waits for a reply, and the trunk for a client's next frame."""
+    max_frame_mb: float = setting(64.0, rules.POSITIVE)
+    """Largest frame that is accepted, MiB; the trunk accepts none larger than a batch needs."""
+    max_in_flight_mb: float = setting(4096.0, rules.POSITIVE)
+    """Most activations whose step is not taken yet, over all sessions, MiB."""
+    grace: float = setting(30.0, rules.POSITIVE)
+    """Seconds that a client may be out of reach: so long the trunk keeps a session whose stream
+    broke and the client tries to come back, and so long a newcomer's first answer is waited for."""
+
+    def _check_together(self) -> None:
+        if bool(self.certificate) != bool(self.key):
+            missing = "key" if self.certificate else "certificate"
+            raise ConfigError(
+                f"link.certificate and link.key go together: set link.{missing} too, or clear both "
+                "to have a certificate made for the run",
+                key=f"link.{missing}",
+            )
+        if self.certificate and self.tls == "off":
+            raise ConfigError(
+                f"link.certificate ({self.certificate!r}) is not used with link.tls=off: set "
+                "link.tls=on, or clear the certificate and key",
+                key="link.tls",
+            )
+
+        if self.transport == "stream" and self.grace > self.timeout / 2:
+            raise ConfigError(
+                f"link.grace={self.grace:g} is more than half of link.timeout={self.timeout:g}: "
+                "those who wait for a client that is out of reach would give up before it is given "
+                "up; lower link.grace, or raise link.timeout",
+                key="link.grace",
+            )
+        if self.transport == "stream":
+            _check_reachable(self)
+
+
+def _check_reachable(link: LinkConfig) -> None:
+    """Refuse addresses by which clients could not reach the trunk."""
+    host, port = split_address(link.bind)
+    if link.advertise and _is_wildcard(split_address(link.advertise)[0]):
+        raise ConfigError(
+            f"link.advertise ({link.advertise!r}) is no address to connect to: set it to the name "
+            "by which clients reach the trunk",
+            key="link.advertise",
+        )
+    if link.advertise and port == 0:
+        raise ConfigError(
+            f"link.bind ({link.bind!r}) takes any free port, which nobody can forward "
+            f"link.advertise ({link.advertise!r}) to: give link.bind a port, or clear "
+            "link.advertise",
+            key="link.bind",
+        )
+    if _is_wildcard(host) and not link.advertise:
+        raise ConfigError(
+            f"link.bind ({link.bind!r}) listens on every interface, and clients would be told "
+            f"{link.bind.rpartition(':')[0]}:{port or 'PORT'}; set link.advertise to the name "
+            "by which they reach it" + ("" if port else ", and give link.bind a port"),
+            key="link.bind",
+        )
+
+
+def _is_wildcard(host: str) -> bool:
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return host in ("*", "0")
+    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
+    return address.is_unspecified or (mapped is not None and mapped.is_unspecified)

@@ -1,0 +1,23 @@
+"""`runtime`: Threads and devices."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from conf import rules
+from conf.rules import setting
+from conf.sections.base import Section
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuntimeConfig(Section):
+    """Threads and devices; one thread each is fastest if trunk and clients share a machine."""
+
+    section: ClassVar[str] = "runtime"
+
+    client_threads: int = setting(1, rules.COUNT_OR_ZERO)
+    """torch threads of a client process; 0: torch's own choice."""
+    trunk_threads: int = setting(1, rules.COUNT_OR_ZERO)
+    client_device: str = setting("cpu", rules.DEVICE)
+    trunk_device: str = setting("cpu", rules.DEVICE)

@@ -1,0 +1,67 @@
+"""What happens in a run, as the strategy tells it to whoever records it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, kw_only=True)
+class Turnout:
+    """Who was asked for one thing, whose answers count, and why each of the others is missing."""
+
+    asked: tuple[str, ...] = ()
+    clients: tuple[str, ...] = ()
+    missing: Mapping[str, str] = field(default_factory=dict)
+
+    def reasons(self) -> str:
+        """Every reason, by name."""
+        return "; ".join(f"{name}: {why}" for name, why in sorted(self.missing.items()))
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepDone:
+    """A client's optimizer step that the trunk has applied. Comes from several threads."""
+
+    round: int
+    attempt: int
+    """At the round, from 1: steps of a later attempt take the place of an earlier one's."""
+    client: str
+    step: int
+    """From 1, of the `steps` that the client takes in the round."""
+    steps: int
+    loss: float
+    """Mean over `tokens` tokens, in nats."""
+    tokens: int
+    grad_norm: float
+    """Over all parts, before clipping."""
+    lr: float
+    bytes_up: int
+    bytes_down: int
+    """From the client to the trunk and back, since its last step."""
+    seconds: Mapping[str, float]
+    """In `bottom`, `network`, `trunk` and `top`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundDone:
+    """A round that is over; round 0 is the evaluation before training."""
+
+    round: int
+    train: Mapping[str, float] | None
+    evaluate: Mapping[str, float] | None
+    """Metrics over all clients, `loss` weighted by tokens. None: nothing was measured."""
+    training: Turnout | None
+    evaluation: Turnout | None
+    """None: nobody was asked to. With `evaluate` None, `missing` says why it could not be done."""
+    abandoned: tuple[Turnout, ...] = ()
+    """The attempts before the last one, which were undone."""
+    tokens: int = 0
+    """Trained on, in the answers that count."""
+    bytes_up: int = 0
+    bytes_down: int = 0
+    seconds: float = 0.0
+
+
+Event = StepDone | RoundDone
+Observer = Callable[[Event], None]
