@@ -12,7 +12,7 @@ from flwr.clientapp import ClientApp
 from flower_app.client import messaged as stepwise
 from flower_app.client import streamed as training
 from flower_app.client.messaged import Round, Training
-from flower_app.client.plan import Plan, check_fit
+from flower_app.client.plan import Plan, check_fit, padding_id
 from flower_app.client.site import Site, client_name
 from flower_app.data.client import batches
 from flower_app.logs import mark_lines
@@ -69,7 +69,7 @@ def _train(site: Site, context: Context) -> RecordDict:
         data.train,
         site.config,
         site.place,
-        pad_id=int(tokenizer.pad_token_id),
+        pad_id=padding_id(bottom, tokenizer),
         sizes=site.batch_sizes,
     )
     if round:
@@ -94,7 +94,7 @@ def _evaluate(site: Site, context: Context) -> RecordDict:
         batches(
             data.heldout,
             site.config.train.batch_size,
-            pad_id=int(tokenizer.pad_token_id),
+            pad_id=padding_id(bottom, tokenizer),
             generator=None,
         )
     )
