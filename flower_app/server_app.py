@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from functools import partial
 from pathlib import Path
 
@@ -21,7 +22,9 @@ from flower_app.build import (
     resolve_model,
     set_threads,
 )
+from flower_app.check import check_names
 from flower_app.data.text import load_tokenizer
+from flower_app.logs import mark_lines
 from flower_app.runs.keeper import Keeper
 from flower_app.runs.recorder import Recorder
 from flower_app.runs.resume import Point, take_up
@@ -31,18 +34,22 @@ from strategies.transport.messages import Lockstep
 from strategies.transport.plane import Plane
 from strategies.transport.stream.service import TrunkService
 
+logger = logging.getLogger(__name__)
+
 app = ServerApp()
 
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run the experiment that the run config names, or go on with the run it says to resume."""
+    mark_lines()
     run, point = context.run_config, None
     if resume := str(run.get("resume", "")):
         point = take_up(resume, str(run["overrides"]))
         config = point.config
     else:
         config = resolve_model(load_config(str(run["experiment"]), str(run["overrides"])))
+    check_names(config)
     recorder = Recorder(config, point=point)
     recorder.start()
     try:
@@ -123,7 +130,7 @@ def run_experiment(
 
 def _load(strategy: SplitFed, point: Point, recorder: Recorder) -> None:
     for note in point.notes:
-        recorder.say(f"WARNING: {note}")
+        logger.warning("%s", note)
     try:
         strategy.resume(point.number, point.state, point.clients)
     except (KeyError, ValueError) as error:

@@ -16,7 +16,12 @@ class ModelConfig(Section):
     section: ClassVar[str] = "model"
 
     path: str = ""
-    """Folder, hub id or .gguf file of a checkpoint; `last:NAME` is the newest run of NAME."""
+    """Folder, hub id or .gguf file of a checkpoint; `last:NAME` is the newest run of NAME.
+
+    The folder may be of a PEFT adapter: its base is the one that it names, or `base`.
+    """
+    base: str = ""
+    """Folder or hub id of the model that the adapter at `path` adapts; empty: as it says itself."""
     scratch: dict[str, Any] = field(default_factory=dict)
     """A `transformers` config (with `model_type`) to train from random weights; excludes `path`.
 
@@ -37,6 +42,12 @@ class ModelConfig(Section):
                 f"model.path ({self.path!r}) and model.scratch exclude each other: "
                 "clear one of them (model.scratch={} or model.path=)",
                 key="model.path",
+            )
+        if self.base and not self.path:
+            raise ConfigError(
+                f"model.base ({self.base!r}) is the base of the adapter at model.path, which is "
+                "not set: set model.path to the adapter's folder, or to the model without a base",
+                key="model.base",
             )
         if self.scratch and not isinstance(self.scratch.get("model_type"), str):
             raise ConfigError(

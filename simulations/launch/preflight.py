@@ -28,8 +28,10 @@ def check_run(experiment: str, overrides: str = "") -> Config:
     make_parent(runs_folder(config.output.folder))
 
     from flower_app.build import resolve_model  # with torch, so not for a misspelt key
+    from flower_app.check import check_names
     from models import Cut
 
+    check_names(config)
     config = resolve_model(config)
     blocks = _count_blocks(config.model)
     if blocks is not None:

@@ -64,6 +64,10 @@ class Report:
     lora_error: float | None
 
 
+LORA = ("factors", "ffa", "exact", "svd")
+"""What `aggregation.lora` may name."""
+
+
 class GlobalState:
     """The federation's tensors.
 

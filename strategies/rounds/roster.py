@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Sequence
-from logging import INFO, WARNING
+from logging import INFO
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
@@ -18,6 +19,8 @@ from models import Cut
 from strategies.mail import lifetime, push, receive
 from strategies.records import ARRAYS, CONFIG, TICKET, Form
 from strategies.rounds.answers import Bounds, Profile, read_first_tensors, read_profile
+
+logger = logging.getLogger(__name__)
 
 TRIES = 3
 """Times that nodes which cannot take part are asked again before a round is given up for them."""
@@ -102,7 +105,7 @@ class Roster:
             self._learn(reply)
         for node in new:
             if node in self._refused:
-                log(WARNING, "node %d does not take part: %s", node, self._refused[node])
+                logger.warning("node %d does not take part: %s", node, self._refused[node])
 
     def forget(self, node: int) -> None:
         """Ask a node anew who it is, before it takes part again."""
@@ -135,7 +138,7 @@ class Roster:
                 return self._ask_tensors(grid, profile, model, form(profile.cut, profile.rank))
             except ValueError as error:
                 reasons.append(f"{profile.client}: {error}")
-                log(WARNING, "no first tensors from %s", reasons[-1])
+                logger.warning("no first tensors from %s", reasons[-1])
         raise RuntimeError(f"no client tells the tensors it starts from: {'; '.join(reasons)}")
 
     def _ask_tensors(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from logging import INFO, WARNING
+from logging import INFO
 from typing import Any, Protocol
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
@@ -26,6 +27,8 @@ from strategies.rounds.sampling import draw, quorum, sizes
 from strategies.rounds.tally import Tally
 from strategies.transport.conversation import StepReport
 from strategies.transport.plane import Plane
+
+logger = logging.getLogger(__name__)
 
 
 class Keep(Protocol):
@@ -228,7 +231,7 @@ class SplitFed(Strategy):
         try:
             present = self.roster.gather(grid)
         except RuntimeError as error:
-            log(WARNING, "round %d is not evaluated: %s", server_round, error)
+            logger.warning("round %d is not evaluated: %s", server_round, error)
             return []
         count, _ = sizes(len(present), federation.fraction_evaluate, federation)
         cohort = draw(self.config, present, count, server_round)
@@ -246,7 +249,7 @@ class SplitFed(Strategy):
         if not answers:
             text = "round %d is not evaluated: %s. Training goes on without (data.heldout=0 or "
             text += "federation.fraction_evaluate=0 asks nobody to evaluate)"
-            log(WARNING, text, server_round, turnout.reasons())
+            logger.warning(text, server_round, turnout.reasons())
             return None
         self._tally.evaluate = metrics = self._tally.fold(answers)
         return MetricRecord(dict(metrics))
@@ -312,8 +315,7 @@ class SplitFed(Strategy):
         """Say so if the clients are not those of the run before."""
         now = [profile.client for profile in self.roster.gather(grid)]
         if self._known and now != self._known:
-            log(
-                WARNING,
+            logger.warning(
                 "the clients differ from those of the run before: missing %s; new %s. The run goes "
                 "on with those who are here, and will not equal one that was never stopped; to "
                 "wait for all, resume with federation.min_clients=%d",
@@ -332,7 +334,7 @@ class SplitFed(Strategy):
             raise RuntimeError(f"{text}{again}")
         self._run.engine.abandon_round()
         tally.abandoned.append(cohort.turnout)
-        log(WARNING, "%s. Attempt %d of %d follows", text, tally.attempt, federation.retries + 1)
+        logger.warning("%s. Attempt %d of %d follows", text, tally.attempt, federation.retries + 1)
 
 
 def bounds_of(engine: TrunkEngine) -> Bounds:
