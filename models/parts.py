@@ -18,6 +18,7 @@ from models.anatomy import Anatomy, set_module, share_copy, weight_owners
 from models.cut import ROLES, Cut
 from models.families import require_tested
 from models.flow import Flow, Skip, Vacant, deliver_hook, halt_hook, run_with, standin
+from models.targets import take_inventory
 
 
 class Part(nn.Module):
@@ -38,6 +39,8 @@ class Part(nn.Module):
     num_blocks_total, hidden_size : int
     arity : int
         What a block returns, see `Anatomy.arity`.
+    inventory : Inventory
+        What may have an adapter, in all blocks of the whole model.
     """
 
     def __init__(self, model: PreTrainedModel, role: str, cut: Cut, anatomy: Anatomy) -> None:
@@ -49,6 +52,7 @@ class Part(nn.Module):
         self.num_blocks_total = anatomy.num_blocks
         self.blocks = cut.ranges(anatomy.num_blocks)[role]
         self.hidden_size = anatomy_of.width(model)
+        self.inventory = take_inventory(model, anatomy)
         self.model = _carve(model, role, self.blocks, anatomy)
         self.config = self.model.config
         self.training = model.training
