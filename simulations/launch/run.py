@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import shlex
+import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -166,10 +169,25 @@ def demo(say: Callable[[str], None] = print, verbose: bool = False) -> Path:
         if (folder / name).exists():
             say(f"  {name:<14} {what}")
     say("")
-    say("Next (after `source .venv/bin/activate`):")
-    for command in _NEXT:
-        say(f"  {command}")
+    say("Next:")
+    for command, what in _next_commands(folder, summary["rounds"]).items():
+        say(f"  {command}  # {what}")
     return folder
+
+
+def _next_commands(folder: Path, rounds: int) -> dict[str, str]:
+    """Commands that go on from a run, as they can be typed here, and what each does."""
+    graft = Path(sys.executable).parent / "graft"
+    if shutil.which("graft") == str(graft):
+        graft = Path("graft")
+    elif graft.is_relative_to(Path.cwd()):
+        graft = graft.relative_to(Path.cwd())
+    run, model = shlex.quote(str(folder)), shlex.quote(str(folder / "model"))
+    return {
+        f"{graft} resume {run} train.rounds={rounds + 2}": "two more rounds of the same",
+        f"{graft} run lora model.path={model}": "LoRA in all three parts, on what the demo learned",
+        f"{graft} parity --model {model} --cut 2,1": "the model, split and whole: the same numbers",
+    }
 
 
 def check_fall(summary: dict[str, Any], nats: float) -> None:
@@ -199,10 +217,3 @@ _LEFT = {
     "model": "the trained model, for transformers",
     "config.yaml": "the configuration that reproduces it",
 }
-_NEXT = (
-    "flwr run . --stream --run-config \"overrides='train.rounds=5 cut.bottom=2'\"",
-    "graft run lora            # LoRA in all three parts, on the model that the demo left",
-    "graft config demo         # everything that can be set",
-    "graft runs                # what was run, and how it ended",
-    "make deployment-demo      # the same app under a SuperLink and two SuperNodes, with TLS",
-)

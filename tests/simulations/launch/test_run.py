@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shlex
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -67,6 +69,23 @@ def test_demo_says_where_the_results_are(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert tool.demo(lines.append) == tmp_path
     assert any(str(tmp_path) in line for line in lines)
     assert any("5.500 -> 2.500" in line for line in lines)
+
+
+def test_demo_ends_with_three_commands_that_go_on(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folder = tmp_path / "a run"
+    folder.mkdir()
+    _bring(monkeypatch, _outcome(folder, **GOOD))
+    lines: list[str] = []
+    tool.demo(lines.append)
+
+    resume, lora, parity = [shlex.split(line, comments=True) for line in lines[-3:]]
+    assert resume[1:] == ["resume", str(folder), "train.rounds=5"]
+    assert lora[1:] == ["run", "lora", f"model.path={folder}/model"]
+    assert parity[1:] == ["parity", "--model", f"{folder}/model", "--cut", "2,1"]
+    assert {Path(command[0]).name for command in (resume, lora, parity)} == {"graft"}
+    assert shutil.which(resume[0]), "it can be typed as it is"
 
 
 @pytest.mark.parametrize(("last", "words"), [(4.0, "a fall of 2 nats"), (None, "no held-out loss")])
