@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 
 from conf.load import load_config
-from flower_app.client.ends import Place
+from flower_app.client.place import Place
 from flower_app.client.plan import Plan
 from flower_app.data.client import Batch
 from flower_app.data.text import Example
