@@ -78,9 +78,11 @@ def resume_run(
     Outcome
         A completed run. Any other end raises a RuntimeError.
     """
-    from flower_app.runs.resume import look_up  # with torch
+    from flower_app.check import check_names  # with torch
+    from flower_app.runs.resume import look_up
 
     point = look_up(run, overrides)
+    check_names(point.config)
     federation = _federation(point.config, clients or len(point.clients))
     say(
         f"starting Flower and its simulated clients to go on with {point.run} after round "
