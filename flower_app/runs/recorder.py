@@ -6,6 +6,7 @@ its root logger drops everything below a warning.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -33,6 +34,8 @@ from flower_app.runs.sinks import console, journal
 from flower_app.runs.sinks.registry import ALWAYS, Guarded, Run, Sink
 from flower_app.runs.summary import summarize
 from strategies.events import Event, RoundDone
+
+logger = logging.getLogger(__name__)
 
 
 class Recorder:
@@ -164,7 +167,7 @@ class Recorder:
         try:
             self._close(summary)
         except OSError as problem:  # what ended the run is what must be told
-            self.say(f"WARNING: {self.folder} cannot be written: {problem.strerror or problem}")
+            logger.warning("%s cannot be written: %s", self.folder, problem.strerror or problem)
         self._tell_end(summary)
         return summary
 
@@ -217,9 +220,10 @@ class Recorder:
         try:
             plot_loss(self.folder)
         except OSError as error:
-            self.say(
-                f"WARNING: loss.png cannot be written: {error.strerror or error}; "
-                f"`graft plot {self.folder.name}` draws it again"
+            logger.warning(
+                "loss.png cannot be written: %s; `graft plot %s` draws it again",
+                error.strerror or error,
+                self.folder.name,
             )
 
     def _tell_end(self, summary: dict[str, Any]) -> None:

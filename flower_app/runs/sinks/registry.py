@@ -6,6 +6,7 @@ from several threads: whatever takes long there, the client whose step it is wai
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,8 @@ from typing import Any, Protocol
 from conf import registry
 from conf.schema import Config
 from strategies.events import Event
+
+logger = logging.getLogger(__name__)
 
 ALWAYS = ("journal", "console")
 """Told without being named."""
@@ -86,8 +89,11 @@ class Guarded:
             call()
         except Exception as error:  # noqa: BLE001 (whatever a tracker's library may raise)
             self._sink = None
-            self._run.say(
-                f"WARNING: the sink {self._name} of tracking.sinks failed and is told nothing "
-                f"more: {type(error).__name__}: {error}. The run goes on, and all of it is in "
-                f"{self._run.folder}"
+            logger.warning(
+                "the sink %s of tracking.sinks failed and is told nothing more: %s: %s. The run "
+                "goes on, and all of it is in %s",
+                self._name,
+                type(error).__name__,
+                error,
+                self._run.folder,
             )

@@ -104,7 +104,11 @@ def test_a_sink_that_nobody_offers_is_refused_with_the_nearest(config: Config) -
     ],
 )
 def test_a_sink_that_fails_is_dropped_and_the_run_goes_on(
-    broken: str | None, told: str, config: Config, tmp_path: Path
+    broken: str | None,
+    told: str,
+    config: Config,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     text = "import a_tracker_that_is_not_installed\n" + TOY
     if broken:
@@ -113,7 +117,7 @@ def test_a_sink_that_fails_is_dropped_and_the_run_goes_on(
 
     folder, lines = run(config)
 
-    (warning,) = [line for line in lines if "WARNING" in line]
+    (warning,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
     assert "the sink toy-file of tracking.sinks failed and is told nothing more: " in warning
     toy = folder / "toy.txt"
     assert (toy.read_text() if toy.exists() else "") == told
