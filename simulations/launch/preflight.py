@@ -9,7 +9,7 @@ from conf.load import load_config
 from conf.rules import ConfigError, split_address
 from conf.schema import Config, DataConfig, FederationConfig, LinkConfig, ModelConfig, RuntimeConfig
 from flower_app.runs.folders import make_parent, runs_folder
-from simulations.launch.machine import MEBIBYTE, check_machine, is_free, look_at_machine
+from simulations.launch.machine import MEBIBYTE, is_free
 
 FLOWERS_CLIENTS = 2
 """SuperNodes that Flower simulates if nobody says how many."""
@@ -51,15 +51,16 @@ def check_config(config: Config, clients: int = 0) -> Config:
     make_parent(runs_folder(config.output.folder))
     if config.link.transport == "stream":
         _check_link(config.link)
-    check_machine(look_at_machine())
     return _check_contents(config, count)
 
 
 def _check_contents(config: Config, clients: int) -> Config:
     """Check what it takes torch to read: not for a misspelt key."""
     from flower_app.build import resolve_model
+    from flower_app.check import check_names
     from models import Cut
 
+    check_names(config)
     _check_exists("model.path", config.model.path)
     _check_exists("model.tokenizer", config.model.tokenizer)
     config = resolve_model(config)
