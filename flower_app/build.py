@@ -33,8 +33,8 @@ from models import (
     split,
     tune,
 )
-from models.adapters import RESIDUAL
 from models.load import outline_client
+from models.residuals import RESIDUAL
 from models.whole import make_config, parse_dtype, read_config
 from strategies.records import Form
 
