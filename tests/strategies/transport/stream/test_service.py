@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import threading
 import time
 from dataclasses import dataclass, field, replace
@@ -346,15 +347,26 @@ def test_tls_with_a_certificate_made_for_the_run() -> None:
             )
 
 
-@pytest.mark.parametrize(("bind", "secure"), [("127.0.0.1:0", False), ("0.0.0.0:0", True)])
-def test_tls_is_on_outside_loopback(bind: str, secure: bool) -> None:
-    with served(open_engine(), bind=bind) as service:
+@pytest.mark.parametrize(("advertise", "secure"), [("", False), ("trunk.example.org:9", True)])
+def test_tls_is_on_outside_loopback(advertise: str, secure: bool) -> None:
+    with served(open_engine(), bind=f"127.0.0.1:{free_port()}", advertise=advertise) as service:
         assert bool(service.certificate) is secure
 
 
 def test_a_taken_port_is_said() -> None:
-    with served(open_engine()) as service, pytest.raises(ValueError, match="Choose a free port"):
+    with served(open_engine()) as service, pytest.raises(ValueError) as caught:
         TrunkService(open_engine(), LinkConfig(bind=service.address))
+
+    port = service.address.rpartition(":")[2]
+    assert f"link.bind={service.address}: port {port} is taken" in str(caught.value)
+    assert "Choose a free port" in str(caught.value)
+    assert "Failed" not in str(caught.value)  # gRPC's words
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def test_ports_are_reported_and_steps_counted_once() -> None:
