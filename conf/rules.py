@@ -76,6 +76,10 @@ SEED = Rule("a whole number in [0, 2**32)", lambda value: 0 <= value < 2**32)
 CONTEXT = Rule("a whole number, 2 or more (nothing is predicted in one token)", lambda v: v >= 2)
 NOT_EMPTY = Rule("text that is not empty", lambda value: value != "")
 BETAS = Rule("two numbers in [0, 1)", lambda value: all(0 <= beta < 1 for beta in value))
+NAME = Rule(
+    "a name of lowercase letters, digits, - and _",
+    lambda value: re.fullmatch(r"[a-z0-9][a-z0-9_-]*", value) is not None,
+)
 NAMES = Rule("a list of names", lambda value: all(value))
 DEVICE = Rule(
     "a torch device such as cpu, cuda or cuda:0",

@@ -19,6 +19,7 @@ from flower_app.client import streamed as training
 from flower_app.data.client import ClientData, load_client_data
 from flower_app.data.text import load_tokenizer
 from models import Part, fold_residuals, load_client_state
+from strategies.engine.policies.registry import find_policy
 from strategies.records import ARRAYS, CONFIG, FRAMES, KEY_LOST, TICKET, from_arrays
 from strategies.transport import tickets
 from strategies.transport.link import GrpcLink
@@ -219,7 +220,7 @@ def _with_own_cut(config: Config, node: Mapping[str, Any]) -> Config:
 def _check_shared_blocks(config: Config, end: str, count: int) -> None:
     """Refuse an end with blocks that others have in the trunk, unless they learn there alike."""
     said = f"cut-{end}={count} in this node's config, while the run has cut.{end}"
-    if config.train.strategy != "splitfed-v1":
+    if not find_policy(config.train.strategy).replicates:
         raise ValueError(
             f"{said}={getattr(config.cut, end)}: under train.strategy={config.train.strategy} "
             "all clients share one trunk and one cut; use train.strategy=splitfed-v1, or take "

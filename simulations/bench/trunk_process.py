@@ -20,6 +20,7 @@ from conf.schema import LinkConfig, TrainConfig
 from models import Cut, split
 from models.tiny import tiny_config
 from simulations.bench.memory import peak_bytes
+from simulations.equality.fold import fold
 from strategies.engine.engine import TrunkEngine
 from strategies.engine.session import Session
 from strategies.optim import trainable
@@ -179,7 +180,7 @@ class _Server:
 
     def close_round(self, weights: dict[str, float]) -> None:
         self.service.end_round()
-        self.engine.close_round(weights)
+        fold(self.engine, weights)
 
     def state(self) -> State:
         memory = psutil.Process().memory_full_info()

@@ -29,7 +29,9 @@ def check_run(experiment: str, overrides: str = "") -> Config:
 
     from flower_app.build import resolve_model  # with torch, so not for a misspelt key
     from models import Cut
+    from strategies.engine.policies.registry import find_policy
 
+    find_policy(config.train.strategy)
     config = resolve_model(config)
     blocks = _count_blocks(config.model)
     if blocks is not None:

@@ -122,9 +122,11 @@ def _run(
 
 def _federation(config: Config, clients: int) -> str:
     """Value of `--federation-config`: how many clients, and all at once if the run needs that."""
+    from strategies.engine.policies.registry import find_policy  # with torch, which takes a while
+
     count = f"num-supernodes={clients}" if clients else ""
-    together = config.train.strategy == "merged" or config.train.turns == "ordered"
-    if not together or config.link.transport != "stream":
+    policy = find_policy(config.train.strategy)
+    if not policy.needs_all_at_once(config.train) or config.link.transport != "stream":
         return count
     at_once = f"client-resources-num-cpus=1 init-args-num-cpus={clients or FLOWERS_CLIENTS}"
     return f"{count} {at_once}".strip()

@@ -16,10 +16,10 @@ from transformers import PreTrainedModel
 from conf.schema import TrainConfig
 from flower_app.client import streamed as training
 from models import Cut, Part, client_state, load_client_state, split
+from simulations.equality.fold import fold
 from simulations.equality.reference import Steps, centralised_round, fed_avg_round, plain_optimizer
 from strategies.aggregate.means import weighted_mean
 from strategies.engine.engine import TrunkEngine
-from strategies.engine.policies.merged import Merged
 from strategies.transport.link import LocalLink
 
 Cohort = Sequence[Steps]
@@ -97,7 +97,7 @@ class Federation:
         trunk = self._parts.trunk
         self._engine = TrunkEngine(trunk, hidden_size=trunk.hidden_size, train=train)
         self._ends = [_ends(model, cut) for _ in range(clients)]
-        if isinstance(self._engine.policy, Merged) and train.sync == "step":
+        if train.sync == "step":
             self._engine.policy.start_ends(self._state())
 
     def round(self, cohort: Cohort, number: int) -> None:
@@ -111,7 +111,7 @@ class Federation:
                 LocalLink(engine.open(str(client), client=f"client-{client}", steps=len(steps)))
             )
         tokens = self._run(cohort, links, number)
-        engine.close_round({str(client): count for client, count in enumerate(tokens)})
+        fold(engine, {str(client): count for client, count in enumerate(tokens)})
         mean = weighted_mean([client_state(*ends) for ends in self._ends], tokens)
         load_client_state(self._parts.bottom, self._parts.top, mean)
 

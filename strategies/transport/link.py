@@ -12,7 +12,9 @@ import grpc
 from torch import Tensor
 
 from conf.schema import LinkConfig
-from strategies.engine.session import Session, StepResult
+from strategies.deadlines import repeat
+from strategies.engine.lane import StepResult
+from strategies.engine.session import Session
 from strategies.errors import TrunkError
 from strategies.transport import trunk_pb2 as pb
 from strategies.transport.codec.tensors import (
@@ -31,9 +33,6 @@ from strategies.transport.tickets import Ticket
 
 FIRST_CONNECTION_SECONDS = 30.0
 """For a session's first stream, which may need the trunk to be copied."""
-
-REPEAT_SHARE = 1 / 8
-"""Of `link.timeout`: after how long without an answer a question is asked again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,8 +61,6 @@ class Link(Protocol):
         self, step: int, micro: int, grad_BTD: Tensor, *, last: bool, tokens: int = 0
     ) -> tuple[Tensor, float]: ...
 
-    def get_gradients(self, step: int, micro: int) -> tuple[Tensor, float]: ...
-
     def apply(
         self, step: int, counters: StepCounters, gradients: Mapping[str, Tensor] | None = None
     ) -> None: ...
@@ -83,7 +80,6 @@ class LocalLink:
         self.trunk_seconds = 0.0
         self.compute = session.compute
         self.backward = session.backward
-        self.get_gradients = session.get_gradients
 
     def apply(
         self, step: int, counters: StepCounters, gradients: Mapping[str, Tensor] | None = None
@@ -199,7 +195,7 @@ class GrpcLink:
         return self._expect(reply.gradient, "gradient", grad_BTD), reply.square_norm
 
     def get_gradients(self, step: int, micro: int) -> tuple[Tensor, float]:
-        """Fetch the result of a `backward` again; see `Session.get_gradients`."""
+        """Fetch the result of a `backward` again; `TrunkError` if the trunk keeps none."""
         self._send(self._question(step, micro))
         reply = self._answer()
         return decode(reply.gradient, "gradient"), reply.square_norm
@@ -271,7 +267,7 @@ class GrpcLink:
         with self._ending_in_words():
             while (left := deadline - time.monotonic()) > 0:
                 try:
-                    frame = self._receive(min(left, timeout * REPEAT_SHARE))
+                    frame = self._receive(min(left, repeat(timeout)))
                 except TrunkError as error:
                     if error.kind == BROKEN:
                         breaks += 1

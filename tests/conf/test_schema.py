@@ -45,7 +45,7 @@ from conf.schema import (
         (DataConfig, {"overlong": "wrap"}),
         (DataConfig, {"partitioner": "random"}),
         (DataConfig, {"max_examples": -1}),
-        (TrainConfig, {"strategy": "fedavg"}),
+        (TrainConfig, {"strategy": "Fed Avg"}),
         (TrainConfig, {"warmup": 1.0}),
         (TrainConfig, {"batch_size": 0}),
         (TrainConfig, {"accumulate": 0}),

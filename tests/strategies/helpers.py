@@ -14,6 +14,7 @@ from flower_app.client import streamed as training
 from flower_app.data.client import Batch
 from models import Cut, split
 from models.tiny import VOCAB, tiny_config
+from simulations.equality.fold import fold
 from simulations.equality.reference import fed_avg_round, train_whole
 from strategies.engine.engine import TrunkEngine
 from strategies.transport.link import GrpcLink, LocalLink
@@ -123,7 +124,7 @@ def train_split(
     engine.open_round(1, 1, training=True)
     link = LocalLink(engine.open("one", client="client-0", steps=len(steps)))
     outcome = training.train(parts.bottom, parts.top, link, steps, len(steps), train, place())
-    engine.close_round({"one": outcome.tokens})
+    fold(engine, {"one": outcome.tokens})
     return outcome
 
 
