@@ -18,7 +18,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from conf.rules import ConfigError
+from conf.rules import ConfigError, nearest
 from conf.schema import Config
 
 FOLDER = Path(__file__).resolve().parent
@@ -147,7 +147,7 @@ def _find(experiment: str) -> tuple[Path, str]:
     if not path.is_file():
         known = experiments()
         raise ConfigError(
-            f"unknown experiment {experiment!r}{_did_you_mean(experiment, known)}; there are "
+            f"unknown experiment {experiment!r}{nearest(experiment, known)}; there are "
             f"{', '.join(known)}, or give the path of a YAML file"
         )
     return path, experiment
@@ -195,13 +195,8 @@ def _known(key: str, source: str) -> str:
         hint = f"; {section} has {', '.join(inside)}"
     else:
         sections = f"; the sections are {', '.join(_SECTIONS)}"
-        hint = _did_you_mean(key, [*_KINDS, *_SECTIONS]) or sections
+        hint = nearest(key, [*_KINDS, *_SECTIONS]) or sections
     raise ConfigError(f"unknown key {key!r} in {source}{hint}", key=key)
-
-
-def _did_you_mean(word: str, known: Any) -> str:
-    near = difflib.get_close_matches(word, list(known), n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def _items(overrides: str | list[str]) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -38,6 +38,35 @@ class Rule:
 def one_of(*choices: str) -> Rule:
     """Return the rule of an enumeration."""
     return Rule("one of " + ", ".join(choices), lambda value: value in choices, choices)
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """Return a question for the known word that is nearest, to end a refusal with, or nothing."""
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def check_known(key: str, name: str, known: Iterable[str]) -> None:
+    """Refuse a name that its registry does not know, as an enumeration refuses it.
+
+    Parameters
+    ----------
+    key : str
+        The dotted key that holds it.
+    name : str
+        Of a trunk policy, a codec, an aggregator or a sink, which is text for `conf`.
+    known : iterable of str
+        The registry's names.
+
+    Raises
+    ------
+    ConfigError
+        With all names, and the nearest.
+    """
+    known = list(known)
+    if name not in known:
+        words = f"{key} must be one of {', '.join(known)}, got {name!r}"
+        raise ConfigError(words + nearest(name, known), key=key)
 
 
 def setting(default: T, rule: Rule) -> T:
@@ -74,13 +103,14 @@ COUNT = Rule("a whole number, 1 or more", lambda value: value >= 1)
 COUNT_OR_ZERO = Rule("a whole number, 0 or more", lambda value: value >= 0)
 SEED = Rule("a whole number in [0, 2**32)", lambda value: 0 <= value < 2**32)
 CONTEXT = Rule("a whole number, 2 or more (nothing is predicted in one token)", lambda v: v >= 2)
+NAME = Rule(
+    "a name of letters, digits, - and _",
+    lambda value: re.fullmatch(r"[A-Za-z0-9][\w-]*", value, re.ASCII) is not None,
+)
+"""Of what a registry knows, which `conf` does not; `check_known` refuses the others."""
 NOT_EMPTY = Rule("text that is not empty", lambda value: value != "")
 BETAS = Rule("two numbers in [0, 1)", lambda value: all(0 <= beta < 1 for beta in value))
-NAME = Rule(
-    "a name of lowercase letters, digits, - and _",
-    lambda value: re.fullmatch(r"[a-z0-9][a-z0-9_-]*", value) is not None,
-)
-NAMES = Rule("a list of names", lambda value: all(value))
+NAMES = Rule("a list of names", all)
 DEVICE = Rule(
     "a torch device such as cpu, cuda or cuda:0",
     lambda value: re.fullmatch(r"[a-z]+(:\d+)?", value) is not None,
@@ -131,8 +161,7 @@ def checked(value: Any, kind: str, rule: Rule | None, key: str) -> Any:
             f"{key} must be {words}, got {_shown(value)}{_hint(value, kind)}", key=key
         ) from None
     if rule and not rule.holds(result):
-        near = difflib.get_close_matches(str(result), rule.choices, n=1) if rule.choices else []
-        remedy = f"; did you mean {near[0]!r}?" if near else ""
+        remedy = nearest(str(result), rule.choices)
         raise ConfigError(f"{key} must be {words}, got {_shown(value)}{remedy}", key=key)
     return result
 

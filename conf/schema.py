@@ -20,6 +20,7 @@ from conf.sections.lora import LoraSettings
 from conf.sections.model import ModelConfig
 from conf.sections.output import OutputConfig
 from conf.sections.runtime import RuntimeConfig
+from conf.sections.tracking import TrackingConfig
 from conf.sections.train import TrainConfig
 from conf.sections.tuning import TuningConfig
 
@@ -34,6 +35,7 @@ __all__ = [
     "ModelConfig",
     "OutputConfig",
     "RuntimeConfig",
+    "TrackingConfig",
     "TrainConfig",
     "TuningConfig",
 ]
@@ -58,6 +60,7 @@ class Config:
     link: LinkConfig = field(default_factory=LinkConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:
         for item in fields(self):

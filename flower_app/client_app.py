@@ -12,9 +12,10 @@ from flwr.clientapp import ClientApp
 from flower_app.client import messaged as stepwise
 from flower_app.client import streamed as training
 from flower_app.client.messaged import Round, Training
-from flower_app.client.plan import Plan, check_fit
+from flower_app.client.plan import Plan, check_fit, padding_id
 from flower_app.client.site import Site, client_name
 from flower_app.data.client import batches
+from flower_app.logs import mark_lines
 from models import client_state
 from strategies.errors import TrunkError
 from strategies.records import ARRAYS, METRICS, OUTCOME, PROFILE, TICKET, to_arrays
@@ -68,7 +69,7 @@ def _train(site: Site, context: Context) -> RecordDict:
         data.train,
         site.config,
         site.place,
-        pad_id=int(tokenizer.pad_token_id),
+        pad_id=padding_id(bottom, tokenizer),
         sizes=site.batch_sizes,
     )
     if round:
@@ -93,7 +94,7 @@ def _evaluate(site: Site, context: Context) -> RecordDict:
         batches(
             data.heldout,
             site.config.train.batch_size,
-            pad_id=int(tokenizer.pad_token_id),
+            pad_id=padding_id(bottom, tokenizer),
             generator=None,
         )
     )
@@ -112,6 +113,7 @@ def _answer(
     work: Callable[[Site, Context], RecordDict], message: Message, context: Context
 ) -> Message:
     """Reply with what `work` returns, or with the words of the error it met."""
+    mark_lines()
     outcome = Record({"client": client_name(context), "error": ""})
     try:
         content = work(Site(message, context), context)

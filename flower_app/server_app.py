@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from flwr.app import ArrayRecord, Context
@@ -13,16 +14,19 @@ from torch import Tensor
 from conf.load import load_config
 from conf.schema import Config
 from flower_app.build import build_trunk, describe, export_model, resolve_model, set_threads
+from flower_app.check import check_names
 from flower_app.data.text import load_tokenizer
+from flower_app.logs import mark_lines
 from flower_app.runs.keeper import Keeper
 from flower_app.runs.recorder import Recorder
 from flower_app.runs.resume import Point, take_up
 from strategies.deadlines import turn
 from strategies.engine.engine import MAX_GRAPHS, TrunkEngine
-from strategies.engine.policies.registry import find_policy
 from strategies.rounds.splitfed import SplitFed
 from strategies.transport.messages import Lockstep
 from strategies.transport.stream.service import TrunkService
+
+logger = logging.getLogger(__name__)
 
 app = ServerApp()
 
@@ -30,12 +34,14 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run the experiment that the run config names, or go on with the run it says to resume."""
+    mark_lines()
     run, point = context.run_config, None
     if resume := str(run.get("resume", "")):
         point = take_up(resume, str(run["overrides"]))
         config = point.config
     else:
         config = resolve_model(load_config(str(run["experiment"]), str(run["overrides"])))
+    check_names(config)
     recorder = Recorder(config, point=point)
     recorder.start()
     try:
@@ -67,7 +73,6 @@ def run_experiment(
     Path or None
         Folder of the final model; None if `output.save_model` is off.
     """
-    find_policy(config.train.strategy)  # before anything large is loaded
     set_threads(config.runtime.trunk_threads)
     trunk = build_trunk(config)
     link, messages = config.link, config.link.transport == "messages"
@@ -109,7 +114,7 @@ def run_experiment(
 
 def _load(strategy: SplitFed, point: Point, recorder: Recorder) -> None:
     for note in point.notes:
-        recorder.say(f"WARNING: {note}")
+        logger.warning("%s", note)
     try:
         strategy.resume(point.number, point.state, point.clients)
     except (KeyError, ValueError) as error:

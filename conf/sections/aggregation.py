@@ -16,7 +16,7 @@ class AggregationConfig(Section):
 
     section: ClassVar[str] = "aggregation"
 
-    lora: str = setting("factors", one_of("factors", "ffa", "exact", "svd"))
+    lora: str = setting("factors", rules.NAME)
     """factors (the mean of A and of B), ffa (A is frozen), exact (the mean of B.A; what the rank
     cannot hold goes into the base weights) or svd (the mean of B.A, cut to the rank)."""
     optimizer: str = setting("fedavg", one_of("fedavg", "fedavgm", "fedadam", "fedyogi"))

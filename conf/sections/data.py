@@ -9,6 +9,9 @@ from conf import rules
 from conf.rules import ConfigError, one_of, setting
 from conf.sections.base import Section
 
+FORMATS = ("auto", "text", "prompt", "messages", "sharegpt", "alpaca")
+_TAKES_PROMPTS, _TAKES_MESSAGES = ("auto", "prompt"), ("auto", "messages", "sharegpt")
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig(Section):
@@ -27,6 +30,9 @@ class DataConfig(Section):
     """hub: the configuration of the data set, if it has several."""
     split: str = setting("train", rules.NOT_EMPTY)
     """hub: the split to read."""
+    format: str = setting("auto", one_of(*FORMATS))
+    """What a row is: text, prompt (with completion), messages, sharegpt (`conversations` of
+    from/value), alpaca (`instruction`, `input`, `output`); auto: what its columns say."""
     text_column: str = setting("text", rules.NOT_EMPTY)
     """Column of plain text; not used with prompts or messages."""
     prompt_column: str = ""
@@ -67,6 +73,7 @@ class DataConfig(Section):
                 f"({self.messages_column!r}) exclude each other: clear one of them",
                 key="data.messages_column",
             )
+        self._check_format()
         if self.source == "builtin" and self.path:
             raise ConfigError(
                 f"data.path ({self.path!r}) is not read with data.source=builtin: set "
@@ -82,3 +89,14 @@ class DataConfig(Section):
                 "values it goes by; or set data.partitioner=iid",
                 key="data.partition_by",
             )
+
+    def _check_format(self) -> None:
+        """Refuse columns that the format does not read."""
+        for name, takes in (("prompt", _TAKES_PROMPTS), ("messages", _TAKES_MESSAGES)):
+            column = getattr(self, f"{name}_column")
+            if column and self.format not in takes:
+                raise ConfigError(
+                    f"data.{name}_column ({column!r}) is not read with data.format={self.format}: "
+                    f"set data.format to {' or '.join(takes)}, or clear the column",
+                    key="data.format",
+                )

@@ -28,8 +28,8 @@ class LinkConfig(Section):
     certificate: str = ""
     """PEM file of the operator's certificate chain (with `key`), not one made for the run."""
     key: str = ""
-    dtype: str = setting("fp32", one_of("fp32", "fp16", "bf16"))
-    """Type of activations and gradients on the wire: fp32, fp16 or bf16."""
+    dtype: str = setting("fp32", rules.NAME)
+    """How activations and gradients are written on the wire: fp32, fp16 or bf16."""
     timeout: float = setting(120.0, rules.POSITIVE)
     """Seconds that a client waits for a reply, and the trunk for a client's next frame."""
     max_frame_mb: float = setting(64.0, rules.POSITIVE)

@@ -18,8 +18,8 @@ class TrainConfig(Section):
 
     strategy: str = setting("splitfed-v1", rules.NAME)
     """splitfed-v1 (a trunk replica per client, averaged), splitfed-v2 (one trunk, in turns) or
-    merged (one trunk, all clients' micro-batches as one batch), or another of the folder
-    strategies/engine/policies."""
+    merged (one trunk, all clients' micro-batches as one batch), or what strategies/engine/policies
+    holds besides."""
     sync: str = setting("round", one_of("round", "step"))
     """When clients' ends are averaged: round, or (merged only) step: all ends take one common step,
     as in centralised training."""

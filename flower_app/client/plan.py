@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from conf.schema import Config
 from flower_app.client.ends import Place
@@ -78,6 +79,15 @@ class Plan:
                     pad_id=self._pad_id,
                 )
             )
+
+
+def padding_id(bottom: Part, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return what fills a batch: 0 if the model does not embed the tokenizer's own padding token.
+
+    Padding is masked by length, so any token will do that torch can look up.
+    """
+    own = int(tokenizer.pad_token_id)
+    return own if own < bottom.config.get_text_config(decoder=True).vocab_size else 0
 
 
 def check_fit(bottom: Part, examples: Sequence[Example], context: int) -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+logger = logging.getLogger(__name__)
 
 
 class Journal:
@@ -20,7 +23,7 @@ class Journal:
     path : Path
         The file; made if it is not there.
     say : callable
-        Takes a line for the console: once when writing fails, once when it is made up for.
+        Takes a line for the console when a write that failed is made up for.
     """
 
     def __init__(self, path: Path, say: Callable[[str], None]) -> None:
@@ -37,9 +40,11 @@ class Journal:
             self._pay()
         except OSError as error:
             if first:
-                self._say(
-                    f"WARNING: {self._path} cannot be written: {error.strerror or error}. The run "
-                    "goes on and keeps the lines in memory; free space, and they are written"
+                logger.warning(
+                    "%s cannot be written: %s. The run goes on and keeps the lines in memory; free "
+                    "space, and they are written",
+                    self._path,
+                    error.strerror or error,
                 )
         else:
             if not first:

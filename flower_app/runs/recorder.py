@@ -7,6 +7,7 @@ its root logger drops everything below a warning.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import threading
 import time
@@ -33,6 +34,8 @@ from flower_app.runs.lines import finished_line, perplexity, round_line, step_li
 from flower_app.runs.plots import plot_loss
 from flower_app.runs.resume import Point
 from strategies.events import Event, StepDone, Turnout
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["Recorder", "find_last_run"]
 
@@ -332,7 +335,7 @@ class Recorder:
         try:
             self._close(summary)
         except OSError as problem:  # what ended the run is what must be told
-            self.say(f"WARNING: {self.folder} cannot be written: {problem.strerror or problem}")
+            logger.warning("%s cannot be written: %s", self.folder, problem.strerror or problem)
         self.say(f"failed: {text}")
         self.say(f"run folder: {self.folder}")
         return summary
@@ -388,9 +391,10 @@ class Recorder:
         try:
             plot_loss(self.folder)
         except OSError as error:
-            self.say(
-                f"WARNING: loss.png cannot be written: {error.strerror or error}; "
-                f"`graft plot {self.folder.name}` draws it again"
+            logger.warning(
+                "loss.png cannot be written: %s; `graft plot %s` draws it again",
+                error.strerror or error,
+                self.folder.name,
             )
 
 

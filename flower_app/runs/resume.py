@@ -16,7 +16,7 @@ from flower_app.runs import checkpoint
 from flower_app.runs.checkpoint import Checkpoint, Damaged
 from flower_app.runs.folders import CHECKPOINTS, FINISHED, RunLock, find_run, folders
 
-FREE = ("link", "runtime", "output", "federation")
+FREE = ("link", "runtime", "output", "federation", "tracking")
 """Sections that do not say what is computed, or whose change is the operator's to answer for."""
 FIXED = ("link.dtype", "link.transport", "output.folder")
 """What of them stays as it was."""

@@ -57,31 +57,13 @@ def bench_load(
     torch.set_num_threads(1)
     keys = [f"client-{number}" for number in range(sessions)]
     with trunk_process(train, link, sizes) as trunk:
-        first = trunk.state()
-        # gRPC, TLS and torch load what they need at the first session, which is not a session's.
-        _train(trunk, ["warm-up"], 1, 2, hidden, link, 1)
-        before = trunk.state()
-        crowd = _train(trunk, keys, 2, 2, hidden, link, steps)
-        after = trunk.state()
-        again = _train(trunk, keys, 3, 3, hidden, link, steps)
-        end = trunk.state()
-        alive = trunk.alive()
-        weights = trunk.trainable_bytes()
+        moments, crowds = _watch(trunk, keys, hidden, link, steps)
+        alive, weights = trunk.alive(), trunk.trainable_bytes()
         seconds = trunk.stop()
         code = trunk.exit_code
+    crowd, again = crowds
     errors = crowd.errors + again.errors
-    left = [
-        state for crowd in (crowd, again) for state in (crowd.left.sessions, crowd.left.in_flight)
-    ]
-    moments = {
-        "started": first,
-        "before": before,
-        "all sessions open": crowd.full,
-        "all have left": crowd.left,
-        "after": after,
-        "all open again": again.full,
-        "after again": end,
-    }
+    left = [count for each in crowds for count in (each.left.sessions, each.left.in_flight)]
     return {
         "benchmark": "load",
         "strategy": strategy,
@@ -92,7 +74,7 @@ def bench_load(
         "first_errors": errors[:3],
         "steps_per_second": round(sessions * steps / crowd.seconds, 1),
         **{name: _row(state) for name, state in moments.items()},
-        "session_mib": round((crowd.full.own - before.own) / sessions, 3),
+        "session_mib": round((crowd.full.own - moments["before"].own) / sessions, 3),
         "replica_mib": round(weights / _MIB, 3),
         "replica_with_moments_mib": round(3 * weights / _MIB, 3),
         "stop_seconds": round(seconds, 2),
@@ -100,6 +82,29 @@ def bench_load(
         "sessions_alive": alive,
         "clean": not (errors or any(left) or alive or code),
     }
+
+
+def _watch(
+    trunk: TrunkProcess, keys: list[str], hidden: int, link: LinkConfig, steps: int
+) -> tuple[dict[str, State], tuple[_Crowd, _Crowd]]:
+    """Two rounds of all, and the trunk at each moment of them."""
+    first = trunk.state()
+    # gRPC, TLS and torch load what they need at the first session, which is not a session's.
+    _train(trunk, ["warm-up"], 1, 2, hidden, link, 1)
+    before = trunk.state()
+    crowd = _train(trunk, keys, 2, 2, hidden, link, steps)
+    after = trunk.state()
+    again = _train(trunk, keys, 3, 3, hidden, link, steps)
+    moments = {
+        "started": first,
+        "before": before,
+        "all sessions open": crowd.full,
+        "all have left": crowd.left,
+        "after": after,
+        "all open again": again.full,
+        "after again": trunk.state(),
+    }
+    return moments, (crowd, again)
 
 
 @dataclass

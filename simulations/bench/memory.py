@@ -7,12 +7,13 @@ purpose, of about 200 MB, in several shards.
 from __future__ import annotations
 
 import json
-import resource
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+
+from simulations.launch.peak import peak_bytes
 
 CONFIG = {
     "model_type": "llama",
@@ -78,20 +79,6 @@ def measure(role: str, path: str, bottom: int, top: int) -> dict[str, float]:
         parameter.detach().sum()  # brings the pages in, as a forward does
     peak = peak_bytes() - before
     return {"weights_mb": round(weights / _MIB, 1), "peak_mb": round(peak / _MIB, 1)}
-
-
-def peak_bytes() -> int:
-    """Return the largest resident set of this process so far.
-
-    Linux keeps in `ru_maxrss` the parent's size across an exec, so its own figure is preferred.
-    """
-    status = Path("/proc/self/status")
-    if status.exists():
-        for line in status.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 _MAKE = """

@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from conf.schema import LinkConfig, TrainConfig
 from models import Cut, split
 from models.tiny import tiny_config
-from simulations.bench.memory import peak_bytes
 from simulations.equality.fold import fold
+from simulations.launch.peak import peak_bytes
 from strategies.engine.engine import TrunkEngine
 from strategies.engine.session import Session
 from strategies.optim import trainable

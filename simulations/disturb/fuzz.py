@@ -24,9 +24,9 @@ from typing import Any
 import psutil
 import torch
 
-from simulations.bench.memory import peak_bytes
 from simulations.disturb.inputs import LIMIT, Inputs
 from simulations.disturb.sessions import OFTEN, Sessions, Wrong, check_words
+from simulations.launch.peak import peak_bytes
 from strategies.errors import TrunkError
 from strategies.transport import trunk_pb2 as pb
 from strategies.transport.codec.tensors import WIRE_DTYPES, decode

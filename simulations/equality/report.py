@@ -18,7 +18,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from simulations.equality.claims import CLAIMS, Claim, NotTriedError, Subject, checkpoint, tiny
+from simulations.equality.claims import CLAIMS, Claim, NotTriedError
+from simulations.equality.subjects import Subject, checkpoint, tiny
 
 TELLING = 20
 """A difference says something if training moved the weights by so many tolerances, at least."""

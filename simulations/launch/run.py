@@ -10,7 +10,8 @@ from typing import Any
 from conf.schema import Config
 from simulations.launch.console import Console
 from simulations.launch.local_flower import Outcome, local_superlink
-from simulations.launch.preflight import check_run
+from simulations.launch.machine import look_at_machine
+from simulations.launch.preflight import FLOWERS_CLIENTS, check_config, check_run
 
 FALL_NATS = 2.0
 """By how much the held-out loss of the demo must fall."""
@@ -45,7 +46,8 @@ def run_experiment(
     Outcome
         A completed run. Any other end raises a RuntimeError.
     """
-    federation = _federation(check_run(experiment, overrides), clients)
+    config = check_run(experiment, overrides, clients)
+    federation = _federation(config, clients, look_at_machine().cpus)
     say(f"starting Flower and its simulated clients for experiment '{experiment}' ...")
     return _run(experiment, overrides, "", federation, say, verbose)
 
@@ -81,7 +83,8 @@ def resume_run(
     from flower_app.runs.resume import look_up  # with torch
 
     point = look_up(run, overrides)
-    federation = _federation(point.config, clients or len(point.clients))
+    count = clients or len(point.clients)
+    federation = _federation(check_config(point.config, count), count, look_at_machine().cpus)
     say(
         f"starting Flower and its simulated clients to go on with {point.run} after round "
         f"{point.number} of {point.config.train.rounds} ..."
@@ -120,16 +123,17 @@ def _run(
     return outcome
 
 
-def _federation(config: Config, clients: int) -> str:
+def _federation(config: Config, clients: int, cpus: int) -> str:
     """Value of `--federation-config`: how many clients, and all at once if the run needs that."""
     from strategies.engine.policies.registry import find_policy  # with torch, which takes a while
 
     count = f"num-supernodes={clients}" if clients else ""
-    policy = find_policy(config.train.strategy)
-    if not policy.needs_all_at_once(config.train) or config.link.transport != "stream":
-        return count
-    at_once = f"client-resources-num-cpus=1 init-args-num-cpus={clients or FLOWERS_CLIENTS}"
-    return f"{count} {at_once}".strip()
+    together = find_policy(config.train.strategy).needs_all_at_once(config.train)
+    if together and config.link.transport == "stream":
+        how = f"client-resources-num-cpus=1 init-args-num-cpus={clients or FLOWERS_CLIENTS}"
+    else:  # Flower gives a client two CPUs, and ends a run where there is one
+        how = "" if cpus > 1 else "client-resources-num-cpus=1 init-args-num-cpus=1"
+    return f"{count} {how}".strip()
 
 
 def demo(say: Callable[[str], None] = print, verbose: bool = False) -> Path:
@@ -189,9 +193,6 @@ def check_fall(summary: dict[str, Any], nats: float) -> None:
             f"a fall of {nats:g} nats was expected"
         )
 
-
-FLOWERS_CLIENTS = 2
-"""SuperNodes that Flower simulates if nobody says how many."""
 
 _LEFT = {
     "summary.json": "how it ended, in numbers",

@@ -56,7 +56,7 @@ class TrunkEngine:
 
     Raises
     ------
-    ValueError
+    ConfigError
         If no policy has the name that `train.strategy` gives.
 
     Notes

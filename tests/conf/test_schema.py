@@ -11,6 +11,7 @@ import pytest
 from conf.load import FOLDER, load_config
 from conf.rules import ConfigError, split_address
 from conf.schema import (
+    AggregationConfig,
     Config,
     CutConfig,
     DataConfig,
@@ -43,9 +44,10 @@ from conf.schema import (
         (DataConfig, {"heldout": -0.1}),
         (DataConfig, {"alpha": 0}),
         (DataConfig, {"overlong": "wrap"}),
+        (DataConfig, {"format": "chatml"}),
         (DataConfig, {"partitioner": "random"}),
         (DataConfig, {"max_examples": -1}),
-        (TrainConfig, {"strategy": "Fed Avg"}),
+        (TrainConfig, {"strategy": "fed avg"}),
         (TrainConfig, {"warmup": 1.0}),
         (TrainConfig, {"batch_size": 0}),
         (TrainConfig, {"accumulate": 0}),
@@ -62,7 +64,8 @@ from conf.schema import (
         (LinkConfig, {"bind": ":9393"}),
         (LinkConfig, {"advertise": "trunk.example.org:0"}),
         (LinkConfig, {"tls": "maybe"}),
-        (LinkConfig, {"dtype": "int8"}),
+        (LinkConfig, {"dtype": "int/8"}),
+        (AggregationConfig, {"lora": ""}),
         (LinkConfig, {"timeout": float("inf")}),
         (RuntimeConfig, {"client_threads": -1}),
         (RuntimeConfig, {"trunk_device": "GPU 1"}),
@@ -91,6 +94,16 @@ def test_a_value_out_of_range_is_refused_with_its_key(section: Any, values: dict
             DataConfig,
             {"prompt_column": "q", "completion_column": "a", "messages_column": "m"},
             "exclude each other",
+        ),
+        (
+            DataConfig,
+            {"format": "alpaca", "messages_column": "m", "source": "files"},
+            "data.messages_column .'m'. is not read with data.format=alpaca",
+        ),
+        (
+            DataConfig,
+            {"format": "text", "prompt_column": "q", "completion_column": "a"},
+            "set data.format to auto or prompt, or clear",
         ),
         (DataConfig, {"path": "x.txt"}, r"set data\.source=files"),
         (DataConfig, {"source": "hub"}, r"needs data\.path"),

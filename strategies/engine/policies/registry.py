@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from strategies.discover import chosen, kinds
+from conf.registry import kinds
+from conf.rules import check_known
 from strategies.engine.policy import Policy
 
 
@@ -12,5 +13,7 @@ def policies() -> dict[str, type[Policy]]:
 
 
 def find_policy(name: str) -> type[Policy]:
-    """The policy of a name; `ValueError` with the nearest one if there is none."""
-    return chosen(policies(), name, "train.strategy")
+    """The policy of a name; `ConfigError` with the nearest one if there is none."""
+    found = policies()
+    check_known("train.strategy", name, found)
+    return found[name]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import torch
+from transformers import LlamaConfig
 
 from conf.load import load_config
 from flower_app.client.ends import Place
-from flower_app.client.plan import Plan
+from flower_app.client.plan import Plan, padding_id
 from flower_app.data.client import Batch
 from flower_app.data.text import Example
 
@@ -53,3 +55,11 @@ def test_drawn_sizes_take_every_example_once_in_micro_batches() -> None:
     assert [len(batch.input_ids) for batch in drawn[0]] == [4, 2]
     assert drawn[1] == []
     assert [seen(drawn[step]) for step in range(3)] == steps
+
+
+def test_a_padding_token_that_the_model_does_not_embed_is_replaced() -> None:
+    bottom = SimpleNamespace(config=LlamaConfig(vocab_size=257))
+
+    found = [padding_id(bottom, SimpleNamespace(pad_token_id=own)) for own in (7, 256, 257)]
+
+    assert found == [7, 256, 0]

@@ -1,22 +1,69 @@
-"""The `graft` command: quick help, errors in one line, tables that survive a pipe."""
+"""The `graft` command: quick help, how each command ends, and what another file adds to it."""
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import click
 import pytest
+import typer
 from typer.testing import CliRunner, Result
 
-from conf.schema import Config
-from flower_app.runs.recorder import Recorder
-from simulations.cli.app import app
+import simulations.cli
+from simulations.cli.app import app, build
+
+Graft = Callable[..., Result]
+
+TOY = """
+import typer
+
+commands = typer.Typer()
+
+@commands.command(rich_help_panel="Look")
+def toy(how: str, size: int = 1) -> None:
+    \"\"\"End in one way or another.\"\"\"
+    ends = {
+        "well": typer.Exit(0),
+        "badly": typer.Exit(3),
+        "user": ValueError("a value that is wrong"),
+        "machine": OSError("a file that is not there"),
+        "run": RuntimeError("a run that did not complete"),
+        "stopped": KeyboardInterrupt(),
+        "unheard": BrokenPipeError(32, "Broken pipe"),
+        "refused": typer.Abort(),
+    }
+    if how != "on":
+        raise ends[how]
+    typer.echo(f"toy of {size}")
+"""
 
 
 def _graft(*arguments: str) -> Result:
     return CliRunner().invoke(app, list(arguments))
+
+
+@pytest.fixture
+def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Graft:
+    """`graft` with one more file in its folder."""
+    (tmp_path / "toy.py").write_text(TOY)
+    monkeypatch.setattr(simulations.cli, "__path__", [*simulations.cli.__path__, str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "simulations.cli.toy", raising=False)
+    graft = build()
+    return lambda *arguments: CliRunner().invoke(graft, list(arguments))
+
+
+def _commands() -> list[list[str]]:
+    """Every command, those of groups too."""
+    root = typer.main.get_command(app)
+    assert isinstance(root, click.Group)
+    found = []
+    for name, command in root.commands.items():
+        inner = command.commands if isinstance(command, click.Group) else {}
+        found += [[name], *([name, each] for each in inner)]
+    return found
 
 
 def test_help_names_every_tool_and_imports_nothing_heavy() -> None:
@@ -30,6 +77,68 @@ def test_help_names_every_tool_and_imports_nothing_heavy() -> None:
     assert done.returncode == 0, done.stderr
     for command in ("demo", "run", "deployment-demo", "parity", "bench", "config", "runs", "plot"):
         assert f" {command} " in done.stdout
+    panels = [done.stdout.index(f"─ {panel} ─") for panel in ("Run", "Look", "Check and measure")]
+    assert panels == sorted(panels)
+
+
+@pytest.mark.parametrize("command", _commands(), ids=" ".join)
+def test_help_ends_well_and_an_unknown_option_in_code_2(command: list[str]) -> None:
+    helped, odd = _graft(*command, "--help"), _graft(*command, "--no-such-option")
+
+    assert (helped.exit_code, helped.stderr) == (0, "")
+    assert " ".join(command) in helped.stdout
+    assert (odd.exit_code, odd.stdout) == (2, "")
+    assert "--no-such-option" in odd.stderr
+    assert "error: 2" not in odd.stderr
+
+
+@pytest.mark.parametrize("command", ["run", "resume", "plot"])
+def test_a_missing_argument_is_named(command: str) -> None:
+    result = _graft(command)
+
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "Missing argument" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("how", "code", "stderr"),
+    [
+        ("on", 0, ""),
+        ("well", 0, ""),
+        ("badly", 3, ""),
+        ("user", 2, "error: a value that is wrong\n"),
+        ("machine", 2, "error: a file that is not there\n"),
+        ("run", 1, "error: a run that did not complete\n"),
+        ("stopped", 130, ""),
+        ("unheard", 1, ""),
+    ],
+)
+def test_every_end_has_its_code_and_its_words(toy: Graft, how: str, code: int, stderr: str) -> None:
+    result = toy("toy", how)
+
+    assert (result.exit_code, result.stderr) == (code, stderr)
+
+
+def test_abort_is_no_error_of_a_command(toy: Graft) -> None:
+    assert toy("toy", "refused").exit_code == 1
+    assert "error:" not in toy("toy", "refused").stderr
+
+
+def test_a_new_command_is_one_file(toy: Graft) -> None:
+    assert toy("toy", "on", "--size", "3").stdout == "toy of 3\n"
+    assert " toy " in toy("--help").stdout
+
+
+def test_a_reader_that_leaves_early_is_no_error() -> None:
+    code = "from simulations.cli.app import app; app(['config', 'demo'])"
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as graft:
+        assert graft.stdout is not None
+        assert graft.stderr is not None
+        graft.stdout.close()  # before a line is written, as `| head -0` does
+        assert graft.stderr.read() == b""
+        assert graft.wait() == 1
 
 
 @pytest.mark.parametrize(
@@ -41,6 +150,7 @@ def test_help_names_every_tool_and_imports_nothing_heavy() -> None:
         (["plot", "no-such-run"], "is not a run"),
         (["parity"], "give either --model PATH_OR_ID or --families"),
         (["parity", "--model", "x", "--cut", "two,1"], "--cut two,1"),
+        (["chaos", "--policy", "none"], "--policy none: there are"),
     ],
 )
 def test_a_mistake_is_one_line_and_code_2(arguments: list[str], words: str) -> None:
@@ -49,47 +159,3 @@ def test_a_mistake_is_one_line_and_code_2(arguments: list[str], words: str) -> N
     assert words in result.output
     assert "Traceback" not in result.output
     assert len(result.output.strip().splitlines()) == 1
-
-
-def test_config_prints_what_a_run_would_use() -> None:
-    result = _graft("config", "demo", "train.lr=0.5", "cut.bottom=2")
-    assert result.exit_code == 0
-    assert "lr: 0.5" in result.output
-    assert "bottom: 2" in result.output
-    assert "demo" in _graft("config").output
-
-
-def test_runs_and_plot_show_what_was_run() -> None:
-    assert "no run has ended" in _graft("runs").output
-    recorder = Recorder(Config(), say=lambda line: None)
-    recorder.round(
-        round=0,
-        train=None,
-        evaluate={"loss": 5.5},
-        asked=["a", "b"],
-        clients=["a", "b"],
-        missing={},
-        tokens=0,
-        bytes_up=1,
-        bytes_down=1,
-        seconds=1.0,
-    )
-    recorder.finish()
-    listed = _graft("runs").output
-    assert recorder.folder.name in listed
-    assert "5.500 -> 5.500" in listed
-    (recorder.folder / "loss.png").unlink()
-    drawn = _graft("plot", recorder.folder.name)
-    assert drawn.exit_code == 0
-    assert Path(drawn.output.strip()) == recorder.folder / "loss.png"
-    assert (recorder.folder / "loss.png").exists()
-    assert json.loads((recorder.folder / "summary.json").read_text())["status"] == "finished"
-
-
-def test_runs_lists_what_was_stopped_as_unfinished() -> None:
-    recorder = Recorder(Config(), say=lambda line: None)
-    ended = Recorder(Config(), say=lambda line: None)
-    ended.finish()
-    rows = {line.split()[0]: line.split()[1] for line in _graft("runs").output.splitlines()}
-    assert rows[recorder.folder.name] == "unfinished"
-    assert rows[ended.folder.name] == "finished"

@@ -13,7 +13,6 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from simulations.cli import app as cli
-from simulations.equality import claims as equivalence_claims
 from simulations.equality import report as equivalence
 from simulations.equality.claims import CLAIMS, Claim, NotTriedError
 from simulations.equality.federation import Gap
@@ -150,7 +149,7 @@ def test_a_large_model_trains_adapters_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     saved(tmp_path, "llama")
-    monkeypatch.setattr(equivalence_claims, "LARGE", 1)
+    monkeypatch.setattr("simulations.equality.subjects.LARGE", 1)
 
     report = run_equivalence(str(tmp_path), claims=chosen("splitfed-v1 ="))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -44,10 +46,13 @@ class _Lane(OwnLane):
 
 
 @pytest.fixture
-def stranger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def stranger(tmp_path: Path) -> Iterator[None]:
     """A folder of somebody else's that the package looks into, too."""
     (tmp_path / "toy_first_half.py").write_text(TOY)
-    monkeypatch.setattr(folder, "__path__", [*folder.__path__, str(tmp_path)])
+    folder.__path__.append(str(tmp_path))
+    yield
+    folder.__path__.remove(str(tmp_path))
+    sys.modules.pop(f"{folder.__name__}.toy_first_half", None)
 
 
 def test_the_policies_that_ship() -> None:
@@ -90,5 +95,5 @@ def test_a_policy_that_nobody_brings_is_refused_before_the_run(name: str, words:
 
 
 def test_what_is_no_name_is_refused_by_the_configuration() -> None:
-    with pytest.raises(ConfigError, match=r"train.strategy must be a name of lowercase"):
+    with pytest.raises(ConfigError, match=r"train.strategy must be a name of letters"):
         load_config("demo", ["train.strategy=Split Fed"])

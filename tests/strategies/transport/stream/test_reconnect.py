@@ -337,7 +337,7 @@ def test_nobody_can_number_connections_backwards() -> None:
 
 def test_many_connections_of_one_client_hold_no_threads() -> None:
     """merged: its first frame waits for the cohort, and it connects again and again."""
-    engine = engine_for(split(tiny_model(), CUT).trunk, TrainConfig(strategy="merged"))
+    engine = engine_for(split(tiny_model(), CUT).trunk, TrainConfig(strategy="merged"), timeout=4.0)
     engine.open_round(1, 1, training=True, cohort=2)
     with served(engine) as service:
         link = connect(service, "greedy", 1)

@@ -1,0 +1,22 @@
+"""Asks the registries for what a configuration names: `conf` knows only the form of these names."""
+
+from __future__ import annotations
+
+from conf.rules import check_known
+from conf.schema import Config
+from strategies.aggregate.state import LORA
+from strategies.engine.policies.registry import find_policy
+from strategies.transport.codec.tensors import WIRE_DTYPES
+
+
+def check_names(config: Config) -> None:
+    """Refuse the name of a policy, codec or aggregator that nobody offers; with the nearest one.
+
+    Raises
+    ------
+    ConfigError
+        At the first such name.
+    """
+    find_policy(config.train.strategy)
+    check_known("link.dtype", config.link.dtype, WIRE_DTYPES)
+    check_known("aggregation.lora", config.aggregation.lora, LORA)

@@ -1,0 +1,98 @@
+"""Commands that measure: what splitting costs and saves, and how well it learns."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from simulations.cli.show import figures, progress
+
+commands = typer.Typer()
+bench = typer.Typer(no_args_is_help=True, help="Measure what splitting costs and saves.")
+commands.add_typer(bench, name="bench", rich_help_panel="Check and measure")
+
+
+@bench.command("load")
+def bench_load(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    sessions: Annotated[int, typer.Option(help="Sessions at once.", min=1)] = 64,
+    steps: Annotated[int, typer.Option(help="Steps of each.", min=1)] = 5,
+    strategy: Annotated[str, typer.Option(help="As train.strategy.")] = "splitfed-v1",
+) -> None:
+    """Train over many sessions at once on one trunk: errors, memory, and what is left."""
+    from simulations.bench.load import bench_load as measure
+
+    result = measure(sessions, steps, strategy)
+    figures(result, as_json)
+    if not result["clean"]:
+        raise typer.Exit(1)
+
+
+@bench.command("soak")
+def bench_soak(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    steps: Annotated[int, typer.Option(help="Steps in all.", min=1)] = 2000,
+    strategy: Annotated[str, typer.Option(help="As train.strategy.")] = "splitfed-v1",
+) -> None:
+    """Train for long over a stream that breaks: does memory stay flat?"""
+    from simulations.bench.soak import bench_soak as measure
+
+    result = measure(steps, strategy, say=progress)
+    figures(result, as_json)
+    if not (result["flat"] and result["clean"]):
+        raise typer.Exit(1)
+
+
+@bench.command("step")
+def bench_step(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    steps: Annotated[int, typer.Option(help="Timed steps of each kind.", min=1)] = 40,
+    wire: Annotated[str, typer.Option(help="Type on the wire: fp32, fp16 or bf16.")] = "fp32",
+) -> None:
+    """Compare a split training step, over real gRPC, with the unsplit step."""
+    from simulations.bench.step import bench_step as measure
+
+    figures(measure(steps=steps, wire=wire), as_json)
+
+
+@bench.command("memory")
+def bench_memory(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Compare the peak memory of each role with that of the whole model."""
+    from simulations.bench.memory import bench_memory as measure
+
+    figures(measure(), as_json)
+
+
+@bench.command("scale")
+def bench_scale(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    clients: Annotated[int, typer.Option(help="Simulated clients.", min=1)] = 100,
+    fraction: Annotated[float, typer.Option(help="Share of them in a round.")] = 0.1,
+    rounds: Annotated[int, typer.Option(help="Rounds.", min=3)] = 5,
+    steps: Annotated[int, typer.Option(help="Steps of a client in a round.", min=1)] = 2,
+    transport: Annotated[str, typer.Option(help="stream, messages or both.")] = "both",
+) -> None:
+    """Run many simulated clients, few in a round: seconds and memory, round by round."""
+    from simulations.bench.scale import bench_scale as measure
+
+    figures(measure(clients, fraction, rounds, steps, transport, progress), as_json)
+
+
+@commands.command(rich_help_panel="Check and measure")
+def study(
+    quick: Annotated[bool, typer.Option("--quick", help="The same in small, in a minute.")] = False,
+    out: Annotated[str, typer.Option(help="Folder for the results; empty: a new one.")] = "",
+) -> None:
+    """Compare how six ways of training learn: table and plot of held-out loss over tokens."""
+    from flower_app.runs.folders import new_folder, runs_folder
+    from simulations.study.settings import QUICK, Study
+    from simulations.study.study import run_study
+
+    name = "quick" if quick else "full"
+    folder = Path(out) if out else new_folder(runs_folder().parent / "studies", name)
+    run_study(QUICK if quick else Study(), folder, say=typer.echo)
+    typer.echo(f"in {folder.absolute()}")

@@ -1,0 +1,90 @@
+"""Commands that show what there is: configurations, runs, families."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from simulations.cli.show import Overrides, joined, number, table
+
+commands = typer.Typer()
+
+
+@commands.command(rich_help_panel="Look")
+def config(
+    experiment: Annotated[str, typer.Argument(help="A name or a file; empty: list them.")] = "",
+    overrides: Overrides = None,
+) -> None:
+    """Print the configuration that a run would use, or the experiments there are."""
+    from conf.load import experiments, load_config, to_yaml
+
+    if experiment:
+        from flower_app.check import check_names  # with torch
+
+        found = load_config(experiment, joined(overrides))
+        check_names(found)
+        typer.echo(to_yaml(found), nl=False)
+        return
+    typer.echo("experiments (graft config NAME prints one, graft run NAME runs it):")
+    for name in experiments():
+        typer.echo(f"  {name}")
+
+
+@commands.command(rich_help_panel="Look")
+def runs(
+    folder: Annotated[str, typer.Option(help="Parent of the run folders.")] = "",
+) -> None:
+    """List the runs, the newest last; `unfinished` is one that was stopped or is still going."""
+    from flower_app.runs import folders
+
+    rows = [_ended(path.name, summary) for path, summary in folders.read_summaries(folder)]
+    stopped = {path.name: folders.newest_round(path) for path in folders.unfinished_runs(folder)}
+    for name, last in stopped.items():
+        rows.append([name, folders.UNFINISHED, "-" if last is None else last, *"----"])
+    where = folders.runs_folder(folder)
+    if not rows:
+        typer.echo(f"no run has ended under {where}; `graft demo` makes one")
+        return
+    columns = ["run", "status", "rounds", "clients", "held-out loss", "tokens/s", "seconds"]
+    table(columns, sorted(rows, key=lambda row: row[0]))
+    typer.echo(f"under {where}")
+    if resumable := [name for name, last in stopped.items() if last is not None]:
+        run = where / resumable[-1] if folder else resumable[-1]
+        typer.echo(f"unfinished runs with rounds can go on: graft resume {run}")
+
+
+def _ended(name: str, summary: dict[str, Any]) -> list[Any]:
+    return [
+        name,
+        summary["status"],
+        summary["rounds"],
+        summary["clients"],
+        f"{number(summary['eval_loss_first'])} -> {number(summary['eval_loss_last'])}",
+        f"{summary['tokens_per_second']:,.0f}",
+        f"{summary['seconds']:.0f}",
+    ]
+
+
+@commands.command(rich_help_panel="Look")
+def plot(
+    run: Annotated[str, typer.Argument(help="A run folder, or its name as `graft runs` shows it.")],
+) -> None:
+    """Draw the loss of a run again, also of one that was killed."""
+    from flower_app.runs.folders import runs_folder
+    from flower_app.runs.plots import plot_loss
+
+    folder = Path(run) if Path(run).is_dir() else runs_folder() / run
+    if not (folder / "metrics.jsonl").exists():
+        raise ValueError(f"{run} is not a run: there is no {folder / 'metrics.jsonl'}")
+    typer.echo(plot_loss(folder.resolve()))
+
+
+@commands.command(rich_help_panel="Look")
+def families() -> None:
+    """List the model families whose split is tested to be exact."""
+    from models.families import tested_families
+
+    for name in tested_families():
+        typer.echo(name)
