@@ -30,7 +30,7 @@ from flower_app.runs.folders import (
     runs_folder,
 )
 from flower_app.runs.journal import Journal, cut_back, replace_whole
-from flower_app.runs.lines import finished_line, perplexity, round_line, step_line
+from flower_app.runs.lines import adapted_line, finished_line, perplexity, round_line, step_line
 from flower_app.runs.plots import plot_loss
 from flower_app.runs.resume import Point
 from strategies.events import Event, StepDone, Turnout
@@ -76,6 +76,7 @@ class Recorder:
         self._lock = threading.Lock()
         self._rounds: list[dict[str, Any]] = []
         self._resumed: list[int] = []
+        self._adapted: dict[str, float] = {}
         self._point = point
         self._begin(*(("", 0.0) if point is None else (point.started, point.seconds)))
         if point is None:
@@ -104,6 +105,12 @@ class Recorder:
         self._journal.write(
             _dumps({"kind": "resume", "round": point.number, "time": _now().isoformat()})
         )
+
+    def adapted(self, shares: Mapping[str, float]) -> None:
+        """Say which share of each part has an adapter, in [0, 1]; the summary tells it too."""
+        self._adapted = dict(shares)
+        if shares:
+            self.say(adapted_line(shares))
 
     @property
     def started(self) -> str:
@@ -364,6 +371,7 @@ class Recorder:
             "tokens_per_second": round(tokens / seconds, 3) if seconds else 0.0,
             "started": self._started,
             "finished": _now().isoformat(),
+            **({"adapted": self._adapted} if self._adapted else {}),
             **({"resumed": self._resumed} if self._resumed else {}),
             **({"missing": missing} if missing else {}),
             **({"dropped": dropped} if dropped else {}),
