@@ -56,14 +56,18 @@ def test_nothing_outlives_the_program(name: str, tmp_path: Path) -> None:
     )
     assert program.stdout is not None
     mark = program.stdout.readline().strip()
-    assert marked(mark)
+    try:
+        assert marked(mark)
 
-    program.send_signal(getattr(signal, name))
-    program.wait(30)
+        program.send_signal(getattr(signal, name))
+        program.wait(30)
 
-    assert _gone(mark)
-    while (tmp_path / "session").exists():  # the watcher does this last
-        time.sleep(0.05)
+        assert _gone(mark)
+        while (tmp_path / "session").exists():  # the watcher does this last
+            time.sleep(0.05)
+    finally:
+        program.kill()
+        end_marked(mark)
 
 
 def test_nohup_is_obeyed(tmp_path: Path) -> None:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shlex
+import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ from flower_app.runs.checkpoint import Facts, write
 from simulations.launch import run as tool
 from simulations.launch.console import Console
 from simulations.launch.local_flower import COMPLETED, Outcome
+from simulations.launch.machine import Machine
 
 
 class _Flower:
@@ -67,6 +71,23 @@ def test_demo_says_where_the_results_are(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert tool.demo(lines.append) == tmp_path
     assert any(str(tmp_path) in line for line in lines)
     assert any("5.500 -> 2.500" in line for line in lines)
+
+
+def test_demo_ends_with_three_commands_that_go_on(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folder = tmp_path / "a run"
+    folder.mkdir()
+    _bring(monkeypatch, _outcome(folder, **GOOD))
+    lines: list[str] = []
+    tool.demo(lines.append)
+
+    resume, lora, parity = [shlex.split(line, comments=True) for line in lines[-3:]]
+    assert resume[1:] == ["resume", str(folder), "train.rounds=5"]
+    assert lora[1:] == ["run", "lora", f"model.path={folder}/model"]
+    assert parity[1:] == ["parity", "--model", f"{folder}/model", "--cut", "2,1"]
+    assert {Path(command[0]).name for command in (resume, lora, parity)} == {"graft"}
+    assert shutil.which(resume[0]), "it can be typed as it is"
 
 
 @pytest.mark.parametrize(("last", "words"), [(4.0, "a fall of 2 nats"), (None, "no held-out loss")])
@@ -132,6 +153,21 @@ def test_mistake_is_found_before_flower_is_started(
     with pytest.raises(ValueError, match=words):
         tool.run_experiment(experiment, overrides, say=lines.append)
     assert (flower.runs, lines) == (0, [])
+
+
+def test_what_a_machine_lacks_is_said_before_flower_is_started(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    lacking = Machine(cpus=1, temporary=Path("/tmp"), shared_memory=0, disk=0)
+    monkeypatch.setattr(tool, "look_at_machine", lambda: lacking)
+    flower, lines = _bring(monkeypatch, _outcome(tmp_path, **GOOD)), list[str]()
+    with pytest.raises(ConfigError, match="has 0 MB free, and a run needs 512"):
+        tool.run_experiment("demo", say=lines.append)
+    assert (flower.runs, lines) == (0, [])
+
+    monkeypatch.setattr(tool, "look_at_machine", lambda: replace(lacking, disk=2**40))
+    tool.run_experiment("demo", say=lines.append)
+    assert "--shm-size=1g" in lines[0]
 
 
 def test_documents_are_counted_before_flower_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
