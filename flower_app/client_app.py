@@ -15,6 +15,7 @@ from flower_app.client.messaged import Round, Training
 from flower_app.client.plan import Plan, check_fit, padding_id
 from flower_app.client.site import Site, client_name
 from flower_app.data.client import batches
+from flower_app.logs import mark_lines
 from models import client_state
 from strategies.errors import TrunkError
 from strategies.records import ARRAYS, METRICS, OUTCOME, PROFILE, TICKET, to_arrays
@@ -112,6 +113,7 @@ def _answer(
     work: Callable[[Site, Context], RecordDict], message: Message, context: Context
 ) -> Message:
     """Reply with what `work` returns, or with the words of the error it met."""
+    mark_lines()
     outcome = Record({"client": client_name(context), "error": ""})
     try:
         content = work(Site(message, context), context)

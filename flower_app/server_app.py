@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from flwr.app import ArrayRecord, Context
@@ -15,6 +16,7 @@ from conf.schema import Config
 from flower_app.build import build_trunk, describe, export_model, resolve_model, set_threads
 from flower_app.check import check_names
 from flower_app.data.text import load_tokenizer
+from flower_app.logs import mark_lines
 from flower_app.runs.keeper import Keeper
 from flower_app.runs.recorder import Recorder
 from flower_app.runs.resume import Point, take_up
@@ -23,12 +25,15 @@ from strategies.rounds.splitfed import SplitFed
 from strategies.transport.messages import Lockstep
 from strategies.transport.stream.service import TURN_SHARE, TrunkService
 
+logger = logging.getLogger(__name__)
+
 app = ServerApp()
 
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run the experiment that the run config names, or go on with the run it says to resume."""
+    mark_lines()
     run, point = context.run_config, None
     if resume := str(run.get("resume", "")):
         point = take_up(resume, str(run["overrides"]))
@@ -108,7 +113,7 @@ def run_experiment(
 
 def _load(strategy: SplitFed, point: Point, recorder: Recorder) -> None:
     for note in point.notes:
-        recorder.say(f"WARNING: {note}")
+        logger.warning("%s", note)
     try:
         strategy.resume(point.number, point.state, point.clients)
     except (KeyError, ValueError) as error:

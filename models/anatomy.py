@@ -13,11 +13,11 @@ import inspect
 import textwrap
 import threading
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from models.families import refuse_flags
 from models.flow import Flow, Skip, Vacant, run_with, standin
@@ -40,6 +40,8 @@ class Anatomy:
     """Modules with weights that run after the blocks; a tied module may be in both."""
     dropouts: frozenset[str]
     """Dropouts that run before the blocks."""
+    finds_last: bool
+    """The head looks for each text's last token by the padding among the ids."""
 
 
 def examine(model: PreTrainedModel) -> Anatomy:
@@ -61,6 +63,8 @@ def examine(model: PreTrainedModel) -> Anatomy:
     arity = returned_arity(blocks[0])
     try:
         calls = _trace(model, name, arity)
+    except Unsplittable:
+        raise
     except Exception as error:  # whatever a model's own code may raise
         raise unsplittable(model, f"its outline does not run ({error})") from error
     marks = [i for i, call in enumerate(calls) if call.startswith(name + ".")]
@@ -79,12 +83,17 @@ def examine(model: PreTrainedModel) -> Anatomy:
         below=frozenset(set(below) & owners),
         above=frozenset(set(above) & owners),
         dropouts=frozenset(set(below) - owners),
+        finds_last=finds_last_token(model),
     )
 
 
-def unsplittable(model: PreTrainedModel, why: str) -> ValueError:
+class Unsplittable(ValueError):
+    """A model that cannot be split, and why."""
+
+
+def unsplittable(model: PreTrainedModel, why: str) -> Unsplittable:
     """Return the error that refuses a model."""
-    return ValueError(f"{model.config.model_type} cannot be split: {why}")
+    return Unsplittable(f"{model.config.model_type} cannot be split: {why}")
 
 
 def find_blocks(model: PreTrainedModel) -> str:
@@ -139,6 +148,36 @@ def share_copy(model: M) -> M:
     return copy.deepcopy(model, memo)
 
 
+# What configs ask for beside the logits; a part has nothing else to give.
+_OUTPUTS = {
+    "return_dict": True,
+    "output_hidden_states": False,
+    "output_attentions": False,
+    "output_router_logits": False,
+    "output_router_probs": False,
+}
+
+
+def ask_for_logits(model: M) -> M:
+    """Make `model` return its logits alone, by name, whatever its configs say; in place."""
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if isinstance(config, PretrainedConfig):
+            for flag, value in _OUTPUTS.items():
+                if getattr(config, flag, value) != value:
+                    setattr(config, flag, value)
+    return model
+
+
+def finds_last_token(model: PreTrainedModel) -> bool:
+    """Whether the model's own forward compares the ids with the padding token.
+
+    Heads that classify a whole text do: they take the logits of its last token.
+    """
+    forward = inspect.unwrap(type(model).forward)
+    return "pad_token_id" in forward.__code__.co_names
+
+
 def set_module(root: nn.Module, name: str, module: nn.Module) -> None:
     """Replace the submodule `name` of `root`."""
     parent, _, leaf = name.rpartition(".")
@@ -160,7 +199,7 @@ def weight_owners(model: nn.Module, blocks: str) -> list[str]:
 
 def _trace(model: PreTrainedModel, blocks: str, arity: int) -> list[str]:
     """Run a hollow copy of `model` once; return the names of its stand-ins in calling order."""
-    hollow = share_copy(model).eval()
+    hollow = ask_for_logits(share_copy(model)).eval()
     owners = weight_owners(hollow, blocks)
     inside = tuple(name + "." for name in (blocks, *owners))
     dropouts = [n for n, m in hollow.named_modules() if isinstance(m, nn.Dropout)]
@@ -170,13 +209,24 @@ def _trace(model: PreTrainedModel, blocks: str, arity: int) -> list[str]:
     assert isinstance(stack, nn.ModuleList)
     for i, block in enumerate(list(stack)):
         stack[i] = Skip(block, f"{blocks}.{i}", arity)
-    ids_BT = torch.zeros(2, 3, dtype=torch.long)
+    rows = 1 if finds_last_token(model) else 2  # without a pad token such heads take one text
+    ids_BT = torch.zeros(rows, 3, dtype=torch.long)
     mask_BT = torch.ones_like(ids_BT)
-    flow = Flow(standin(2, 3, width(model), None, torch.float32))
+    flow = Flow(standin(rows, 3, width(model), None, torch.float32))
     with torch.no_grad():
         call = {"input_ids": ids_BT, "attention_mask": mask_BT, "use_cache": False}
-        run_with(flow, lambda: hollow(**call))
+        output = run_with(flow, lambda: hollow(**call))
+    _refuse_other_outputs(model, output)
     return flow.calls
+
+
+def _refuse_other_outputs(model: PreTrainedModel, output: Any) -> None:
+    """Refuse a model whose answer is not its logits, or not they alone."""
+    names = [name for name in output if name.endswith("logits")]
+    if names != ["logits"]:
+        kind = type(model).__name__
+        answers = f"answers with {', '.join(names)}" if names else "has no head: it gives no logits"
+        raise unsplittable(model, f"{kind} {answers}; a top gives one tensor of logits")
 
 
 def width(model: PreTrainedModel) -> int:

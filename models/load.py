@@ -24,9 +24,10 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 
 from models.anatomy import examine, find_blocks
+from models.checked import split
 from models.cut import ROLES, Cut
 from models.families import require_tested
-from models.parts import Part, split
+from models.parts import Part
 from models.shards import Checkpoint
 from models.verify import check_twin
 from models.whole import load_whole, no_progress_bar, parse_attention, parse_dtype, read_config

@@ -1,6 +1,8 @@
-"""Split a Hugging Face causal LM into bottom, trunk and top without forking its code.
+"""Cut a Hugging Face model into bottom, trunk and top without forking its code.
 
-Legend: B batch, T tokens, D hidden size, V vocabulary.
+Whether the parts are the model, nobody asks here: `models.checked` does.
+
+Legend: B batch, T tokens, D hidden size, V vocabulary (or labels).
 """
 
 from __future__ import annotations
@@ -14,10 +16,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from models import anatomy as anatomy_of
-from models.anatomy import Anatomy, set_module, share_copy, weight_owners
+from models.anatomy import Anatomy, ask_for_logits, set_module, share_copy, weight_owners
 from models.cut import ROLES, Cut
-from models.families import require_tested
 from models.flow import Flow, Skip, Vacant, deliver_hook, halt_hook, run_with, standin
+from models.targets import take_inventory
 
 
 class Part(nn.Module):
@@ -38,6 +40,10 @@ class Part(nn.Module):
     num_blocks_total, hidden_size : int
     arity : int
         What a block returns, see `Anatomy.arity`.
+    inventory : Inventory
+        What may have an adapter, in all blocks of the whole model.
+    finds_last : bool
+        The head looks for each text's last token, see `Anatomy.finds_last`.
     """
 
     def __init__(self, model: PreTrainedModel, role: str, cut: Cut, anatomy: Anatomy) -> None:
@@ -46,9 +52,11 @@ class Part(nn.Module):
         self.cut = cut
         self.block_list = anatomy.blocks
         self.arity = anatomy.arity
+        self.finds_last = anatomy.finds_last
         self.num_blocks_total = anatomy.num_blocks
         self.blocks = cut.ranges(anatomy.num_blocks)[role]
         self.hidden_size = anatomy_of.width(model)
+        self.inventory = take_inventory(model, anatomy)
         self.model = _carve(model, role, self.blocks, anatomy)
         self.config = self.model.config
         self.training = model.training
@@ -74,12 +82,14 @@ class Part(nn.Module):
         Returns
         -------
         Tensor
-            bottom and trunk: activations (B, T, D). top: logits (B, T, V).
+            bottom and trunk: activations (B, T, D). top: logits (B, T, V); (B, V) of a model
+            that classifies whole texts.
 
         Raises
         ------
         ValueError
-            If a shape is wrong.
+            If a shape is wrong, or ids and mask do not agree on a text's last token where the
+            head looks for it.
         """
         self._check(x, attention_mask)
         kwargs: dict[str, Any] = {"attention_mask": attention_mask, "use_cache": False}
@@ -88,8 +98,11 @@ class Part(nn.Module):
         if self.role == "bottom":
             kwargs["input_ids"] = x
         else:
-            kwargs["inputs_embeds"] = flow.standin_BTD
             flow.h_BTD = x.to(dtype)
+            if self.role == "top" and self.finds_last:
+                kwargs["input_ids"] = self._ids_of_mask(x, attention_mask)
+            else:
+                kwargs["inputs_embeds"] = flow.standin_BTD
         output = run_with(flow, lambda: self.model(**kwargs))
         if self.role == "top":
             return output.logits
@@ -116,6 +129,32 @@ class Part(nn.Module):
                 f"attention_mask is {tuple(attention_mask.shape)}, must be {tuple(x.shape[:2])}"
             )
 
+        if self.role == "bottom" and self.finds_last:
+            self._check_last(x, attention_mask)
+
+    def _check_last(self, ids_BT: Tensor, mask_BT: Tensor | None) -> None:
+        """The top knows the mask alone, the whole model the ids alone: they must say the same."""
+        pad = self.config.pad_token_id
+        if pad is None:
+            return
+        by_ids = last_positions(ids_BT != pad)
+        by_mask = last_positions(torch.ones_like(ids_BT) if mask_BT is None else mask_BT)
+        if odd := (by_ids != by_mask).nonzero().flatten().tolist():
+            row = odd[0]
+            raise ValueError(
+                f"row {row} ends at position {int(by_mask[row])} by its mask and at "
+                f"{int(by_ids[row])} by its ids, where {type(self.model).__name__} takes {pad} for "
+                "padding: mask what is padding, and pad with a token that ends no text"
+            )
+
+    def _ids_of_mask(self, h_BTD: Tensor, mask_BT: Tensor | None) -> Tensor:
+        """Ids (B, T) that are padding where the mask says so; nobody embeds them."""
+        pad = self.config.pad_token_id
+        ids_BT = torch.full(h_BTD.shape[:2], int(pad == 0), device=h_BTD.device)
+        if pad is None or mask_BT is None:
+            return ids_BT
+        return ids_BT.masked_fill(mask_BT == 0, pad)
+
     def extra_repr(self) -> str:
         return f"role={self.role}, blocks={self.blocks.start}..{self.blocks.stop - 1}"
 
@@ -132,35 +171,10 @@ class Parts:
         return iter((self.bottom, self.trunk, self.top))
 
 
-def split(model: PreTrainedModel, cut: Cut, *, allow_untested: bool = False) -> Parts:
-    """Split a causal LM into three parts that share its parameters.
-
-    Parameters
-    ----------
-    model : PreTrainedModel
-        A `transformers` causal LM. It is left as it is.
-    cut : Cut
-    allow_untested : bool
-        Split a family that is not in the tested table, after comparing the split with the model
-        itself (logits) and with a tiny model of its config (logits and every gradient).
-
-    Returns
-    -------
-    Parts
-
-    Raises
-    ------
-    ValueError
-        If the cut leaves no trunk, or the family is untested or cannot be split.
-    """
-    tested = require_tested(model.config, allow_untested)
-    parts = split_unchecked(model, cut)
-    if not tested:
-        from models.verify import check_forward, check_twin  # verify itself splits
-
-        check_forward(model, parts)
-        check_twin(model.config, cut)
-    return parts
+def last_positions(real_BT: Tensor) -> Tensor:
+    """Return (B,): the position of each row's last real token; 0 if it has none."""
+    positions_T = torch.arange(real_BT.shape[1], device=real_BT.device)
+    return (positions_T * real_BT.ne(0)).argmax(-1)
 
 
 def split_unchecked(model: PreTrainedModel, cut: Cut) -> Parts:
@@ -221,7 +235,7 @@ def narrow(trunk: Part, cut: Cut) -> Part:
 
 def _carve(model: PreTrainedModel, role: str, own: range, anatomy: Anatomy) -> PreTrainedModel:
     """Return a copy of `model` in which everything but the role's own modules is a stand-in."""
-    part = share_copy(model)
+    part = ask_for_logits(share_copy(model))
     kept = {"bottom": anatomy.below, "trunk": frozenset(), "top": anatomy.above}[role]
     if role != "bottom":
         for name in anatomy.dropouts:

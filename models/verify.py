@@ -1,6 +1,6 @@
 """Compare a split model with the unsplit one: logits and every gradient, padded and not.
 
-Legend: B batch, T tokens, V vocabulary.
+Legend: B batch, T tokens, V vocabulary (or labels).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from models.anatomy import ask_for_logits, share_copy
 from models.cut import Cut
 from models.parts import Parts, split_unchecked
 from models.tiny import SIZES, roughen, tiny_config
@@ -42,21 +43,23 @@ def example(
 ) -> tuple[Tensor, Tensor | None]:
     """Return random ids (B, T) and their mask (B, T), None for padding ``none``.
 
-    Row r has r + 2 pads; padded positions hold the pad token, as a tokenizer would leave them.
+    Row r has r + 2 pads; padded positions hold the pad token, as a tokenizer would leave them, and
+    no other position does.
     """
     text = config.get_text_config(decoder=True)
     generator = torch.Generator().manual_seed(seed)
     ids_BT = torch.randint(0, text.vocab_size, (batch, tokens), generator=generator)
+    pad = getattr(text, "pad_token_id", None)
+    if isinstance(pad, int) and 0 <= pad < text.vocab_size:
+        ids_BT = ids_BT.masked_fill(ids_BT == pad, (pad + 1) % text.vocab_size)
     if padding == "none":
         return ids_BT, None
     mask_BT = torch.ones_like(ids_BT)
     for row in range(1, batch):
         pads = slice(0, row + 2) if padding == "left" else slice(tokens - row - 2, tokens)
         mask_BT[row, pads] = 0
-    pad = getattr(text, "pad_token_id", None)
-    return ids_BT.masked_fill(
-        mask_BT == 0, pad if isinstance(pad, int) and pad >= 0 else 0
-    ), mask_BT
+    fill = pad if isinstance(pad, int) and pad >= 0 else 0
+    return ids_BT.masked_fill(mask_BT == 0, fill), mask_BT
 
 
 def compare(
@@ -74,14 +77,13 @@ def compare(
         Each takes its input and the mask.
     """
     model.zero_grad(set_to_none=True)
-    whole = model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False).logits
+    whole = _logits(model, ids_BT, mask_BT)
     want = _gradients(model, whole, mask_BT)
     x = ids_BT
     for part in parts:
         x = part(x, mask_BT)
     got = _gradients(model, x, mask_BT)
-    keep = torch.ones_like(ids_BT) if mask_BT is None else mask_BT
-    logits = _largest(whole[keep.bool()], x[keep.bool()])
+    logits = _largest(whole, x, mask_BT)
     worst, where = 0.0, ""
     for name in want.keys() | got.keys():
         both = name in want and name in got
@@ -109,7 +111,7 @@ def check_forward(model: PreTrainedModel, parts: Parts) -> None:
             ids_BT = ids_BT.to(device)
             mask_BT = None if mask_BT is None else mask_BT.to(device)
             with torch.no_grad():
-                whole = model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False).logits
+                whole = _own_logits(model, ids_BT, mask_BT)
                 h = parts.trunk(parts.bottom(ids_BT, mask_BT), mask_BT)
                 gap = _largest(whole, parts.top(h, mask_BT), mask_BT)
             scale = max(1.0, float(whole.float().abs().max()))
@@ -120,18 +122,21 @@ def check_forward(model: PreTrainedModel, parts: Parts) -> None:
             module.training = mode
 
 
-def check_twin(config: PretrainedConfig, cut: Cut) -> None:
+def check_twin(
+    config: PretrainedConfig, cut: Cut, kind: type[PreTrainedModel] | None = None
+) -> None:
     """Split a tiny random model of the same structure; refuse the config if it is not exact.
 
     The twin keeps the number of blocks, their types and the cut; only sizes shrink. If it cannot
-    be built so, a default tiny model of the family stands for it.
+    be built so, a default tiny model of the family stands for it. It is of the class `kind`, by
+    default the family's causal LM.
 
     Raises
     ------
     ValueError
         If no twin can be built, or if logits or gradients differ.
     """
-    twin, cut = _build_twin(config, cut)
+    twin, cut = _build_twin(config, cut, kind)
     twin.eval()
     parts = split_unchecked(twin, cut)
     for padding in PADDINGS:
@@ -145,7 +150,10 @@ def check_twin(config: PretrainedConfig, cut: Cut) -> None:
             )
 
 
-def _build_twin(config: PretrainedConfig, cut: Cut) -> tuple[PreTrainedModel, Cut]:
+def _build_twin(
+    config: PretrainedConfig, cut: Cut, kind: type[PreTrainedModel] | None
+) -> tuple[PreTrainedModel, Cut]:
+    build = AutoModelForCausalLM.from_config if kind is None else kind._from_config
     shrunk = {k: v for k, v in SIZES.items() if k != "num_hidden_layers"}
     own = config.to_dict()  # asked for a value that differs by layer, some configs raise
     alias = config.attribute_map
@@ -159,10 +167,10 @@ def _build_twin(config: PretrainedConfig, cut: Cut) -> tuple[PreTrainedModel, Cu
                 small, cut = tiny_config(config.model_type), Cut(1, 1)
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
-                twin = AutoModelForCausalLM.from_config(small, attn_implementation="eager")
+                twin = build(small, attn_implementation="eager")
                 roughen(twin).eval()
                 with torch.no_grad():
-                    twin(input_ids=example(small, "none")[0], use_cache=False)
+                    _logits(twin, *example(small, "none"))
             return twin, cut
         except Exception as error:  # noqa: BLE001 - configs and models raise what they like
             why = str(error)
@@ -172,8 +180,28 @@ def _build_twin(config: PretrainedConfig, cut: Cut) -> tuple[PreTrainedModel, Cu
     )
 
 
+def _logits(model: PreTrainedModel, ids_BT: Tensor, mask_BT: Tensor | None) -> Tensor:
+    plain = ask_for_logits(share_copy(model))  # the same weights
+    return plain(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False).logits
+
+
+def _own_logits(model: PreTrainedModel, ids_BT: Tensor, mask_BT: Tensor | None) -> Tensor:
+    try:
+        return _logits(model, ids_BT, mask_BT)
+    except Exception as error:  # whatever a model's own code may raise
+        raise ValueError(
+            f"{type(model).__name__} cannot be split: it does not run on ids (B, T) and their mask "
+            f"({error})"
+        ) from error
+
+
+def _real(logits: Tensor, mask_BT: Tensor | None) -> Tensor:
+    """The logits of tokens that are not padding; all of them if there is one row for a text."""
+    return logits if mask_BT is None or logits.dim() == 2 else logits[mask_BT.bool()]
+
+
 def _gradients(model: PreTrainedModel, logits: Tensor, mask_BT: Tensor | None) -> dict[str, Tensor]:
-    keep = logits if mask_BT is None else logits[mask_BT.bool()]
+    keep = _real(logits, mask_BT)
     keep.float().square().mean().backward()
     found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad(set_to_none=True)
@@ -183,8 +211,7 @@ def _gradients(model: PreTrainedModel, logits: Tensor, mask_BT: Tensor | None) -
 def _largest(a: Tensor, b: Tensor, mask_BT: Tensor | None = None) -> float:
     if a.shape != b.shape:
         return math.inf
-    if mask_BT is not None:
-        a, b = a[mask_BT.bool()], b[mask_BT.bool()]
+    a, b = _real(a, mask_BT), _real(b, mask_BT)
     gap = (a.detach().float() - b.detach().float()).abs()
     return math.inf if bool(torch.isnan(gap).any()) else float(gap.max()) if gap.numel() else 0.0
 

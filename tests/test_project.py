@@ -6,12 +6,16 @@ import ast
 import io
 import re
 import subprocess
+import sys
 import tomllib
 import zipfile
+from importlib.metadata import requires, version
 from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 LAYERS = {
     "conf": set(),
@@ -68,9 +72,12 @@ def test_nothing_imports_upwards(project: Path, package: str) -> None:
 
 
 def test_command_line_imports_nothing_heavy(project: Path) -> None:
-    tree = ast.parse((project / "simulations" / "cli" / "app.py").read_text(encoding="utf-8"))
-    top = ast.Module([node for node in tree.body if not isinstance(node, ast.FunctionDef)], [])
-    assert not _imports(top) & (HEAVY | set(LAYERS))
+    for path in _sources(project, "simulations/cli"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        top = ast.Module([node for node in tree.body if not isinstance(node, ast.FunctionDef)], [])
+        assert not _imports(top) & (HEAVY | set(LAYERS) - {"simulations"}), path
+        ours = re.findall(r"(?m)^(?:from|import) (simulations[.\w]*)", path.read_text("utf-8"))
+        assert all(name.startswith("simulations.cli") for name in ours), path
 
 
 def test_no_bare_except_and_no_pickle(project: Path) -> None:
@@ -103,6 +110,24 @@ def test_bundle_holds_the_app_and_nothing_else(project: Path) -> None:
         assert needed in names
 
 
+def test_flowers_hub_would_take_the_app(project: Path, settings: dict[str, Any]) -> None:
+    from flwr.cli.app_cmd.publish import _validate_files
+    from flwr.cli.utils import filter_paths_for_publish
+    from flwr.supercore.fab_format_version import normalize_and_validate_fab_format
+
+    metadata = normalize_and_validate_fab_format(settings)
+    published = filter_paths_for_publish({path: project / path for path in _tracked(project)})
+
+    assert metadata.fab_format_version == 1
+    tested = re.search(r"(?m)^flwr==(.+)$", (project / "constraints.txt").read_text())
+    assert tested, "constraints.txt names no flwr"
+    assert metadata.flwr_version_target == tested.group(1)
+    assert {"README.md", "LICENSE", "pyproject.toml"} <= set(published)
+    _validate_files(list(published.values()))  # raises; at most 1,000 files of 1 MB, 10 MB in all
+    pictures = re.findall(r"!\[(.*?)\]", (project / "README.md").read_text(encoding="utf-8"))
+    assert all(len(words) > 20 for words in pictures), "the hub shows words in place of pictures"
+
+
 def test_a_run_installs_nothing(settings: dict[str, Any]) -> None:
     """Every requirement is excluded from the `uv sync` that Flower does before each run."""
     extras = settings["project"]["optional-dependencies"].values()
@@ -115,6 +140,26 @@ def test_every_requirement_has_a_tested_version(project: Path, settings: dict[st
     pinned = re.findall(r"(?m)^([\w.-]+)==", (project / "constraints.txt").read_text())
     tested = {name.lower().replace("_", "-") for name in pinned}
     assert set(settings["tool"]["uv"]["exclude-dependencies"]) <= tested
+
+
+@pytest.mark.skipif(
+    (sys.platform, sys.version_info[:2]) != ("linux", (3, 11)) or "+cpu" not in version("torch"),
+    reason="constraints.txt was frozen on Linux with Python 3.11 and torch for CPUs",
+)
+def test_tested_versions_are_the_whole_set(project: Path) -> None:
+    """`make setup` installs constraints.txt as it is, without asking who needs what."""
+    pinned = re.findall(r"(?m)^([\w.-]+)==", (project / "constraints.txt").read_text())
+    needed, left = {("graft", "")}, [("graft", ""), ("graft", "dev"), ("graft", "gguf")]
+    while left:
+        name, extra = left.pop()
+        for text in requires(name) or []:
+            one = Requirement(text)
+            if one.marker is None or one.marker.evaluate({"extra": extra}):
+                found = {(one.name, each) for each in ("", *one.extras)} - needed
+                needed |= found
+                left += found
+    names = {canonicalize_name(name) for name, _ in needed} - {"graft"}
+    assert names == {canonicalize_name(name) for name in pinned}
 
 
 def test_readme_tree_is_true(project: Path) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import errno
+import logging
 import math
-from collections.abc import Callable
 
 from conf.load import to_dict
 from conf.schema import Config
@@ -13,6 +13,8 @@ from flower_app.runs.checkpoint import Facts
 from flower_app.runs.folders import folders
 from flower_app.runs.recorder import Recorder
 from strategies.rounds.splitfed import SplitFed
+
+logger = logging.getLogger(__name__)
 
 
 class Keeper:
@@ -24,15 +26,10 @@ class Keeper:
         The run's.
     recorder : Recorder
         Knows the run folder, and when the run began.
-    say : callable, optional
-        Takes one line for the console; by default the recorder's.
     """
 
-    def __init__(
-        self, config: Config, recorder: Recorder, say: Callable[[str], None] | None = None
-    ) -> None:
+    def __init__(self, config: Config, recorder: Recorder) -> None:
         self._config, self._recorder = config, recorder
-        self._say = say or recorder.say
         self._owed = False
 
     def __call__(self, number: int, strategy: SplitFed) -> None:
@@ -61,15 +58,18 @@ class Keeper:
         try:
             checkpoint.prune(run, self._config.output.keep_checkpoints)
         except OSError as error:
-            self._say(f"WARNING: an old checkpoint in {run} could not be removed: {error}")
+            logger.warning("an old checkpoint in %s could not be removed: %s", run, error)
 
     def _complain(self, number: int, error: OSError) -> None:
         kept = [round for round, _ in folders(self._recorder.folder)]
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         remedy = "free space on this disk" if full else "mend that"
-        self._say(
-            f"WARNING: no checkpoint of round {number}: {error}. The run goes on, the last "
-            f"checkpoint is {f'that of round {kept[-1]}' if kept else 'none'}; {remedy}, and the "
-            "next round is kept again (output.checkpoint_every=0 keeps none, a smaller "
-            "output.keep_checkpoints fewer)"
+        logger.warning(
+            "no checkpoint of round %d: %s. The run goes on, the last checkpoint is %s; %s, and "
+            "the next round is kept again (output.checkpoint_every=0 keeps none, a smaller "
+            "output.keep_checkpoints fewer)",
+            number,
+            error,
+            f"that of round {kept[-1]}" if kept else "none",
+            remedy,
         )

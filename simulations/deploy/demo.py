@@ -17,7 +17,8 @@ from simulations.deploy.deployment import (
 )
 from simulations.deploy.intruders import send_intruders
 from simulations.deploy.thief import steal_ticket, try_ticket
-from simulations.launch.local_flower import Outcome, worth_reading
+from simulations.launch.console import Console
+from simulations.launch.local_flower import Outcome
 from simulations.launch.processes import wait_until
 from strategies.transport.tickets import new_key
 
@@ -51,11 +52,6 @@ def deployment_demo(
     Path
         The run folder.
     """
-
-    def echo(line: str) -> None:
-        if verbose or worth_reading(line):
-            say(line)
-
     guard = "no TLS, no node authentication" if insecure else "TLS, SuperNodes known by their keys"
     say(f"starting a SuperLink on loopback ({guard}) ...")
     with deployment(insecure=insecure) as site:
@@ -76,7 +72,9 @@ def deployment_demo(
         link = "link.tls=off" if insecure else "link.tls=on"
         with ThreadPoolExecutor(1) as pool:
             theft = pool.submit(_rob, site.database, say)
-            outcome = site.flower.run(EXPERIMENT, f"{link} {overrides}".strip(), echo=echo)
+            outcome = site.flower.run(
+                EXPERIMENT, f"{link} {overrides}".strip(), echo=Console(say, verbose)
+            )
             summary = _checked(outcome, site)
             theft.result()
     say("")

@@ -34,6 +34,7 @@ from simulations.launch.local_flower import (
 from simulations.launch.processes import (
     GRACE_SECONDS,
     LOOPBACK,
+    Family,
     Place,
     Started,
     free_ports,
@@ -55,7 +56,7 @@ class Deployment:
     superlink: Place
     port: int
     tls: ServerCredentials | None
-    started: list[Started]
+    started: Family
     direct: tuple[str, ...] = ()
     """Addresses of the SuperLink and the trunk."""
 
@@ -164,7 +165,7 @@ class Deployment:
 
     def _start(self, name: str, command: list[str], log: Path) -> Started:
         home = log.parent
-        env = flower_env(home, direct=self.direct)
+        env = flower_env(home, direct=self.direct) | self.started.mark
         process = Started(name, command, env=env, log=log, cwd=home)
         self.started.append(process)
         return process
@@ -224,10 +225,11 @@ def deployment(
         tls = None
         if not insecure:
             tls = make_server_credentials(home, sorted({LOOPBACK.address, at.address}))
+        started = stack.enter_context(stopping(folder))
         direct = (at.address, *([] if trunk is None else [trunk.address]))
         flower = LocalFlower(
             home=home,
-            env=flower_env(home, direct=direct),
+            env=flower_env(home, direct=direct) | started.mark,
             superlink="deployment",
             within=at.within,
         )
@@ -238,7 +240,7 @@ def deployment(
             superlink=at,
             port=port,
             tls=tls,
-            started=stack.enter_context(stopping()),
+            started=started,
             direct=direct,
         )
         site._start_superlink(apart=trunk is not None)

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from flower_app.logs import MARK
 from simulations.launch.local_flower import worth_reading
 
 _ACTOR = re.compile(r"^\([\w:.]+ pid=\d+[^)]*\) ")
@@ -51,7 +52,8 @@ class Console:
         if line.startswith("failed: "):
             self._failures.add(line.removeprefix("failed: "))
         if self._verbose or (not self._is_trace(line) and worth_reading(line)):
-            self._say(line)
+            ours = _ACTOR.sub("", line)
+            self._say(ours.removeprefix(MARK) if ours.startswith(MARK) else line)
 
     def _is_trace(self, line: str) -> bool:
         text = _ACTOR.sub("", line)

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from simulations.launch.machine import look_at_machine
 from simulations.launch.processes import Started, free_ports, program, stopping, wait_until
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -198,9 +199,13 @@ def local_superlink(folder: Path | None = None) -> Iterator[LocalFlower]:
     with contextlib.ExitStack() as stack:
         home = folder or Path(stack.enter_context(temporary_folder()))
         home.mkdir(parents=True, exist_ok=True)
-        port = free_ports(1)[0]
-        env = flower_env(home) | {"FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(port)}
-        started = stack.enter_context(stopping())
+        ray, port = (
+            Path(stack.enter_context(temporary_folder(look_at_machine().temporary))),
+            free_ports(1)[0],
+        )
+        started = stack.enter_context(stopping(ray, *([] if folder else [home])))
+        env = flower_env(home) | started.mark
+        env |= {"FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(port), "RAY_TMPDIR": str(ray)}
         command = [program("flower-superlink"), "--insecure", "--simulation"]
         command += ["--host", "127.0.0.1", "--port", str(port)]
         command += ["--database", str(home / "state.db")]
@@ -239,6 +244,7 @@ def flower_env(home: Path, *, direct: Sequence[str] = ()) -> dict[str, str]:
         "FLWR_HOME": str(home),
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",  # what is installed is what was tested
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # silences a warning of Ray
         "PYTHONUNBUFFERED": "1",
         "TQDM_DISABLE": "1",
@@ -270,9 +276,9 @@ def answers(url: str, context: Any = None) -> bool:
         return False
 
 
-def temporary_folder() -> tempfile.TemporaryDirectory[str]:
+def temporary_folder(parent: Path | None = None) -> tempfile.TemporaryDirectory[str]:
     """Return a temporary folder that tolerates a last write while it is removed."""
-    return tempfile.TemporaryDirectory(prefix="graft-", ignore_cleanup_errors=True)
+    return tempfile.TemporaryDirectory(prefix="graft-", dir=parent, ignore_cleanup_errors=True)
 
 
 def without_colours(text: str) -> str:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,9 @@ from typing import Any
 
 import psutil
 
+from simulations.launch.watcher import MARK, start_watcher
+
+_ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 GRACE_SECONDS = 10.0
 """How long a process may take to end after it was asked to."""
 
@@ -112,24 +116,49 @@ class Started:
         psutil.wait_procs(alive, timeout=GRACE_SECONDS / 2)
 
 
+class Family(list[Started]):
+    """Processes that end together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mark = {MARK: uuid.uuid4().hex}
+        """To be in the environment of each, so that those they leave behind are found."""
+
+
 @contextlib.contextmanager
-def stopping() -> Iterator[list[Started]]:
+def stopping(*folders: Path) -> Iterator[Family]:
     """Collect processes and stop them at the end, however the end comes.
+
+    Parameters
+    ----------
+    *folders : Path
+        Removed afterwards.
 
     Yields
     ------
-    list of Started
-        Append what was started to it. A termination signal unwinds this context too.
+    Family
+        Append what was started to it. The signals that end a program unwind this context; if the
+        program is killed, a process that watches it stops all that bears the family's mark.
     """
-    started: list[Started] = []
-    with _unwinding_on_sigterm():
+    family = Family()
+    with _unwinding_on_signals(), _watched(family, folders):
         try:
-            yield started
+            yield family
         finally:
-            for process in reversed(started):
+            for process in reversed(family):
                 process.ask_to_end()
-            for process in reversed(started):
+            for process in reversed(family):
                 process.end()
+
+
+@contextlib.contextmanager
+def _watched(family: Family, folders: Sequence[Path]) -> Iterator[None]:
+    """Have another process clean up behind this one, also if this one cannot."""
+    watcher = start_watcher(family.mark[MARK], folders)
+    try:
+        yield
+    finally:
+        watcher.communicate()  # closes its input, which it waits for
 
 
 def wait_until(ready: Any, *, seconds: float, what: str, process: Started | None = None) -> None:
@@ -206,17 +235,28 @@ def _descendants(pid: int) -> list[psutil.Process]:
 
 
 @contextlib.contextmanager
-def _unwinding_on_sigterm() -> Iterator[None]:
-    """Turn SIGTERM into an exception, so that `finally` blocks run."""
+def _unwinding_on_signals() -> Iterator[None]:
+    """Turn the signals that end a program into exceptions, so that `finally` blocks run.
+
+    SIGINT and SIGQUIT count even where a shell started the program in the background, with both
+    ignored. A SIGHUP that is ignored stays so: `nohup` asked for it.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    before = {each: signal.getsignal(each) for each in _ENDING}
+    if before[signal.SIGHUP] is signal.SIG_IGN:
+        del before[signal.SIGHUP]
 
     def leave(number: int, frame: FrameType | None) -> None:
-        raise SystemExit(128 + number)
+        for each in before:  # the next one must not interrupt the clean-up
+            signal.signal(each, signal.SIG_IGN)
+        raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
 
-    before = signal.signal(signal.SIGTERM, leave)
+    for each in before:
+        signal.signal(each, leave)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for each, handler in before.items():
+            signal.signal(each, handler or signal.SIG_DFL)

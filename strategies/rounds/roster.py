@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import random
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from logging import INFO, WARNING
+from logging import INFO
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,8 @@ from strategies.mail import push, receive
 from strategies.optim import derive_seed
 from strategies.records import ARRAYS, CONFIG, OUTCOME, PROFILE, TICKET, from_arrays
 from strategies.transport.tickets import is_usable
+
+logger = logging.getLogger(__name__)
 
 TRIES = 3
 """Times that nodes which cannot take part are asked again before a round is given up for them."""
@@ -120,7 +123,7 @@ class Roster:
             self._learn(reply)
         for node in new:
             if node in self._refused:
-                log(WARNING, "node %d does not take part: %s", node, self._refused[node])
+                logger.warning("node %d does not take part: %s", node, self._refused[node])
 
     def forget(self, node: int) -> None:
         """Ask a node anew who it is, before it takes part again."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from logging import INFO, WARNING
+from logging import INFO
 from typing import Any, Protocol
 
 from flwr.app import (
@@ -35,6 +36,8 @@ from strategies.rounds.tally import Tally
 from strategies.transport.messages import Lockstep
 from strategies.transport.stream.service import Broken, StepReport, TrunkService
 from strategies.transport.tickets import Guest
+
+logger = logging.getLogger(__name__)
 
 
 class Keep(Protocol):
@@ -383,8 +386,7 @@ class SplitFed(Strategy):
         """Say so if the clients are not those of the run before."""
         now = [profile.client for profile in self.roster.gather(grid)]
         if self._known and now != self._known:
-            log(
-                WARNING,
+            logger.warning(
                 "the clients differ from those of the run before: missing %s; new %s. The run goes "
                 "on with those who are here, and will not equal one that was never stopped; to "
                 "wait for all, resume with federation.min_clients=%d",
@@ -437,4 +439,4 @@ class SplitFed(Strategy):
             raise RuntimeError(f"{text}{again}")
         self.engine.abandon_round()
         tally.abandoned.append(turnout)
-        log(WARNING, "%s. Attempt %d of %d follows", text, tally.attempt, federation.retries + 1)
+        logger.warning("%s. Attempt %d of %d follows", text, tally.attempt, federation.retries + 1)

@@ -1,0 +1,95 @@
+"""Ends what a program started once the program is gone, however it went: kill -9 too.
+
+It waits for the end of its standard input, whose other end the program alone holds. Then it ends
+every process whose environment bears the program's mark, which daemons of daemons inherit, and
+removes the folders that it was told of.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import psutil
+
+MARK = "GRAFT_STARTED_BY"
+"""Variable of the environment by which all that a program started is known, and nothing else."""
+GRACE_SECONDS = 4.0
+"""How long a process that was asked to end may take."""
+
+
+def start_watcher(mark: str, folders: Sequence[Path]) -> subprocess.Popen[bytes]:
+    """Start a watcher over this process.
+
+    Parameters
+    ----------
+    mark : str
+        Value of `MARK` in the environment of what is to end.
+    folders : sequence of Path
+        Removed then.
+
+    Returns
+    -------
+    subprocess.Popen
+        It ends after its standard input was closed.
+    """
+    return subprocess.Popen(
+        [sys.executable, "-m", __name__, mark, *map(str, folders)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,  # what is sent to the program's group does not reach it
+    )
+
+
+def marked(mark: str) -> list[psutil.Process]:
+    """Processes of this user that bear a mark.
+
+    Parameters
+    ----------
+    mark : str
+        As given to `start_watcher`.
+
+    Returns
+    -------
+    list of psutil.Process
+        Those that are still there.
+    """
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if process.environ().get(MARK) == mark:
+                found.append(process)
+    return found
+
+
+def end_marked(mark: str) -> None:
+    """End every marked process: ask first, then by force, until none is left."""
+    ask, deadline = True, time.monotonic() + 3 * GRACE_SECONDS
+    while (left := marked(mark)) and time.monotonic() < deadline:
+        for process in left:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.terminate() if ask else process.kill()
+        psutil.wait_procs(left, timeout=GRACE_SECONDS)
+        ask = False
+
+
+def main() -> None:
+    """Wait for the program's end and clean up after it."""
+    for each in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
+        signal.signal(each, signal.SIG_IGN)
+    sys.stdin.buffer.read()
+    mark, *folders = sys.argv[1:]
+    end_marked(mark)
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()
