@@ -9,17 +9,17 @@ from flwr.app import ConfigRecord as Record
 from flwr.app import Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from flower_app.client import messaged as stepwise
-from flower_app.client import streamed as training
-from flower_app.client.messaged import Round, Training
+from flower_app.client import messaged, streamed
+from flower_app.client.node import client_name
 from flower_app.client.plan import Plan, check_fit, padding_id
-from flower_app.client.site import Site, client_name
+from flower_app.client.site import Site
+from flower_app.client.step import Outcome
 from flower_app.data.client import batches
 from flower_app.logs import mark_lines
 from models import client_state
 from strategies.errors import TrunkError
 from strategies.records import ARRAYS, METRICS, OUTCOME, PROFILE, TICKET, to_arrays
-from strategies.transport.link import GrpcLink
+from strategies.transport.stream.link import GrpcLink
 
 logger = logging.getLogger(__name__)
 
@@ -62,8 +62,8 @@ def query(message: Message, context: Context) -> Message:
 
 def _train(site: Site, context: Context) -> RecordDict:
     data, tokenizer = site.data()
-    round = Round(site, context, site.frames) if site.session else None
-    bottom, top = round.parts() if round else site.parts()
+    parked = messaged.Parked(site, context) if site.session else None
+    bottom, top = parked.parts() if parked else site.parts()
     check_fit(bottom, data.train, site.config.data.context)
     plan = Plan(
         data.train,
@@ -72,11 +72,11 @@ def _train(site: Site, context: Context) -> RecordDict:
         pad_id=padding_id(bottom, tokenizer),
         sizes=site.batch_sizes,
     )
-    if round:
-        return Training(site, round, bottom, top, plan).answer()
+    if parked:
+        return messaged.Training(site, parked, bottom, top, plan).answer()
     link = site.link(plan.count)
     try:
-        outcome = training.train(bottom, top, link, plan, plan.count, site.config.train, site.place)
+        outcome = streamed.train(bottom, top, link, plan, plan.count, site.config.train, site.place)
         link.close()
     finally:
         link.abort()
@@ -87,8 +87,8 @@ def _train(site: Site, context: Context) -> RecordDict:
 
 def _evaluate(site: Site, context: Context) -> RecordDict:
     data, tokenizer = site.data()
-    round = Round(site, context, site.frames) if site.session else None
-    bottom, top = round.parts() if round else site.parts()
+    parked = messaged.Parked(site, context) if site.session else None
+    bottom, top = parked.parts() if parked else site.parts()
     check_fit(bottom, data.heldout, site.config.data.context)
     held_out = list(
         batches(
@@ -98,11 +98,11 @@ def _evaluate(site: Site, context: Context) -> RecordDict:
             generator=None,
         )
     )
-    if round:
-        return stepwise.evaluate(site, round, bottom, top, held_out)
+    if parked:
+        return messaged.evaluate(site, parked, bottom, top, held_out)
     link = site.link(0)
     try:
-        outcome = training.evaluate(bottom, top, link, held_out, site.config.train)
+        outcome = streamed.evaluate(bottom, top, link, held_out, site.config.train)
         link.close()
     finally:
         link.abort()
@@ -129,13 +129,5 @@ def _answer(
     return Message(content=content, reply_to=message)
 
 
-def _metrics(outcome: training.Outcome, link: GrpcLink) -> MetricRecord:
-    return MetricRecord(
-        {
-            "num-tokens": outcome.tokens,
-            "loss": outcome.loss,
-            "steps": outcome.steps,
-            "bytes-up": link.bytes_up,
-            "bytes-down": link.bytes_down,
-        }
-    )
+def _metrics(outcome: Outcome, link: GrpcLink) -> MetricRecord:
+    return MetricRecord(outcome.counters(link.bytes_up, link.bytes_down))

@@ -33,7 +33,7 @@ from flower_app.server_app import run_experiment
 from simulations.disturb.faults import Faults, draw_schedule
 from simulations.equality.inprocess import InProcessGrid, as_flower_runs_it, read_tensors
 from strategies.errors import TrunkError
-from strategies.transport.link import GrpcLink
+from strategies.transport.stream.link import GrpcLink
 from strategies.transport.stream.service import TrunkService
 
 CLIENTS, ROUNDS, STEPS = 2, 2, 3
@@ -176,15 +176,15 @@ class _Link(GrpcLink):
         self.run.links.append(self)
         super().__init__(ticket, node_key, interceptors=[self.faults], **settings)
 
-    def compute(self, *args: Any) -> Tensor:
+    def compute(self, *args: Any) -> None:
         """See `GrpcLink`."""
         self._live_on()
-        return super().compute(*args)
+        super().compute(*args)
 
-    def backward(self, *args: Any, **settings: Any) -> tuple[Tensor, float]:
+    def backward(self, *args: Any, **settings: Any) -> None:
         """See `GrpcLink`."""
         self._live_on()
-        return super().backward(*args, **settings)
+        super().backward(*args, **settings)
 
     def apply(self, *args: Any) -> None:
         """See `GrpcLink`."""
