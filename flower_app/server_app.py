@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import asdict
 from pathlib import Path
 
 from flwr.app import ArrayRecord, Context
@@ -20,6 +21,7 @@ from flower_app.logs import mark_lines
 from flower_app.runs.keeper import Keeper
 from flower_app.runs.recorder import Recorder
 from flower_app.runs.resume import Point, take_up
+from models import adapted_shares
 from strategies.engine.engine import TrunkEngine
 from strategies.rounds.splitfed import SplitFed
 from strategies.transport.messages import Lockstep
@@ -80,6 +82,7 @@ def run_experiment(
     """
     set_threads(config.runtime.trunk_threads)
     trunk = build_trunk(config)
+    recorder.adapted(adapted_shares(trunk, asdict(config.tuning), config.lora))
     link, messages = config.link, config.link.transport == "messages"
     engine = TrunkEngine(
         trunk,
