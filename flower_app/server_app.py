@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import asdict
 from pathlib import Path
 
 from flwr.app import ArrayRecord, Context
@@ -20,6 +21,7 @@ from flower_app.logs import mark_lines
 from flower_app.runs.keeper import Keeper
 from flower_app.runs.recorder import Recorder
 from flower_app.runs.resume import Point, take_up
+from models import adapted_shares
 from strategies.engine.engine import TrunkEngine
 from strategies.rounds.splitfed import SplitFed
 from strategies.transport.messages import Lockstep
@@ -52,7 +54,11 @@ def main(grid: Grid, context: Context) -> None:
 
 
 def run_experiment(
-    config: Config, grid: Grid, recorder: Recorder, point: Point | None = None
+    config: Config,
+    grid: Grid,
+    recorder: Recorder,
+    point: Point | None = None,
+    serve: type[TrunkService] | None = None,
 ) -> Path | None:
     """Build the trunk, train it with the clients, and save what was trained.
 
@@ -66,6 +72,8 @@ def run_experiment(
         Started.
     point : Point, optional
         Where a run that was stopped goes on.
+    serve : type, optional
+        Serves streams in place of `TrunkService`: for runs that are disturbed on purpose.
 
     Returns
     -------
@@ -74,6 +82,7 @@ def run_experiment(
     """
     set_threads(config.runtime.trunk_threads)
     trunk = build_trunk(config)
+    recorder.adapted(adapted_shares(trunk, asdict(config.tuning), config.lora))
     link, messages = config.link, config.link.transport == "messages"
     engine = TrunkEngine(
         trunk,
@@ -87,7 +96,7 @@ def run_experiment(
     )
     if messages:  # a message holds all micro-batches of a step
         engine.max_graphs = engine.max_micro_batches
-    service = Lockstep(engine, link) if messages else TrunkService(engine, link)
+    service = Lockstep(engine, link) if messages else (serve or TrunkService)(engine, link)
     keeper = Keeper(config, recorder)
     strategy = SplitFed(engine, service, config, recorder, model=describe(trunk), keep=keeper)
     if point is not None:

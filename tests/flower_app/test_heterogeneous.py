@@ -24,7 +24,8 @@ from flower_app.build import (
     num_blocks,
     take_residuals,
 )
-from flower_app.client.site import Site, own_config
+from flower_app.client.node import own_config
+from flower_app.client.site import Site
 from models import (
     Cut,
     build_scratch,
