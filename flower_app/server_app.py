@@ -55,7 +55,11 @@ def main(grid: Grid, context: Context) -> None:
 
 
 def run_experiment(
-    config: Config, grid: Grid, recorder: Recorder, point: Point | None = None
+    config: Config,
+    grid: Grid,
+    recorder: Recorder,
+    point: Point | None = None,
+    serve: type[TrunkService] | None = None,
 ) -> Path | None:
     """Build the trunk, train it with the clients, and save what was trained.
 
@@ -69,6 +73,8 @@ def run_experiment(
         Started.
     point : Point, optional
         Where a run that was stopped goes on.
+    serve : type, optional
+        Serves streams in place of `TrunkService`: for runs that are disturbed on purpose.
 
     Returns
     -------
@@ -91,7 +97,7 @@ def run_experiment(
         max_graphs=0 if messages else MAX_GRAPHS,
         max_in_flight=int(link.max_in_flight_mb * 2**20),
     )
-    service = Lockstep(engine, link) if messages else TrunkService(engine, link)
+    service = Lockstep(engine, link) if messages else (serve or TrunkService)(engine, link)
     keeper = Keeper(config, recorder)
     strategy = SplitFed(engine, service, config, recorder, model=describe(trunk), keep=keeper)
     if point is not None:
