@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from flower_app.logs import mark_lines
 from flower_app.runs.keeper import Keeper
 from flower_app.runs.recorder import Recorder
 from flower_app.runs.resume import Point, take_up
+from models import adapted_shares
 from strategies.engine.engine import TrunkEngine
 from strategies.rounds.splitfed import SplitFed
 from strategies.transport.messages import Lockstep
@@ -61,7 +63,11 @@ def main(grid: Grid, context: Context) -> None:
 
 
 def run_experiment(
-    config: Config, grid: Grid, recorder: Recorder, point: Point | None = None
+    config: Config,
+    grid: Grid,
+    recorder: Recorder,
+    point: Point | None = None,
+    serve: type[TrunkService] | None = None,
 ) -> Path | None:
     """Build the trunk, train it with the clients, and save what was trained.
 
@@ -75,6 +81,8 @@ def run_experiment(
         Started.
     point : Point, optional
         Where a run that was stopped goes on.
+    serve : type, optional
+        Serves streams in place of `TrunkService`: for runs that are disturbed on purpose.
 
     Returns
     -------
@@ -83,8 +91,11 @@ def run_experiment(
     """
     set_threads(config.runtime.trunk_threads)
     trunk = build_trunk(config)
+    recorder.adapted(adapted_shares(trunk, asdict(config.tuning), config.lora))
     link = config.link
-    kind: type[Lockstep | TrunkService] = Lockstep if link.transport == "messages" else TrunkService
+    kind: type[Lockstep | TrunkService] = serve or TrunkService
+    if link.transport == "messages":
+        kind = Lockstep
     limits = kind.limits(config)
     engine = TrunkEngine(
         trunk,

@@ -13,8 +13,6 @@ from models import Cut, Part, fold_residuals, in_ends, trainable_state
 from models.residuals import RESIDUAL, residual_weights
 from strategies.aggregate.state import Contribution, GlobalState
 from strategies.engine.engine import TrunkEngine
-from strategies.engine.policies.merged import Merged
-from strategies.engine.policies.registry import SplitFedV1
 from strategies.records import to_arrays
 
 
@@ -40,10 +38,8 @@ class JointModel:
         """Set the clients' first tensors, where averaging needs to know them."""
         # Where there is one trunk, no client contributes to it.
         policy = self._engine.policy
-        replicated = isinstance(policy, SplitFedV1)
-        self._state.start({**ends, **(self._trunk_state() if replicated else {})})
-        if isinstance(policy, Merged) and self._config.train.sync == "step":
-            policy.start_ends(ends)
+        self._state.start({**ends, **(self._trunk_state() if policy.replicates else {})})
+        policy.start_ends(ends)
         self._arrays.clear()
 
     def arrays_for(self, cut: Cut | None = None, rank: int = 0) -> ArrayRecord:
@@ -63,10 +59,9 @@ class JointModel:
     def update(self, number: int, contributions: Sequence[Contribution]) -> float | None:
         """Average a round, and give the trunk its part; returns the error of averaging adapters."""
         report = self._state.update(number, contributions)
-        policy = self._engine.policy
-        if isinstance(policy, Merged) and policy.ends is not None:
+        if common := self._engine.policy.ends():
             # What the last step left; a client that ended before it holds something older.
-            self._state.start(policy.ends.state())
+            self._state.start(common)
         self._arrays.clear()
         own = self._trunk_state()
         kept = self._state.tensors(

@@ -16,7 +16,6 @@ from conf.schema import Config
 from models import Cut, Part
 from strategies.aggregate.joint import JointModel
 from strategies.engine.engine import TrunkEngine
-from strategies.engine.policies.registry import SplitFedV1
 from strategies.events import Observer, StepDone
 from strategies.records import Form
 from strategies.rounds.answers import Bounds, Profile, is_keyless, join
@@ -244,7 +243,7 @@ class SplitFed(Strategy):
         if self._attempt is None:
             return None
         answers = self._attempt.collect(replies)
-        self._run.engine.close_round({})
+        self._run.engine.close_round()
         self._tally.evaluation = turnout = self._attempt.cohort.turnout
         if not answers:
             text = "round %d is not evaluated: %s. Training goes on without (data.heldout=0 or "
@@ -329,7 +328,7 @@ class SplitFed(Strategy):
         tally, federation = self._tally, self.config.federation
         text = cohort.no_quorum(tally.number, federation.quorum)
         if tally.attempt > federation.retries:
-            self._run.engine.close_round({})
+            self._run.engine.close_round()
             again = f" (attempt {tally.attempt} of {tally.attempt})" if federation.retries else ""
             raise RuntimeError(f"{text}{again}")
         self._run.engine.abandon_round()
@@ -344,5 +343,5 @@ def bounds_of(engine: TrunkEngine) -> Bounds:
     return Bounds(
         blocks=trunk.num_blocks_total,
         width=engine.hidden_size,
-        own_cut=isinstance(engine.policy, SplitFedV1),
+        own_cut=engine.policy.replicates,
     )
