@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,10 @@ from models.whole import make_config, parse_dtype, read_config
 
 LAST = "last:"
 
+ALONE = threading.RLock()
+"""Held while a client sets what belongs to the process: random numbers, torch's default type. So
+clients may share a process, as they do outside Flower."""
+
 
 def resolve_model(config: Config) -> Config:
     """Replace ``last:NAME`` in `model.path` by the folder of that experiment's newest model."""
@@ -49,6 +54,11 @@ def resolve_model(config: Config) -> Config:
 
 def build_client(config: Config) -> tuple[Part, Part]:
     """Bottom and top of the configured model, tuned as configured, on the client's device."""
+    with ALONE:
+        return _build_client(config)
+
+
+def _build_client(config: Config) -> tuple[Part, Part]:
     model, device = config.model, config.runtime.client_device
     if model.scratch:
         parts = split(_scratch(config), _cut(config), allow_untested=model.allow_untested)

@@ -54,7 +54,11 @@ def main(grid: Grid, context: Context) -> None:
 
 
 def run_experiment(
-    config: Config, grid: Grid, recorder: Recorder, point: Point | None = None
+    config: Config,
+    grid: Grid,
+    recorder: Recorder,
+    point: Point | None = None,
+    serve: type[TrunkService] | None = None,
 ) -> Path | None:
     """Build the trunk, train it with the clients, and save what was trained.
 
@@ -68,6 +72,8 @@ def run_experiment(
         Started.
     point : Point, optional
         Where a run that was stopped goes on.
+    serve : type, optional
+        Serves streams in place of `TrunkService`: for runs that are disturbed on purpose.
 
     Returns
     -------
@@ -90,7 +96,7 @@ def run_experiment(
     )
     if messages:  # a message holds all micro-batches of a step
         engine.max_graphs = engine.max_micro_batches
-    service = Lockstep(engine, link) if messages else TrunkService(engine, link)
+    service = Lockstep(engine, link) if messages else (serve or TrunkService)(engine, link)
     keeper = Keeper(config, recorder)
     strategy = SplitFed(engine, service, config, recorder, model=describe(trunk), keep=keeper)
     if point is not None:
