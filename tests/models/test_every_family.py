@@ -45,6 +45,7 @@ from simulations.equality.parity import all_cuts
 MOST_PARAMETERS = 30_000_000
 TOLERANCE = 1e-5
 LORA = LoraSettings(rank=2)
+BEGIN, END = "<!-- table -->\n", "<!-- /table -->\n"
 
 
 @dataclass(frozen=True)
@@ -210,8 +211,6 @@ def write_table(outcomes: list[Outcome], path: Path) -> None:
     built = len(outcomes) - counts["not buildable"]
     table = set(tested_families())
     lines = [
-        "# Model families",
-        "",
         "Written by `pytest -m slow tests/models/test_every_family.py`; do not edit. Every decoder",
         f"family of transformers {transformers.__version__} is built with four tiny blocks and",
         "random weights, split at every legal cut, and compared with itself unsplit: logits and",
@@ -236,7 +235,9 @@ def write_table(outcomes: list[Outcome], path: Path) -> None:
         remark = o.detail or (o.loads if loads == "refused" else "") or left_out_of(o)
         tested = "yes" if o.family in table else ""
         lines.append(f"| {o.family} | {verdict} | {tested} | {loads} | {o.lora} | {remark} |")
-    path.write_text("\n".join(lines) + "\n")
+    before, _, rest = path.read_text().partition(BEGIN)
+    after = rest.partition(END)[2]
+    path.write_text(before + BEGIN + "\n".join(lines) + "\n" + END + after)
 
 
 def left_out_of(outcome: Outcome) -> str:
