@@ -5,6 +5,8 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.graft-installed
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
+SHOWN  := sed -unE 's/^(Collecting|  Downloading) ([^ ]+).*/  \2/p; s/^Installing .*/  unpacking all of them .../p'
+SHELL  := /bin/bash -o pipefail
 
 export FLWR_TELEMETRY_ENABLED = 0
 export FLWR_DISABLE_UPDATE_CHECK = 1
@@ -21,8 +23,12 @@ setup: $(STAMP)  ## make the environment in .venv
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Graft needs Python 3.11 or newer; $(PYTHON) is " + sys.version.split()[0] + ". Try: make PYTHON=python3.11")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@echo "installing Graft into $(VENV) (torch is large: the first time takes minutes)"
-	@$(PIP) install --quiet -c constraints.txt -e '.[dev,gguf]'
+	@echo "installing Graft into $(VENV): the $$(grep -c == constraints.txt) packages it was tested with"
+	@{ $(PIP) install --no-deps -r constraints.txt | $(SHOWN) && echo "  graft" \
+	  && $(PIP) install --quiet --no-deps -e . && $(PIP) check; } || { \
+	  echo "that set is not whole on this machine (another Python, platform or torch);" \
+	    "now pip chooses, as near to it as it can: this takes minutes"; \
+	  $(PIP) install -c constraints.txt -e '.[dev,gguf]' | $(SHOWN); }
 	@touch $@
 	@echo "done. Activate it with: source $(VENV)/bin/activate"
 

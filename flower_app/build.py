@@ -32,7 +32,7 @@ from models import (
     split,
     tune,
 )
-from models.adapters import RESIDUAL
+from models.residuals import RESIDUAL
 from models.whole import make_config, parse_dtype, read_config
 
 LAST = "last:"

@@ -1,12 +1,13 @@
 """Splitting, loading, adapting and saving transformer models. Knows nothing of Flower."""
 
-from models.adapters import fold_residuals, merge, tune, tune_whole
+from models.adapters import adapted_shares, merge, tune, tune_whole
 from models.checked import split
 from models.cut import Cut, in_ends
 from models.export import complete_pairs, save_adapter, save_full
 from models.families import tested_families
 from models.load import load_client, load_part
 from models.parts import Part, Parts, narrow
+from models.residuals import fold_residuals
 from models.state import (
     client_state,
     global_name,
@@ -21,6 +22,7 @@ __all__ = [
     "Cut",
     "Part",
     "Parts",
+    "adapted_shares",
     "build_scratch",
     "client_state",
     "complete_pairs",

@@ -1,8 +1,9 @@
 """What is trained in a part: everything, LoRA adapters, or nothing.
 
-LoRA (Hu et al. 2021, arXiv:2106.09685) is peft's. Its initial values are a function of the seed
-and the tensor's name in the whole model, so that a split model, the unsplit one and every client
-start alike whatever they build first.
+LoRA (Hu et al. 2021, arXiv:2106.09685) of layers is peft's, that of stacked experts equals peft's
+(`weights`); `targets` says what may have an adapter. Initial values are a function of the seed and
+the tensor's name in the whole model, so that a split model, the unsplit one and every client start
+alike whatever they build first.
 
 Under FFA-LoRA (Sun et al. 2024, arXiv:2403.12313) lora_A keeps these values, so that the mean of
 lora_B is the mean of the products.
@@ -14,7 +15,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -24,14 +26,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from models.anatomy import set_module
 from models.cut import ROLES, Cut
 from models.parts import Part, split_unchecked
 from models.state import global_name
+from models.targets import Target
+from models.weights import ADAPTER, WeightLora
 
 MODES = ("full", "lora", "frozen")
-ADAPTER = "default"
-RESIDUAL = ".residual"
-"""Ends the name of what is added to the base weight of an adapted module."""
 _WANTED_BY = "_graft_wanted_by"
 
 
@@ -58,10 +60,10 @@ def tune(
     part : Part
         Changed in place.
     mode : str
-        ``full``: every weight. ``lora``: adapters on the linear layers of its blocks, in fp32; a
-        part without blocks gets none. ``frozen``: nothing.
+        ``full``: every weight. ``lora``: adapters on the linear layers and experts of its blocks,
+        in fp32; a part without blocks gets none. ``frozen``: nothing.
     lora : Lora, optional
-        Needed by ``lora``. Empty `target_modules`: all linear layers of the blocks.
+        Needed by ``lora``. Empty `target_modules`: all that can be adapted.
     seed : int
         Of the adapters' initial values.
     freeze_a : bool
@@ -75,13 +77,13 @@ def tune(
     Raises
     ------
     ValueError
-        If the mode is unknown, `lora` is absent, or a target module is in none of the blocks.
+        If the mode is unknown, `lora` is absent, or a target is in no block of the whole model,
+        cannot be adapted, or takes no dropout.
     """
     _check_mode(mode)
     _want(part.parameters(), part.role, mode == "full")
     if mode == "lora" and len(part.blocks):
-        lora = _needed(lora)
-        _inject(part.model, _choose(block_linears(part), lora), lora, seed, freeze_a)
+        _inject(part.model, part.block_list, _chosen(part, lora), _needed(lora), seed, freeze_a)
     return part
 
 
@@ -110,17 +112,36 @@ def tune_whole(
         modes, cut = dict.fromkeys(ROLES, modes), cut or Cut(0, 0)
     if cut is None or set(modes) != set(ROLES):
         raise ValueError(f"give a cut and a mode for each of {', '.join(ROLES)}")
-    linears: list[str] = []
-    for part in split_unchecked(model, cut):
+    chosen: list[Target] = []
+    parts = split_unchecked(model, cut)
+    for part in parts:
         mode = modes[part.role]
         _check_mode(mode)
         _want(part.parameters(), part.role, mode == "full")
         if mode == "lora" and len(part.blocks):
-            chosen = _choose(block_linears(part), _needed(lora))
-            linears += chosen
-    if linears:
-        _inject(model, linears, _needed(lora), seed, freeze_a)
+            chosen += _chosen(part, lora)
+    if chosen:
+        _inject(model, parts.trunk.block_list, chosen, _needed(lora), seed, freeze_a)
     return model
+
+
+def adapted_shares(part: Part, modes: Mapping[str, str], lora: Lora) -> dict[str, float]:
+    """Tell which share of each part's weights has an adapter, from any one part of the model.
+
+    Parameters
+    ----------
+    part : Part
+        Tuned or not; the other parts are those of its cut.
+    modes : mapping
+        As in `tune`, by role; only parts of mode ``lora`` are told of.
+    """
+    chosen = part.inventory.choose(lora.target_modules, lora.dropout)
+    ranges = part.cut.ranges(part.num_blocks_total)
+    return {
+        role: part.inventory.share(chosen, role, ranges[role])
+        for role in ROLES
+        if modes[role] == "lora"
+    }
 
 
 def merge(*modules: nn.Module) -> int:
@@ -134,7 +155,7 @@ def merge(*modules: nn.Module) -> int:
     Returns
     -------
     int
-        Adapted layers; parts may have none.
+        Adapted weights; parts may have none.
 
     Raises
     ------
@@ -144,89 +165,24 @@ def merge(*modules: nn.Module) -> int:
     """
     count = 0
     for module in modules:
-        for name, layer in list(module.named_modules()):
+        for name, layer in reversed(list(module.named_modules())):  # inner ones first
             if isinstance(layer, LoraLayer):
                 layer.merge(safe_merge=True)
-                parent, _, leaf = name.rpartition(".")
-                module.get_submodule(parent)._modules[leaf] = layer.get_base_layer()
-                count += 1
+            elif isinstance(layer, WeightLora):
+                layer.merge()
+            else:
+                continue
+            parent, _, leaf = name.rpartition(".")
+            module.get_submodule(parent)._modules[leaf] = layer.base_layer
+            count += len(layer.adapted) if isinstance(layer, WeightLora) else 1
     if not count and not all(isinstance(module, Part) for module in modules):
         raise ValueError("there are no adapters to merge; merge the parts that were tuned")
     return count
 
 
-def fold_residuals(parts: Part | Iterable[Part], residuals: Mapping[str, Tensor]) -> None:
-    """Add to base weights what the mean of adapters holds beyond their rank, in place.
-
-    Parameters
-    ----------
-    parts : Part or iterable of Part
-        Any parts of one model; each module is in one of them.
-    residuals : mapping
-        ``"<module>.residual"``, modules named as in the whole model, to a dense (out, in) tensor.
-        Every call adds: to go from one residual to another, give their difference.
-
-    Raises
-    ------
-    ValueError
-        If a name is not of a linear layer of these parts, or a shape differs; nothing is added
-        then.
-
-    Notes
-    -----
-    The sum is made in fp32 and rounded to the weight's own type. In bf16 that keeps 8 bits: what is
-    below a 1/512 of a weight is lost, each time anew where differences are added.
-    """
-    own = [parts] if isinstance(parts, Part) else list(parts)
-    sums = [
-        (weight, delta)
-        for name, residual in residuals.items()
-        for weight, delta in [_addends(own, name, residual)]
-    ]
-    with torch.no_grad():
-        for weight, delta in sums:
-            weight.copy_(weight.float() + delta.to(weight.device, torch.float32))
-
-
-def residual_weights(part: Part, names: Iterable[str]) -> dict[str, nn.Parameter]:
-    """Return the base weight that each residual of these names is added to."""
-    return {name: _base_layer([part], name).weight for name in sorted(names)}
-
-
-def _addends(parts: list[Part], name: str, residual: Tensor) -> tuple[Tensor, Tensor]:
-    """The base weight that a residual is for, and the residual as that weight is laid out."""
-    base = _base_layer(parts, name)
-    flip = isinstance(base, Conv1D)
-    want = tuple(base.weight.shape)[:: -1 if flip else 1]
-    if tuple(residual.shape) != want or not residual.is_floating_point():
-        raise ValueError(f"{name} is {residual.dtype} {tuple(residual.shape)}, must be {want}")
-    return base.weight, residual.T if flip else residual
-
-
-def _base_layer(parts: list[Part], name: str) -> nn.Linear | Conv1D:
-    module, mark, rest = name.rpartition(RESIDUAL)
-    if not mark or rest:
-        raise ValueError(f"{name} is not a residual; its name must end in {RESIDUAL}")
-    for part in parts:
-        try:
-            layer = part.model.get_submodule(module)
-        except AttributeError:
-            continue
-        base = layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
-        if isinstance(base, (nn.Linear, Conv1D)):
-            return base
-    roles = " and ".join(part.role for part in parts)
-    raise ValueError(f"{name}: the {roles} of this model has no linear layer {module}")
-
-
 def block_linears(part: Part) -> list[str]:
-    """Names, as in the whole model, of the linear layers in the part's blocks."""
-    inside = tuple(f"{part.block_list}.{i}." for i in part.blocks)
-    return [
-        name
-        for name, module in part.model.named_modules()
-        if name.startswith(inside) and isinstance(module, (nn.Linear, Conv1D))
-    ]
+    """Names, as in the whole model, of all that can be adapted in the part's blocks."""
+    return [target.name for target in part.inventory.targets if target.block in part.blocks]
 
 
 def initial_lora(name: str, like: Tensor, seed: int) -> Tensor:
@@ -244,24 +200,25 @@ def initial_lora(name: str, like: Tensor, seed: int) -> Tensor:
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
     value = torch.empty(like.shape)
-    nn.init.kaiming_uniform_(value, a=math.sqrt(5), generator=generator)
+    # Of experts, each row by itself: the bound depends on the number of inputs alone.
+    rows = value.view(-1, value.shape[-1])
+    nn.init.kaiming_uniform_(rows, a=math.sqrt(5), generator=generator)
     return value
 
 
 def _inject(
-    model: PreTrainedModel, targets: list[str], lora: Lora, seed: int, freeze_a: bool
+    model: PreTrainedModel,
+    block_list: str,
+    targets: Sequence[Target],
+    lora: Lora,
+    seed: int,
+    freeze_a: bool,
 ) -> None:
-    config = LoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=targets,
-        fan_in_fan_out=isinstance(model.get_submodule(targets[0]), Conv1D),
-        bias="none",
-    )
     frozen = {id(p): p.requires_grad for p in model.parameters()}
-    with torch.random.fork_rng(devices=[]):
-        inject_adapter_in_model(config, model, adapter_name=ADAPTER)
+    blocks = model.get_submodule(block_list)
+    own = [(t.name.removeprefix(block_list + "."), t.parameter) for t in targets]
+    _inject_layers(blocks, [name for name, parameter in own if not parameter], lora)
+    _wrap_weights(blocks, [name for name, parameter in own if parameter], lora)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             value = initial_lora(global_name(model, name), parameter, seed)
@@ -271,21 +228,37 @@ def _inject(
             parameter.requires_grad_(frozen[id(parameter)])
 
 
-def _choose(linears: list[str], lora: Lora) -> list[str]:
-    """Return the linears that the settings name; all of them if they name none."""
-    if not lora.target_modules:
-        return linears
-    chosen: set[str] = set()
-    for target in lora.target_modules:
-        found = {n for n in linears if n == target or n.endswith("." + target)}
-        if not found:
-            kinds = sorted({n.rpartition(".")[2] for n in linears})
-            raise ValueError(
-                f"lora.target_modules: {target!r} is no linear layer of these blocks; "
-                f"they have {', '.join(kinds)}"
-            )
-        chosen |= found
-    return [n for n in linears if n in chosen]
+def _inject_layers(blocks: nn.Module, names: list[str], lora: Lora) -> None:
+    """Let PEFT adapt these layers; it sees no model, whose targets it might change."""
+    if not names:
+        return
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules="|".join(map(re.escape, names)),
+        fan_in_fan_out=isinstance(blocks.get_submodule(names[0]), Conv1D),
+        bias="none",
+    )
+    with torch.random.fork_rng(devices=[]):
+        inject_adapter_in_model(config, blocks, adapter_name=ADAPTER)
+
+
+def _wrap_weights(blocks: nn.Module, names: list[str], lora: Lora) -> None:
+    by_owner: dict[str, list[str]] = {}
+    for name in names:
+        owner, _, leaf = name.rpartition(".")
+        by_owner.setdefault(owner, []).append(leaf)
+    for owner, leaves in by_owner.items():
+        wrapped = WeightLora(blocks.get_submodule(owner), leaves, lora.rank, lora.alpha)
+        set_module(blocks, owner, wrapped)
+
+
+def _chosen(part: Part, lora: Lora | None) -> list[Target]:
+    """The targets in a part's own blocks; a name in other blocks alone is no mistake."""
+    lora = _needed(lora)
+    chosen = part.inventory.choose(lora.target_modules, lora.dropout)
+    return [target for target in chosen if target.block in part.blocks]
 
 
 def _want(parameters: Iterable[nn.Parameter], role: str, wanted: bool) -> None:

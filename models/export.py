@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from functools import cache
 from pathlib import Path
 
 import torch
 from peft import LoraConfig
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import (
@@ -17,15 +19,20 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from models.adapters import ADAPTER, Lora, initial_lora
+from models.adapters import Lora, initial_lora
+from models.residuals import base_weight
 from models.state import copy_into
+from models.weights import ADAPTER, factor_shapes
+from models.whole import outline
 
 
 def save_adapter(folder: str | Path, states: Mapping[str, Tensor], base: str, lora: Lora) -> Path:
     """Save the adapters of all parts as one PEFT folder.
 
-    ``PeftModel.from_pretrained(base_model, folder)`` then gives the same logits. Only the layers
-    that have an adapter are targeted, each by its full name.
+    ``PeftModel.from_pretrained(base_model, folder)`` then gives the same logits. Only what has an
+    adapter is targeted, by its full name: layers by `target_modules`; experts, and the layers whose
+    names PEFT would take for experts of a family, by `target_parameters`, which take no dropout, so
+    that none is saved beside them.
 
     Parameters
     ----------
@@ -34,7 +41,7 @@ def save_adapter(folder: str | Path, states: Mapping[str, Tensor], base: str, lo
     states : mapping
         LoRA tensors by global name (`trainable_state`, `client_state`).
     base : str
-        Folder or hub id of the model that was adapted.
+        Folder or hub id of the model that was adapted; its outline is read.
     lora : Lora
         The settings that the adapters were made with.
 
@@ -43,37 +50,88 @@ def save_adapter(folder: str | Path, states: Mapping[str, Tensor], base: str, lo
     ValueError
         If a tensor is not a LoRA tensor, a pair is incomplete, or there are none.
     """
-    pairs: dict[str, set[str]] = {}
-    tensors: dict[str, Tensor] = {}
-    for name, tensor in states.items():
-        module, mark, kind = name.rpartition(".lora_")
-        if not mark or kind not in (f"A.{ADAPTER}.weight", f"B.{ADAPTER}.weight"):
-            raise ValueError(f"{name} is not a LoRA tensor; save a fully trained model instead")
-        pairs.setdefault(module, set()).add(kind[0])
-        key = f"base_model.model.{module}.lora_{kind[0]}.weight"
-        tensors[key] = tensor.detach().cpu().contiguous().clone()
-    if not pairs:
-        raise ValueError("there are no adapters to save")
-    if halves := sorted(module for module, kinds in pairs.items() if len(kinds) != 2):
-        raise ValueError(f"adapters need both lora_A and lora_B; incomplete: {halves[0]}")
-    ranks = {t.shape[0] for k, t in tensors.items() if ".lora_A." in k}
-    if ranks != {lora.rank}:
+    pairs = _pairs(states)
+    if ranks := {A.shape[0] for A, _ in pairs.values()} - {lora.rank}:
         raise ValueError(f"lora.rank is {lora.rank}, but the adapters have rank {sorted(ranks)}")
+    model = outline(base)
+    modules, parameters = _targets(model, pairs)
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=sorted(pairs),
+        lora_dropout=0.0 if parameters else lora.dropout,
+        target_modules=sorted(modules),
+        target_parameters=sorted(parameters.values()) or None,
         bias="none",
         task_type="CAUSAL_LM",
         base_model_name_or_path=base,
         inference_mode=True,
     )
     config.save_pretrained(str(target))
+    places = {**{name: name for name in modules}, **_nested(model, parameters)}
+    tensors = {}
+    for name, (A, B) in pairs.items():
+        A = A.transpose(0, 1).flatten(0, 1) if A.ndim == 3 else A  # experts, then ranks
+        for kind, tensor in (("A", A), ("B", B.flatten(1))):
+            key = f"base_model.model.{places[name]}.lora_{kind}.weight"
+            tensors[key] = tensor.detach().cpu().contiguous().clone()
     save_file(tensors, target / "adapter_model.safetensors", metadata={"format": "pt"})
     return target
+
+
+def _pairs(states: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Sort LoRA tensors by what they adapt: A and B of each."""
+    halves: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in states.items():
+        adapted, mark, kind = name.rpartition(".lora_")
+        if not mark or kind not in (f"A.{ADAPTER}.weight", f"B.{ADAPTER}.weight"):
+            raise ValueError(f"{name} is not a LoRA tensor; save a fully trained model instead")
+        halves.setdefault(adapted, {})[kind[0]] = tensor
+    if not halves:
+        raise ValueError("there are no adapters to save")
+    if incomplete := sorted(name for name, own in halves.items() if len(own) != 2):
+        raise ValueError(f"adapters need both lora_A and lora_B; incomplete: {incomplete[0]}")
+    return {name: (own["A"], own["B"]) for name, own in halves.items()}
+
+
+def _targets(model: PreTrainedModel, names: Iterable[str]) -> tuple[list[str], dict[str, str]]:
+    """Divide what is adapted into PEFT's `target_modules`, and its `target_parameters` by name."""
+    modules, parameters = [], {}
+    taken = cache(lambda leaf: _taken_for_experts(leaf, model))
+    layers = {name for name, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D))}
+    for name in names:
+        if name not in layers:
+            parameters[name] = name
+        elif taken(name.rpartition(".")[2]):
+            parameters[name] = f"{name}.weight"
+        else:
+            modules.append(name)
+    return modules, parameters
+
+
+def _taken_for_experts(leaf: str, model: PreTrainedModel) -> bool:
+    """Whether PEFT rewrites targets of this last name to the fused experts of the family."""
+    config = LoraConfig(target_modules=[f"layer.{leaf}"])
+    try:
+        convert_peft_config_for_transformers(config, model, None)
+    except ValueError:  # PEFT misses the other layers that it believes to be fused with this one
+        return True
+    return config.target_modules != {f"layer.{leaf}"}
+
+
+def _nested(model: PreTrainedModel, parameters: Mapping[str, str]) -> dict[str, str]:
+    """Where PEFT has the adapters of parameters: one around the other, the last one outside."""
+    own: dict[str, list[str]] = {}
+    by_path = {path: name for name, path in parameters.items()}
+    for path in dict(model.named_parameters(remove_duplicate=False)):
+        if path in by_path:
+            own.setdefault(path.rpartition(".")[0], []).append(by_path[path])
+    return {
+        name: module + ".base_layer" * depth
+        for module, names in own.items()
+        for depth, name in enumerate(reversed(names))
+    }
 
 
 def complete_pairs(
@@ -92,16 +150,14 @@ def complete_pairs(
     """
     pairs = dict(state)
     for name, tensor in state.items():
-        module, mark, kind = name.rpartition(".lora_B.")
-        partner = f"{module}.lora_A.{kind}"
+        adapted, mark, kind = name.rpartition(".lora_B.")
+        partner = f"{adapted}.lora_A.{kind}"
         if not mark or partner in state:
             continue
-        layer = model.get_submodule(module)
-        assert isinstance(layer, (nn.Linear, Conv1D))
-        width = layer.weight.shape[0 if isinstance(layer, Conv1D) else 1]
-        pairs[partner] = initial_lora(
-            partner, torch.empty(tensor.shape[1], width, device="meta"), seed
-        )
+        found = base_weight(model, adapted)
+        assert found is not None
+        shape, _ = factor_shapes(found[0], tensor.shape[1], found[1])
+        pairs[partner] = initial_lora(partner, torch.empty(shape, device="meta"), seed)
     return pairs
 
 

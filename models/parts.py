@@ -19,6 +19,7 @@ from models import anatomy as anatomy_of
 from models.anatomy import Anatomy, ask_for_logits, set_module, share_copy, weight_owners
 from models.cut import ROLES, Cut
 from models.flow import Flow, Skip, Vacant, deliver_hook, halt_hook, run_with, standin
+from models.targets import take_inventory
 
 
 class Part(nn.Module):
@@ -39,6 +40,8 @@ class Part(nn.Module):
     num_blocks_total, hidden_size : int
     arity : int
         What a block returns, see `Anatomy.arity`.
+    inventory : Inventory
+        What may have an adapter, in all blocks of the whole model.
     finds_last : bool
         The head looks for each text's last token, see `Anatomy.finds_last`.
     """
@@ -53,6 +56,7 @@ class Part(nn.Module):
         self.num_blocks_total = anatomy.num_blocks
         self.blocks = cut.ranges(anatomy.num_blocks)[role]
         self.hidden_size = anatomy_of.width(model)
+        self.inventory = take_inventory(model, anatomy)
         self.model = _carve(model, role, self.blocks, anatomy)
         self.config = self.model.config
         self.training = model.training

@@ -68,9 +68,12 @@ def test_nothing_imports_upwards(project: Path, package: str) -> None:
 
 
 def test_command_line_imports_nothing_heavy(project: Path) -> None:
-    tree = ast.parse((project / "simulations" / "cli" / "app.py").read_text(encoding="utf-8"))
-    top = ast.Module([node for node in tree.body if not isinstance(node, ast.FunctionDef)], [])
-    assert not _imports(top) & (HEAVY | set(LAYERS))
+    for path in _sources(project, "simulations/cli"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        top = ast.Module([node for node in tree.body if not isinstance(node, ast.FunctionDef)], [])
+        assert not _imports(top) & (HEAVY | set(LAYERS) - {"simulations"}), path
+        ours = re.findall(r"(?m)^(?:from|import) (simulations[.\w]*)", path.read_text("utf-8"))
+        assert all(name.startswith("simulations.cli") for name in ours), path
 
 
 def test_no_bare_except_and_no_pickle(project: Path) -> None:
@@ -101,6 +104,24 @@ def test_bundle_holds_the_app_and_nothing_else(project: Path) -> None:
     assert expected <= names, f"left out of the bundle: {sorted(expected - names)}"
     for needed in ("flower_app/server_app.py", "conf/base.yaml", "conf/experiment/demo.yaml"):
         assert needed in names
+
+
+def test_flowers_hub_would_take_the_app(project: Path, settings: dict[str, Any]) -> None:
+    from flwr.cli.app_cmd.publish import _validate_files
+    from flwr.cli.utils import filter_paths_for_publish
+    from flwr.supercore.fab_format_version import normalize_and_validate_fab_format
+
+    metadata = normalize_and_validate_fab_format(settings)
+    published = filter_paths_for_publish({path: project / path for path in _tracked(project)})
+
+    assert metadata.fab_format_version == 1
+    tested = re.search(r"(?m)^flwr==(.+)$", (project / "constraints.txt").read_text())
+    assert tested, "constraints.txt names no flwr"
+    assert metadata.flwr_version_target == tested.group(1)
+    assert {"README.md", "LICENSE", "pyproject.toml"} <= set(published)
+    _validate_files(list(published.values()))  # raises; at most 1,000 files of 1 MB, 10 MB in all
+    pictures = re.findall(r"!\[(.*?)\]", (project / "README.md").read_text(encoding="utf-8"))
+    assert all(len(words) > 20 for words in pictures), "the hub shows words in place of pictures"
 
 
 def test_a_run_installs_nothing(settings: dict[str, Any]) -> None:

@@ -2,41 +2,87 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from conf.load import load_config
-from conf.rules import ConfigError
-from conf.schema import Config, DataConfig, ModelConfig
+from conf.rules import ConfigError, split_address
+from conf.schema import Config, DataConfig, FederationConfig, LinkConfig, ModelConfig, RuntimeConfig
 from flower_app.runs.folders import make_parent, runs_folder
+from simulations.launch.machine import MEBIBYTE, check_machine, is_free, look_at_machine
+
+FLOWERS_CLIENTS = 2
+"""SuperNodes that Flower simulates if nobody says how many."""
+COUNTED_MB = 64
+"""Files up to this size are read beforehand, to see that their documents suffice."""
 
 
-def check_run(experiment: str, overrides: str = "") -> Config:
+def check_run(experiment: str, overrides: str = "", clients: int = 0) -> Config:
     """Check what a simulated run needs of this machine; a ValueError says what is wrong.
 
     Parameters
     ----------
     experiment, overrides : str
         The run's configuration.
+    clients : int
+        Simulated clients; 0: Flower's default.
 
     Returns
     -------
     Config
         With the folder in place of `last:NAME`.
     """
-    config = load_config(experiment, overrides)
+    return check_config(load_config(experiment, overrides), clients)
+
+
+def check_config(config: Config, clients: int = 0) -> Config:
+    """Do the same for a configuration that was loaded before.
+
+    Parameters
+    ----------
+    config : Config
+        The run's.
+    clients : int
+        As in `check_run`.
+    """
+    count = clients or FLOWERS_CLIENTS
+    _check_clients(config.federation, count)
     _check_data(config.data)
     make_parent(runs_folder(config.output.folder))
+    if config.link.transport == "stream":
+        _check_link(config.link)
+    check_machine(look_at_machine())
+    return _check_contents(config, count)
 
-    from flower_app.build import resolve_model  # with torch, so not for a misspelt key
-    from flower_app.check import check_names
+
+def _check_contents(config: Config, clients: int) -> Config:
+    """Check what it takes torch to read: not for a misspelt key."""
+    from flower_app.build import resolve_model
     from models import Cut
 
-    check_names(config)
+    _check_exists("model.path", config.model.path)
+    _check_exists("model.tokenizer", config.model.tokenizer)
     config = resolve_model(config)
     blocks = _count_blocks(config.model)
     if blocks is not None:
         Cut(bottom=config.cut.bottom, top=config.cut.top).ranges(blocks)
+    _check_devices(config.runtime)
+    if not config.model.path.endswith(".gguf"):  # which takes reading it
+        from flower_app.data.text import load_tokenizer
+
+        load_tokenizer(config.model)
+    _check_documents(config, clients)
     return config
+
+
+def _check_clients(federation: FederationConfig, clients: int) -> None:
+    if federation.min_clients > clients:
+        raise ConfigError(
+            f"federation.min_clients={federation.min_clients} waits for more clients than the "
+            f"{clients} that are simulated: start more (--clients {federation.min_clients}) or "
+            "lower it",
+            key="federation.min_clients",
+        )
 
 
 def _check_data(data: DataConfig) -> None:
@@ -55,8 +101,71 @@ def _check_data(data: DataConfig) -> None:
             f"this folder; give an absolute path, such as {path.absolute()}",
             key="data.path",
         )
-    if not path.exists():
-        raise ConfigError(f"data.path {path} does not exist", key="data.path")
+    _check_exists("data.path", data.path)
+    _check_readable("data.path", path)
+
+
+def _check_link(link: LinkConfig) -> None:
+    for name in ("certificate", "key"):
+        if value := getattr(link, name):
+            _check_exists(f"link.{name}", value, given="/")
+            _check_readable(f"link.{name}", Path(value).expanduser())
+    host, port = split_address(link.bind)
+    if port and not is_free(host, port):
+        raise ConfigError(
+            f"link.bind={link.bind}: another program has this port, or the address is not this "
+            "machine's; choose a free port, or port 0 for any",
+            key="link.bind",
+        )
+
+
+def _check_devices(runtime: RuntimeConfig) -> None:
+    import torch
+
+    there = torch.cuda.device_count()
+    for name in ("trunk_device", "client_device"):
+        try:
+            device = torch.device(getattr(runtime, name))
+        except RuntimeError as error:
+            known = str(error).splitlines()[0]
+            raise ConfigError(f"runtime.{name}: {known}", key=f"runtime.{name}") from error
+        if device.type == "cuda" and (device.index or 0) >= there:
+            raise ConfigError(
+                f"runtime.{name}={device}: torch {torch.__version__} sees {there} CUDA devices on "
+                f"this machine; set runtime.{name}=cpu, or install a torch for your driver",
+                key=f"runtime.{name}",
+            )
+
+
+def _check_documents(config: Config, clients: int) -> None:
+    """See that the data can be read and divided among so many, where that takes seconds at most."""
+    from flower_app.data.partition import take_partition
+    from flower_app.data.sources import load_rows
+
+    data = config.data
+    if data.source == "builtin" or (
+        data.source == "files" and _size(Path(data.path).expanduser()) <= COUNTED_MB * MEBIBYTE
+    ):
+        take_partition(load_rows(data), data, partition=0, partitions=clients, seed=config.seed)
+
+
+def _check_exists(
+    key: str, value: str, given: tuple[str, ...] | str = ("/", "~", "./", "../")
+) -> None:
+    """Refuse what is written as a path and is not there; other names are the hub's to judge."""
+    path = Path(value).expanduser()
+    if value and value.startswith(given) and not path.exists():
+        raise ConfigError(f"{key} {path} does not exist", key=key)
+
+
+def _check_readable(key: str, path: Path) -> None:
+    if not os.access(path, os.R_OK | (os.X_OK if path.is_dir() else 0)):
+        raise ConfigError(f"{key} {path} cannot be read by this user", key=key)
+
+
+def _size(path: Path) -> int:
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def _count_blocks(model: ModelConfig) -> int | None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import shlex
+import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +13,8 @@ from typing import Any
 from conf.schema import Config
 from simulations.launch.console import Console
 from simulations.launch.local_flower import Outcome, local_superlink
-from simulations.launch.preflight import check_run
+from simulations.launch.machine import look_at_machine
+from simulations.launch.preflight import FLOWERS_CLIENTS, check_config, check_run
 
 FALL_NATS = 2.0
 """By how much the held-out loss of the demo must fall."""
@@ -45,7 +49,8 @@ def run_experiment(
     Outcome
         A completed run. Any other end raises a RuntimeError.
     """
-    federation = _federation(check_run(experiment, overrides), clients)
+    config = check_run(experiment, overrides, clients)
+    federation = _federation(config, clients, look_at_machine().cpus)
     say(f"starting Flower and its simulated clients for experiment '{experiment}' ...")
     return _run(experiment, overrides, "", federation, say, verbose)
 
@@ -81,7 +86,8 @@ def resume_run(
     from flower_app.runs.resume import look_up  # with torch
 
     point = look_up(run, overrides)
-    federation = _federation(point.config, clients or len(point.clients))
+    count = clients or len(point.clients)
+    federation = _federation(check_config(point.config, count), count, look_at_machine().cpus)
     say(
         f"starting Flower and its simulated clients to go on with {point.run} after round "
         f"{point.number} of {point.config.train.rounds} ..."
@@ -120,14 +126,15 @@ def _run(
     return outcome
 
 
-def _federation(config: Config, clients: int) -> str:
+def _federation(config: Config, clients: int, cpus: int) -> str:
     """Value of `--federation-config`: how many clients, and all at once if the run needs that."""
     count = f"num-supernodes={clients}" if clients else ""
     together = config.train.strategy == "merged" or config.train.turns == "ordered"
-    if not together or config.link.transport != "stream":
-        return count
-    at_once = f"client-resources-num-cpus=1 init-args-num-cpus={clients or FLOWERS_CLIENTS}"
-    return f"{count} {at_once}".strip()
+    if together and config.link.transport == "stream":
+        how = f"client-resources-num-cpus=1 init-args-num-cpus={clients or FLOWERS_CLIENTS}"
+    else:  # Flower gives a client two CPUs, and ends a run where there is one
+        how = "" if cpus > 1 else "client-resources-num-cpus=1 init-args-num-cpus=1"
+    return f"{count} {how}".strip()
 
 
 def demo(say: Callable[[str], None] = print, verbose: bool = False) -> Path:
@@ -162,10 +169,25 @@ def demo(say: Callable[[str], None] = print, verbose: bool = False) -> Path:
         if (folder / name).exists():
             say(f"  {name:<14} {what}")
     say("")
-    say("Next (after `source .venv/bin/activate`):")
-    for command in _NEXT:
-        say(f"  {command}")
+    say("Next:")
+    for command, what in _next_commands(folder, summary["rounds"]).items():
+        say(f"  {command}  # {what}")
     return folder
+
+
+def _next_commands(folder: Path, rounds: int) -> dict[str, str]:
+    """Commands that go on from a run, as they can be typed here, and what each does."""
+    graft = Path(sys.executable).parent / "graft"
+    if shutil.which("graft") == str(graft):
+        graft = Path("graft")
+    elif graft.is_relative_to(Path.cwd()):
+        graft = graft.relative_to(Path.cwd())
+    run, model = shlex.quote(str(folder)), shlex.quote(str(folder / "model"))
+    return {
+        f"{graft} resume {run} train.rounds={rounds + 2}": "two more rounds of the same",
+        f"{graft} run lora model.path={model}": "LoRA in all three parts, on what the demo learned",
+        f"{graft} parity --model {model} --cut 2,1": "the model, split and whole: the same numbers",
+    }
 
 
 def check_fall(summary: dict[str, Any], nats: float) -> None:
@@ -188,9 +210,6 @@ def check_fall(summary: dict[str, Any], nats: float) -> None:
         )
 
 
-FLOWERS_CLIENTS = 2
-"""SuperNodes that Flower simulates if nobody says how many."""
-
 _LEFT = {
     "summary.json": "how it ended, in numbers",
     "metrics.jsonl": "every step and round",
@@ -198,10 +217,3 @@ _LEFT = {
     "model": "the trained model, for transformers",
     "config.yaml": "the configuration that reproduces it",
 }
-_NEXT = (
-    "flwr run . --stream --run-config \"overrides='train.rounds=5 cut.bottom=2'\"",
-    "graft run lora            # LoRA in all three parts, on the model that the demo left",
-    "graft config demo         # everything that can be set",
-    "graft runs                # what was run, and how it ended",
-    "make deployment-demo      # the same app under a SuperLink and two SuperNodes, with TLS",
-)

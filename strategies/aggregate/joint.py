@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from conf.schema import Config
 from models import Cut, Part, fold_residuals, in_ends, trainable_state
-from models.adapters import RESIDUAL, residual_weights
+from models.residuals import RESIDUAL, residual_weights
 from strategies.aggregate.lora import form_but_rank
 from strategies.aggregate.state import Contribution, GlobalState
 from strategies.engine.engine import TrunkEngine

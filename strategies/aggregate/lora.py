@@ -8,6 +8,9 @@ rest (FedEx-LoRA, Singhal et al. 2024, arXiv:2410.09432).
 
 Shapes: I inputs and O outputs of the layer, r rank of one adapter, N sum of the clients' ranks.
 A residual is (O, I) whatever the layer is: GPT-2's ``Conv1D`` holds its weight as (I, O).
+
+Stacked experts are so many layers: all shapes here may begin with E. Among named tensors E comes
+after the rank, (r, E, I) and (O, r, E); `adapter_of` and `named` go there and back.
 """
 
 from __future__ import annotations
@@ -20,7 +23,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from models.adapters import ADAPTER, initial_lora
+from models.adapters import initial_lora
+from models.weights import ADAPTER, leading_experts
 
 A_NAME = f".lora_A.{ADAPTER}.weight"
 B_NAME = f".lora_B.{ADAPTER}.weight"
@@ -40,7 +44,7 @@ class Adapter(NamedTuple):
     @property
     def rank(self) -> int:
         """Rows of A."""
-        return self.A_rI.shape[0]
+        return self.A_rI.shape[-2]
 
 
 def adapted(names: Iterable[str]) -> list[str]:
@@ -65,25 +69,36 @@ def adapter_of(
     ValueError
         If one is missing, or their shapes do not make a product.
     """
-    A_rI, B_Or = state.get(layer + A_NAME), state.get(layer + B_NAME)
-    if frozen_A and A_rI is None and B_Or is not None and B_Or.ndim == 2:
-        A_rI = torch.eye(B_Or.shape[1], device=B_Or.device)
-    if A_rI is None or B_Or is None:
+    A, B = state.get(layer + A_NAME), state.get(layer + B_NAME)
+    if frozen_A and A is None and B is not None and B.ndim in (2, 3):
+        A = torch.eye(B.shape[1], device=B.device)
+        A = A if B.ndim == 2 else A[:, None].expand(-1, B.shape[2], -1)
+    if A is None or B is None:
         raise ValueError(f"{who} has only one of lora_A and lora_B for '{layer}'")
-    if A_rI.ndim != 2 or B_Or.ndim != 2 or A_rI.shape[0] != B_Or.shape[1]:
+    fit = A.ndim == B.ndim and A.ndim in (2, 3) and A.shape[:1] == B.shape[1:2]
+    if not fit or A.shape[1:-1] != B.shape[2:]:
         raise ValueError(
-            f"{who}: lora_A {tuple(A_rI.shape)} and lora_B {tuple(B_Or.shape)} of '{layer}' are "
+            f"{who}: lora_A {tuple(A.shape)} and lora_B {tuple(B.shape)} of '{layer}' are "
             "not of one rank"
         )
+    B_Or, A_rI = leading_experts(B, A)
     return Adapter(A_rI, B_Or)
+
+
+def named(layer: str, adapter: Adapter) -> dict[str, Tensor]:
+    """Return a layer's factors as they are called and laid out among named tensors."""
+    A, B = adapter
+    if A.ndim == 3:
+        A, B = A.transpose(0, 1).contiguous(), B.permute(1, 2, 0).contiguous()
+    return {layer + A_NAME: A, layer + B_NAME: B}
 
 
 def form_but_rank(name: str, tensor: Tensor) -> tuple[int, ...]:
     """Return the shape of a tensor without the rank, if it is an A or a B."""
-    if tensor.ndim == 2 and name.endswith(A_NAME):
-        return (tensor.shape[1],)
-    if tensor.ndim == 2 and name.endswith(B_NAME):
-        return (tensor.shape[0],)
+    if tensor.ndim in (2, 3) and name.endswith(A_NAME):
+        return tuple(tensor.shape[1:])
+    if tensor.ndim in (2, 3) and name.endswith(B_NAME):
+        return (tensor.shape[0], *tensor.shape[2:])
     return tuple(tensor.shape)
 
 
@@ -106,7 +121,7 @@ def stack(
         (share * alpha / adapter.rank) * adapter.B_Or.double()
         for adapter, share in zip(adapters, shares, strict=True)
     ]
-    return torch.cat(scaled, dim=1), torch.cat([a.A_rI.double() for a in adapters])
+    return torch.cat(scaled, dim=-1), torch.cat([a.A_rI.double() for a in adapters], dim=-2)
 
 
 def product_norm(left_ON: Tensor, right_NI: Tensor) -> float:
@@ -115,7 +130,7 @@ def product_norm(left_ON: Tensor, right_NI: Tensor) -> float:
     The norm of ``R_left @ R_right.T``, from the QR of both; a Gram matrix would lose half the
     digits, and with them any error below 1e-8.
     """
-    return float(torch.linalg.matrix_norm(_core(left_ON, right_NI)[1]))
+    return float(torch.linalg.vector_norm(_core(left_ON, right_NI)[1]))
 
 
 def project(
@@ -137,6 +152,12 @@ def project(
     spare_rI : Tensor
         Initial A of such an adapter.
     """
+    if left_ON.ndim == 3:
+        experts = [
+            project(left, right, rank=rank, alpha=alpha, spare_rI=spare)
+            for left, right, spare in zip(left_ON, right_NI, spare_rI, strict=True)
+        ]
+        return Adapter(*(torch.stack(sides) for sides in zip(*experts, strict=True)))
     Q_left, core, Q_right = _core(left_ON, right_NI)
     U, sigma, V = torch.linalg.svd(core, full_matrices=False)
     kept = min(rank, int((sigma > _ZERO * sigma.max()).sum()) if sigma.numel() else 0)
@@ -147,10 +168,11 @@ def project(
     return Adapter(A_rI, B_Or)
 
 
-def initial_A(layer: str, rank: int, inputs: int, seed: int) -> Tensor:
-    """Return the A with which an adapter of this rank starts: (r, I), fp32."""
-    shape = nn.Parameter(torch.empty(rank, inputs, device="meta"))
-    return initial_lora(layer + A_NAME, shape, seed)
+def initial_A(layer: str, rank: int, inputs: int, seed: int, experts: Sequence[int] = ()) -> Tensor:
+    """Return the A with which an adapter of this rank starts: (r, I) or (E, r, I), fp32."""
+    like = nn.Parameter(torch.empty(rank, *experts, inputs, device="meta"))
+    A = initial_lora(layer + A_NAME, like, seed)
+    return A.transpose(0, 1) if experts else A
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,7 +270,8 @@ class Layer:
         return layer, _square(layer.added(rank) - mean_OI), _square(mean_OI)
 
     def _project(self, left_ON: Tensor, right_NI: Tensor, rank: int) -> Adapter:
-        spare_rI = initial_A(self.name, rank, right_NI.shape[1], self.seed).to(right_NI.device)
+        *experts, _, inputs = right_NI.shape
+        spare_rI = initial_A(self.name, rank, inputs, self.seed, experts).to(right_NI.device)
         return project(left_ON, right_NI, rank=rank, alpha=self.alpha, spare_rI=spare_rI)
 
 
@@ -266,14 +289,14 @@ def _difference(
 ) -> tuple[Tensor, Tensor]:
     """Factors of ``s * B @ A - left @ right``."""
     own_Or, own_rI = stack([adapter], [1.0], alpha)
-    return torch.cat([own_Or, -left_ON], dim=1), torch.cat([own_rI, right_NI])
+    return torch.cat([own_Or, -left_ON], dim=-1), torch.cat([own_rI, right_NI], dim=-2)
 
 
 def _core(left_ON: Tensor, right_NI: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """``left @ right = Q_left @ core @ Q_right.T`` with orthonormal columns in both Q."""
     Q_left, R_left = torch.linalg.qr(left_ON)
-    Q_right, R_right = torch.linalg.qr(right_NI.T)
-    return Q_left, R_left @ R_right.T, Q_right
+    Q_right, R_right = torch.linalg.qr(right_NI.mT)
+    return Q_left, R_left @ R_right.mT, Q_right
 
 
 def _mean(tensors: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
@@ -283,4 +306,4 @@ def _mean(tensors: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
 
 
 def _square(tensor: Tensor) -> float:
-    return float(torch.linalg.matrix_norm(tensor)) ** 2
+    return float(torch.linalg.vector_norm(tensor)) ** 2

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from conf.schema import Config
-from models.adapters import RESIDUAL
+from models.residuals import RESIDUAL
 from strategies.aggregate.lora import (
     A_NAME,
     B_NAME,
@@ -23,6 +23,7 @@ from strategies.aggregate.lora import (
     adapter_of,
     factor_error,
     form_but_rank,
+    named,
 )
 from strategies.aggregate.means import check_alike, refuse_infinite, shares_of, weighted_mean
 from strategies.aggregate.server_optim import build_server_optimizer
@@ -146,8 +147,7 @@ class GlobalState:
                 self._check_rank(layer, rank)
                 continue
             held = self._layer(layer)
-            adapter = held.at(rank)
-            found |= {layer + A_NAME: adapter.A_rI, layer + B_NAME: adapter.B_Or}
+            found |= named(layer, held.at(rank))
             if self._how.lora == "exact" and (residual_OI := held.residual(rank)) is not None:
                 found[layer + RESIDUAL] = residual_OI
         return found
@@ -193,7 +193,7 @@ class GlobalState:
                 adapters, cohort.shares, self._lora.rank, exact=self._how.lora == "exact"
             )
             errors, squares = errors + error, squares + square
-            means |= {name + A_NAME: new.adapter.A_rI, name + B_NAME: new.adapter.B_Or}
+            means |= named(name, new.adapter)
             if new.total_OI is not None:
                 totals[name] = new.total_OI
         self._tensors, self._totals = {name: means[name] for name in cohort.states[0]}, totals

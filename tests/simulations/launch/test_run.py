@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shlex
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -69,6 +71,23 @@ def test_demo_says_where_the_results_are(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert any("5.500 -> 2.500" in line for line in lines)
 
 
+def test_demo_ends_with_three_commands_that_go_on(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folder = tmp_path / "a run"
+    folder.mkdir()
+    _bring(monkeypatch, _outcome(folder, **GOOD))
+    lines: list[str] = []
+    tool.demo(lines.append)
+
+    resume, lora, parity = [shlex.split(line, comments=True) for line in lines[-3:]]
+    assert resume[1:] == ["resume", str(folder), "train.rounds=5"]
+    assert lora[1:] == ["run", "lora", f"model.path={folder}/model"]
+    assert parity[1:] == ["parity", "--model", f"{folder}/model", "--cut", "2,1"]
+    assert {Path(command[0]).name for command in (resume, lora, parity)} == {"graft"}
+    assert shutil.which(resume[0]), "it can be typed as it is"
+
+
 @pytest.mark.parametrize(("last", "words"), [(4.0, "a fall of 2 nats"), (None, "no held-out loss")])
 def test_demo_that_learned_too_little_fails(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, last: float | None, words: str
@@ -107,11 +126,22 @@ def test_wrong_configuration_starts_nothing(monkeypatch: pytest.MonkeyPatch) -> 
     [
         ("lora", "", "no finished run of experiment 'demo'.*make demo"),
         ("demo", "cut.bottom=3 cut.top=3", "the model has 6 blocks, bottom=3 . top=3"),
-        ("lora", "model.path=/no/such/model", "cannot read the config of /no/such/model"),
+        ("lora", "model.path=/no/such/model", "model.path /no/such/model does not exist"),
         ("demo", "data.source=files data.partitioner=iid", "needs data.path in a simulation"),
         ("deployment", "data.path=here.txt", "data.path is the relative path 'here.txt'"),
         ("deployment", "data.path=/no/such/file.txt", "data.path /no/such/file.txt does not exist"),
         ("demo", "output.folder=/dev/null/runs", "output.folder /dev/null/runs cannot be written"),
+        ("demo", "model.tokenizer=/no/such/one", "model.tokenizer /no/such/one does not exist"),
+        ("demo", "federation.min_clients=3", "min_clients=3 waits for more clients than the 2"),
+        ("demo", "runtime.trunk_device=cuda:64", "runtime.trunk_device=cuda:64: torch .* CUDA"),
+        ("demo", "runtime.client_device=abacus", "runtime.client_device: Expected one of cpu"),
+        (
+            "demo",
+            "link.tls=on link.certificate=/no/c link.key=/no/k",
+            "link.certificate /no/c does",
+        ),
+        ("demo", "link.bind=192.0.2.1:9393", "link.bind=192.0.2.1:9393: another program has"),
+        ("deployment", "data.path=/dev/null", "/dev/null"),
     ],
 )
 def test_mistake_is_found_before_flower_is_started(
@@ -121,6 +151,23 @@ def test_mistake_is_found_before_flower_is_started(
     with pytest.raises(ValueError, match=words):
         tool.run_experiment(experiment, overrides, say=lines.append)
     assert (flower.runs, lines) == (0, [])
+
+
+def test_documents_are_counted_before_flower_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    flower = _bring(monkeypatch)
+    with pytest.raises(ValueError, match="289 documents cannot be divided among 500 clients"):
+        tool.run_experiment("demo", clients=500, say=lambda line: None)
+    assert flower.runs == 0
+
+
+def test_data_that_cannot_be_read_is_found_before(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    _bring(monkeypatch)
+    path = tmp_path / "texts.jsonl"
+    path.write_text('{"text": "a"}\nnot json\n')
+    with pytest.raises(ValueError, match="line 2"):
+        tool.run_experiment("deployment", f"data.path={path}", say=lambda line: None)
 
 
 def test_cut_is_checked_against_a_checkpoint(
@@ -203,6 +250,11 @@ def test_verbose_console_shows_everything() -> None:
     assert shown == FAILED_RUN.splitlines()
 
 
+@pytest.mark.parametrize(("cpus", "told"), [(1, "init-args-num-cpus=1"), (2, "num-supernodes=3")])
+def test_one_cpu_is_enough(cpus: int, told: str) -> None:
+    assert tool._federation(load_config("demo"), 3, cpus=cpus).endswith(told)
+
+
 @pytest.mark.parametrize(
     ("changes", "together"),
     [
@@ -214,7 +266,7 @@ def test_verbose_console_shows_everything() -> None:
     ],
 )
 def test_clients_that_wait_for_each_other_run_at_once(changes: str, together: bool) -> None:
-    told = tool._federation(load_config("demo", changes), 3)
+    told = tool._federation(load_config("demo", changes), 3, cpus=2)
 
     assert told.startswith("num-supernodes=3")
     assert ("init-args-num-cpus=3" in told) == together

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from conf.schema import AggregationConfig, Config, LoraSettings
-from models.adapters import RESIDUAL, initial_lora, merge, tune_whole
+from models.adapters import initial_lora, merge, tune_whole
+from models.residuals import RESIDUAL
 from models.state import load_trainable_state, trainable_state
 from strategies.aggregate.lora import A_NAME, B_NAME
 from strategies.aggregate.state import Contribution, GlobalState
