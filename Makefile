@@ -25,7 +25,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing Graft into $(VENV): the $$(grep -c == constraints.txt) packages it was tested with"
 	@{ $(PIP) install --no-deps -r constraints.txt | $(SHOWN) && echo "  graft" \
-	  && $(PIP) install --quiet --no-deps -e . && $(PIP) check; } || { \
+	  && $(PIP) install --quiet --no-deps --no-build-isolation -e . && $(PIP) check; } || { \
 	  echo "that set is not whole on this machine (another Python, platform or torch);" \
 	    "now pip chooses, as near to it as it can: this takes minutes"; \
 	  $(PIP) install -c constraints.txt -e '.[dev,gguf]' | $(SHOWN); }

@@ -6,12 +6,16 @@ import ast
 import io
 import re
 import subprocess
+import sys
 import tomllib
 import zipfile
+from importlib.metadata import requires, version
 from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 LAYERS = {
     "conf": set(),
@@ -136,6 +140,26 @@ def test_every_requirement_has_a_tested_version(project: Path, settings: dict[st
     pinned = re.findall(r"(?m)^([\w.-]+)==", (project / "constraints.txt").read_text())
     tested = {name.lower().replace("_", "-") for name in pinned}
     assert set(settings["tool"]["uv"]["exclude-dependencies"]) <= tested
+
+
+@pytest.mark.skipif(
+    (sys.platform, sys.version_info[:2]) != ("linux", (3, 11)) or "+cpu" not in version("torch"),
+    reason="constraints.txt was frozen on Linux with Python 3.11 and torch for CPUs",
+)
+def test_tested_versions_are_the_whole_set(project: Path) -> None:
+    """`make setup` installs constraints.txt as it is, without asking who needs what."""
+    pinned = re.findall(r"(?m)^([\w.-]+)==", (project / "constraints.txt").read_text())
+    needed, left = {("graft", "")}, [("graft", ""), ("graft", "dev"), ("graft", "gguf")]
+    while left:
+        name, extra = left.pop()
+        for text in requires(name) or []:
+            one = Requirement(text)
+            if one.marker is None or one.marker.evaluate({"extra": extra}):
+                found = {(one.name, each) for each in ("", *one.extras)} - needed
+                needed |= found
+                left += found
+    names = {canonicalize_name(name) for name, _ in needed} - {"graft"}
+    assert names == {canonicalize_name(name) for name in pinned}
 
 
 def test_readme_tree_is_true(project: Path) -> None:

@@ -18,7 +18,7 @@ RAY_SOCKET_BYTES = len("/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/
 """What Ray appends to its folder to name a socket."""
 MEBIBYTE = 2**20
 SHARED_MEMORY_MB = 256
-"""Of /dev/shm: Ray puts each message between its processes there, a client's tensors too."""
+"""Of /dev/shm: messages between Ray's processes lie there, with clients' tensors in them."""
 DISK_MB = 512
 """For Flower's database, Ray's logs and the app's copy."""
 
@@ -47,29 +47,35 @@ def look_at_machine() -> Machine:
     )
 
 
-def check_machine(machine: Machine) -> None:
+def check_machine(machine: Machine) -> list[str]:
     """Raise a ConfigError, with the remedy, if simulated clients cannot run here.
 
     Parameters
     ----------
     machine : Machine
         What there is.
+
+    Returns
+    -------
+    list of str
+        What makes them slow.
     """
     if machine.temporary is None:
         raise ConfigError(
             "Ray needs a writable folder for its sockets with a path of at most "
             f"{longest_parent()} bytes; neither {tempfile.gettempdir()} nor /tmp is one: set TMPDIR"
         )
-    if machine.shared_memory is not None and machine.shared_memory < SHARED_MEMORY_MB * MEBIBYTE:
-        raise ConfigError(
-            f"/dev/shm has {machine.shared_memory // MEBIBYTE} MB free, and Ray, which runs the "
-            f"simulated clients, needs {SHARED_MEMORY_MB}; in a container: docker run --shm-size=1g"
-        )
     if machine.disk < DISK_MB * MEBIBYTE:
         raise ConfigError(
             f"{tempfile.gettempdir()} has {machine.disk // MEBIBYTE} MB free, and a run needs "
             f"{DISK_MB}; free space, or set TMPDIR to a folder elsewhere"
         )
+    if machine.shared_memory is None or machine.shared_memory >= SHARED_MEMORY_MB * MEBIBYTE:
+        return []
+    return [
+        f"/dev/shm has {machine.shared_memory // MEBIBYTE} MB free: Ray passes messages over the "
+        "disk instead, which is slow; in a container, docker run --shm-size=1g"
+    ]
 
 
 def cpus_for_ray(count: int, quota: float | None) -> int:

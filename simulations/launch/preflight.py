@@ -9,7 +9,7 @@ from conf.load import load_config
 from conf.rules import ConfigError, split_address
 from conf.schema import Config, DataConfig, FederationConfig, LinkConfig, ModelConfig, RuntimeConfig
 from flower_app.runs.folders import make_parent, runs_folder
-from simulations.launch.machine import MEBIBYTE, check_machine, is_free, look_at_machine
+from simulations.launch.machine import MEBIBYTE, is_free
 
 FLOWERS_CLIENTS = 2
 """SuperNodes that Flower simulates if nobody says how many."""
@@ -51,7 +51,6 @@ def check_config(config: Config, clients: int = 0) -> Config:
     make_parent(runs_folder(config.output.folder))
     if config.link.transport == "stream":
         _check_link(config.link)
-    check_machine(look_at_machine())
     return _check_contents(config, count)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from conf.schema import Config
 from simulations.launch.console import Console
 from simulations.launch.local_flower import Outcome, local_superlink
-from simulations.launch.machine import look_at_machine
+from simulations.launch.machine import check_machine, look_at_machine
 from simulations.launch.preflight import FLOWERS_CLIENTS, check_config, check_run
 
 FALL_NATS = 2.0
@@ -49,8 +49,7 @@ def run_experiment(
     Outcome
         A completed run. Any other end raises a RuntimeError.
     """
-    config = check_run(experiment, overrides, clients)
-    federation = _federation(config, clients, look_at_machine().cpus)
+    federation = _federation(check_run(experiment, overrides, clients), clients, _cpus(say))
     say(f"starting Flower and its simulated clients for experiment '{experiment}' ...")
     return _run(experiment, overrides, "", federation, say, verbose)
 
@@ -87,7 +86,7 @@ def resume_run(
 
     point = look_up(run, overrides)
     count = clients or len(point.clients)
-    federation = _federation(check_config(point.config, count), count, look_at_machine().cpus)
+    federation = _federation(check_config(point.config, count), count, _cpus(say))
     say(
         f"starting Flower and its simulated clients to go on with {point.run} after round "
         f"{point.number} of {point.config.train.rounds} ..."
@@ -124,6 +123,14 @@ def _run(
         raise RuntimeError(f"the run did not complete: {outcome.details} ({outcome.status})")
     outcome.summary()
     return outcome
+
+
+def _cpus(say: Callable[[str], None]) -> int:
+    """The CPUs of a machine on which a simulation can run; a ConfigError for any other."""
+    machine = look_at_machine()
+    for note in check_machine(machine):
+        say(note)
+    return machine.cpus
 
 
 def _federation(config: Config, clients: int, cpus: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 from dataclasses import replace
 from pathlib import Path
@@ -32,14 +33,18 @@ def test_this_machine_is_measured() -> None:
 
 @pytest.mark.parametrize("change", [{}, {"cpus": 1}, {"shared_memory": None}])
 def test_a_machine_that_suffices(change: dict[str, Any]) -> None:
-    check_machine(replace(GOOD, **change))
+    assert check_machine(replace(GOOD, **change)) == []
+
+
+def test_little_shared_memory_is_slow() -> None:
+    (note,) = check_machine(replace(GOOD, shared_memory=64 * 2**20))
+    assert re.search("/dev/shm has 64 MB free: .* slow; .*--shm-size=1g", note)
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         ({"temporary": None}, "a path of at most .* bytes; .*: set TMPDIR"),
-        ({"shared_memory": 64 * 2**20}, "/dev/shm has 64 MB free, .* needs 256; .*--shm-size=1g"),
         ({"disk": 100 * 2**20}, "has 100 MB free, and a run needs 512; free space"),
     ],
 )

@@ -7,6 +7,7 @@ import json
 import shlex
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from flower_app.runs.checkpoint import Facts, write
 from simulations.launch import run as tool
 from simulations.launch.console import Console
 from simulations.launch.local_flower import COMPLETED, Outcome
+from simulations.launch.machine import Machine
 
 
 class _Flower:
@@ -151,6 +153,21 @@ def test_mistake_is_found_before_flower_is_started(
     with pytest.raises(ValueError, match=words):
         tool.run_experiment(experiment, overrides, say=lines.append)
     assert (flower.runs, lines) == (0, [])
+
+
+def test_what_a_machine_lacks_is_said_before_flower_is_started(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    lacking = Machine(cpus=1, temporary=Path("/tmp"), shared_memory=0, disk=0)
+    monkeypatch.setattr(tool, "look_at_machine", lambda: lacking)
+    flower, lines = _bring(monkeypatch, _outcome(tmp_path, **GOOD)), list[str]()
+    with pytest.raises(ConfigError, match="has 0 MB free, and a run needs 512"):
+        tool.run_experiment("demo", say=lines.append)
+    assert (flower.runs, lines) == (0, [])
+
+    monkeypatch.setattr(tool, "look_at_machine", lambda: replace(lacking, disk=2**40))
+    tool.run_experiment("demo", say=lines.append)
+    assert "--shm-size=1g" in lines[0]
 
 
 def test_documents_are_counted_before_flower_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
