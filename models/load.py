@@ -13,7 +13,7 @@ from typing import NamedTuple, TypedDict, Unpack
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -23,14 +23,22 @@ from transformers.core_model_loading import (
 )
 from transformers.modeling_utils import LoadStateDictConfig, LoadStateDictInfo
 
-from models.anatomy import examine, find_blocks
+from models.anatomy import examine
+from models.buffers import make_buffers
 from models.checked import split
 from models.cut import ROLES, Cut
 from models.families import require_tested
 from models.parts import Part
 from models.shards import Checkpoint
 from models.verify import check_twin
-from models.whole import load_whole, no_progress_bar, parse_attention, parse_dtype, read_config
+from models.whole import (
+    build_hollow,
+    load_whole,
+    no_progress_bar,
+    parse_attention,
+    parse_dtype,
+    read_config,
+)
 
 
 class Loading(TypedDict, total=False):
@@ -122,10 +130,7 @@ def _outline(
     if not require_tested(config, allow_untested):
         check_twin(config, cut)
     checkpoint = Checkpoint.find(path_or_id)
-    with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        hollow = AutoModelForCausalLM.from_config(config, dtype=kind, attn_implementation=how)
-    _make_buffers(hollow, outside=find_blocks(hollow))
-    return hollow, checkpoint
+    return build_hollow(config, dtype=kind, attn_implementation=how), checkpoint
 
 
 def _targets(hollow: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, str]:
@@ -189,7 +194,7 @@ def _fill(
 ) -> None:
     """Read the part's tensors; `loaded` maps meta parameters to ones that are read already."""
     model = part.model
-    _make_buffers(model)
+    make_buffers(model)
     origin = {name: id(p) for name, p in model.named_parameters(remove_duplicate=False)}
     own = model.state_dict().keys()
     wanted = {key: key for key, name in target_of.items() if name in own}
@@ -263,26 +268,3 @@ def _tie(part: Part, origin: dict[str, int], loaded: dict[int, nn.Parameter]) ->
                 "values for them; set tie_word_embeddings to false in config.json"
             )
         module._parameters[leaf] = first
-
-
-def _make_buffers(model: PreTrainedModel, outside: str | None = None) -> None:
-    """Compute the buffers that checkpoints leave out (rotary frequencies and the like)."""
-    home: dict[str, PreTrainedModel] = {}
-    for name, module in list(model.named_modules()):
-        if isinstance(module, PreTrainedModel):
-            home[name] = module
-        if outside and name.startswith(outside + "."):
-            continue
-        absent = [k for k, b in module._buffers.items() if b is not None and b.is_meta]
-        if not absent:
-            continue
-        for key in absent:
-            buffer = module._buffers[key]
-            fill = float("nan") if buffer.is_floating_point() else 0
-            module._buffers[key] = torch.full_like(buffer, fill, device="cpu")
-        owner = home[max((n for n in home if (name + ".").startswith(n + ".") or not n), key=len)]
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            owner._init_weights(module)
-        for key in set(absent) & set(module._non_persistent_buffers_set):
-            if torch.isnan(module._buffers[key]).any():
-                raise ValueError(f"cannot compute the buffer {name}.{key}; load the model whole")
