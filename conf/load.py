@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import logging
 import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,8 +19,11 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from conf.places import follow_model
 from conf.rules import ConfigError, nearest
 from conf.schema import Config
+
+logger = logging.getLogger(__name__)
 
 FOLDER = Path(__file__).resolve().parent
 
@@ -70,12 +74,16 @@ def load_config(experiment: str = "demo", overrides: str | list[str] = "") -> Co
     except OmegaConfBaseException as error:
         raise ConfigError(f"{experiment}: {_first_line(error)}") from error
     try:
-        return _build(tree).check()
+        config = _build(tree).check()
     except ConfigError as error:
         source = origins.get(error.key)
         if source is None:
             raise
         raise ConfigError(f"{error} (from {source})", key=error.key) from None
+    config, notes = follow_model(config, path.parent.absolute())
+    for note in notes:
+        logger.warning("%s: %s", path, note)
+    return config
 
 
 def override(config: Config, overrides: str | list[str]) -> Config:

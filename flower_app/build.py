@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -32,6 +33,10 @@ from models.state import copy_into
 from models.whole import make_config, read_config
 
 LAST = "last:"
+
+ALONE = threading.RLock()
+"""Held while a client sets what belongs to the process: random numbers, torch's default type. So
+clients may share a process, as they do outside Flower."""
 
 
 def resolve_model(config: Config) -> Config:
@@ -74,6 +79,11 @@ def source_of(model: ModelConfig) -> Source:
 
 def build_client(config: Config) -> tuple[Part, Part]:
     """Bottom and top of the configured model, tuned as configured, on the client's device."""
+    with ALONE:
+        return _build_client(config)
+
+
+def _build_client(config: Config) -> tuple[Part, Part]:
     model, device = config.model, config.runtime.client_device
     if model.scratch:
         parts = split(_scratch(config), cut_of(config), allow_untested=model.allow_untested)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from conf.rules import check_known
 from conf.schema import Config
+from flower_app.runs.sinks import registry as sinks
 from strategies.aggregate.state import LORA
 from strategies.engine.engine import POLICIES
 from strategies.transport.codec.tensors import WIRE_DTYPES
 
 
 def check_names(config: Config) -> None:
-    """Refuse the name of a policy, codec or aggregator that nobody offers; with the nearest one.
+    """Refuse a policy, codec, aggregator or sink that nobody offers, with the nearest one.
 
     Raises
     ------
@@ -20,3 +21,5 @@ def check_names(config: Config) -> None:
     check_known("train.strategy", config.train.strategy, POLICIES)
     check_known("link.dtype", config.link.dtype, WIRE_DTYPES)
     check_known("aggregation.lora", config.aggregation.lora, LORA)
+    for sink in config.tracking.sinks:
+        check_known("tracking.sinks", sink, sinks.names())

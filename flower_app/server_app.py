@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import asdict
 from pathlib import Path
 
 from flwr.app import ArrayRecord, Context
@@ -21,6 +22,7 @@ from flower_app.logs import mark_lines
 from flower_app.runs.keeper import Keeper
 from flower_app.runs.recorder import Recorder
 from flower_app.runs.resume import Point, take_up
+from models import adapted_shares
 from strategies.engine.engine import TrunkEngine
 from strategies.rounds.splitfed import SplitFed
 from strategies.transport.messages import Lockstep
@@ -53,7 +55,11 @@ def main(grid: Grid, context: Context) -> None:
 
 
 def run_experiment(
-    config: Config, grid: Grid, recorder: Recorder, point: Point | None = None
+    config: Config,
+    grid: Grid,
+    recorder: Recorder,
+    point: Point | None = None,
+    serve: type[TrunkService] | None = None,
 ) -> Path | None:
     """Build the trunk, train it with the clients, and save what was trained.
 
@@ -67,6 +73,8 @@ def run_experiment(
         Started.
     point : Point, optional
         Where a run that was stopped goes on.
+    serve : type, optional
+        Serves streams in place of `TrunkService`: for runs that are disturbed on purpose.
 
     Returns
     -------
@@ -77,6 +85,7 @@ def run_experiment(
     trunk = build_trunk(config)
     if note := describe_start(config):
         recorder.say(note)
+    recorder.adapted(adapted_shares(trunk, asdict(config.tuning), config.lora))
     link, messages = config.link, config.link.transport == "messages"
     engine = TrunkEngine(
         trunk,
@@ -90,7 +99,7 @@ def run_experiment(
     )
     if messages:  # a message holds all micro-batches of a step
         engine.max_graphs = engine.max_micro_batches
-    service = Lockstep(engine, link) if messages else TrunkService(engine, link)
+    service = Lockstep(engine, link) if messages else (serve or TrunkService)(engine, link)
     keeper = Keeper(config, recorder)
     strategy = SplitFed(engine, service, config, recorder, model=describe(trunk), keep=keeper)
     if point is not None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from conf.places import follow
 from models.shards import Checkpoint
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -31,12 +32,6 @@ class Source:
     """Folder, hub id or .gguf file of a whole model."""
     adapter: Path | None = None
     """Folder of an adapter of it."""
-
-    @property
-    def tokenizer(self) -> str:
-        """Where its tokenizer is: with the adapter, or with the base."""
-        own = self.adapter and any(self.adapter.glob("tokenizer*"))
-        return str(self.adapter) if own else self.base
 
 
 def find_source(path: str, base: str = "", *, key: str = "model.path") -> Source:
@@ -74,6 +69,14 @@ def find_source(path: str, base: str = "", *, key: str = "model.path") -> Source
     return Source(str(place) if place.exists() else path)
 
 
+def tokenizer_of(path: str, base: str = "") -> str:
+    """Return where the tokenizer of a model is: beside it; an adapter may have that of its base."""
+    folder = Path(path).expanduser()
+    if not (folder / ADAPTER_CONFIG).is_file() or any(folder.glob("tokenizer*")):
+        return path
+    return find_source(path, base).base
+
+
 def _check_folder(folder: Path, key: str) -> None:
     names = sorted(file.name for file in folder.iterdir())
     if not names:
@@ -100,7 +103,7 @@ def _find_adapted(folder: Path, base: str) -> Source:
         )
     if not (folder / ADAPTER_WEIGHTS).is_file():
         raise ValueError(f"the adapter {folder} has no {ADAPTER_WEIGHTS}; save it with PEFT anew")
-    name = base or settings.get("base_model_name_or_path") or ""
+    name = base or follow(settings.get("base_model_name_or_path") or "", folder.absolute())
     if not name:
         raise ValueError(f"the adapter {folder} does not name its base; set model.base to it")
     try:

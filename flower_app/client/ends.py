@@ -1,7 +1,6 @@
 """The client's own share of a training step: bottom and top, their gradients and their optimizer.
 
-Apart from who brings activations and gradients to the trunk and back: a stream (`training`) or
-Flower's messages (`stepwise`).
+`step` puts them together, with what goes to the trunk and comes back.
 
 Shapes: B sequences, T tokens, D hidden size.
 """
@@ -13,7 +12,6 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from conf.schema import TrainConfig
+from flower_app.build import ALONE
+from flower_app.client.place import Place
 from flower_app.data.client import Batch
 from flower_app.data.text import IGNORED
 from models import load_client_state, named_trainable
@@ -35,16 +35,6 @@ from strategies.optim import (
     square_norm,
     trainable,
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Place:
-    """Where in the run a client is: what its randomness and its schedule depend on."""
-
-    seed: int
-    client: str
-    round: int
-    rounds: int
 
 
 class Clock:
@@ -83,7 +73,7 @@ class Ends:
         self, bottom: nn.Module, top: nn.Module, count: int, config: TrainConfig, place: Place
     ) -> None:
         self._bottom, self._top = bottom.train(), top.train()
-        self._count, self._config, self._place = count, config, place
+        self._count, self.config, self._place = count, config, place
         self._device = next(itertools.chain(bottom.parameters(), top.parameters())).device
         self._parameters = trainable(bottom, top)
         self._optimizer = build_optimizer(self._parameters, config)
@@ -146,15 +136,15 @@ class Ends:
     def square_norm(self) -> float:
         """Squared norm of the gradients of both ends, complete for this step; FedProx included."""
         if self._anchor:
-            add_proximal(self._parameters, self._anchor, self._config.prox)
+            add_proximal(self._parameters, self._anchor, self.config.prox)
         return square_norm(self._parameters)
 
     def take_step(self, step: int, square: float) -> None:
         """Step the ends' optimizer, clipped by the norm over all parts, whose square is given."""
         place = self._place
         progress = Progress(round=place.round, rounds=place.rounds, step=step, steps=self._count)
-        rate = learning_rate(self._config, progress)
-        clipped_step(self._optimizer, lr=rate, norm=math.sqrt(square), clip=self._config.clip)
+        rate = learning_rate(self.config, progress)
+        clipped_step(self._optimizer, lr=rate, norm=math.sqrt(square), clip=self.config.clip)
 
     def gradients(self) -> dict[str, Tensor]:
         """The gradients by global name, zero where none came."""
@@ -192,12 +182,12 @@ class Ends:
     def _seeded(self, step: int, micro: int, part: str) -> Iterator[None]:
         """Draw dropout from the place in the run, and leave the process's generator as it was."""
         place, device = self._place, self._device
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        with ALONE, torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(derive_seed(place.seed, place.round, place.client, step, micro, part))
             yield
 
     def _autocast(self) -> Any:
-        return autocast(self._device, self._config.precision)
+        return autocast(self._device, self.config.precision)
 
 
 def token_loss(logits_BTV: Tensor, labels_BT: Tensor) -> tuple[Tensor, int]:

@@ -1,4 +1,4 @@
-"""A client's rounds by Flower's messages alone: a part of a step in each, the rest in the state.
+"""A client's session by Flower's messages alone: a part of a step in each, the rest in the state.
 
 The process may end after every message, so whatever the next one needs goes into `context.state`:
 weights, the optimizer's moments, gradients between top and bottom, and how far the round is. The
@@ -12,28 +12,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from flwr.app import ConfigRecord, Context, MetricRecord, RecordDict
 from torch import Tensor
 
-from flower_app.client.ends import Ends, on_device, token_loss
+from flower_app.client.ends import Ends
 from flower_app.client.plan import Plan
 from flower_app.client.site import Site
+from flower_app.client.step import Evaluation, Outcome, Step
 from flower_app.data.client import Batch
 from models import Part, client_state, load_client_state
 from strategies.errors import TrunkError
-from strategies.optim import autocast
 from strategies.records import ARRAYS, FRAMES, METRICS, from_arrays, to_arrays
 from strategies.transport import trunk_pb2 as pb
-from strategies.transport.codec.tensors import (
-    WIRE_DTYPES,
-    decode,
-    decode_named,
-    encode,
-    encode_mask,
-    encode_named,
-)
-from strategies.transport.frames import client_frame, read_server_frame, refuse_failure
+from strategies.transport.frames import read_server_frame, refuse_failure
+from strategies.transport.link import Framed, Request
 
 TENSORS, PROGRESS = "graft-tensors", "graft-progress"
 """Names of the records in `context.state`."""
@@ -42,8 +34,8 @@ EVALUATED_AT_ONCE = 8
 """Held-out batches in one message."""
 
 
-class Round:
-    """What outlives a message: this round's progress in `context.state`.
+class Parked:
+    """What outlives a message: a round's progress in `context.state`.
 
     Raises
     ------
@@ -51,26 +43,22 @@ class Round:
         If frames come for a session whose state this node does not have (any more).
     """
 
-    def __init__(self, site: Site, context: Context, frames: Sequence[bytes]) -> None:
-        self.session, self._site, self._state = site.session, site, context.state
-        self.begun = bool(frames)
-        self._dtype = WIRE_DTYPES[site.config.link.dtype]
-        self.frames = [refuse_failure(read_server_frame(raw)) for raw in frames]
+    def __init__(self, site: Site, context: Context) -> None:
+        self._site, self._state = site, context.state
+        self.begun = bool(site.frames)
         self.tensors: dict[str, Tensor] = {}
         self.numbers: dict[str, float] = dict.fromkeys(
             ("step", "tokens", "loss", "step-loss", "bytes-up", "bytes-down", "bottom", "top"), 0.0
         )
-        self._out: list[bytes] = []
-        if frames:
+        if self.begun:
             self._recall()
-            self.numbers["bytes-down"] += sum(map(len, frames))
 
     def _recall(self) -> None:
         kept = self._state.config_records.get(PROGRESS, ConfigRecord())
-        if kept.get("session") != self.session:
+        if kept.get("session") != self._site.session:
             raise ValueError(
-                f"this node has no state of session {self.session}: its SuperNode was started "
-                "anew, or the round was given up"
+                f"this node has no state of session {self._site.session}: its SuperNode was "
+                "started anew, or the round was given up"
             )
         self.numbers = {name: float(kept[name]) for name in self.numbers}  # type: ignore[arg-type]
         self.tensors = from_arrays(self._state.array_records[TENSORS])
@@ -79,19 +67,53 @@ class Round:
         """Bottom and top as the last message left them, or as the round begins with them."""
         site = self._site
         if self.begun:
-            return site.parts(self.kept("weight/"), self.kept("residual/"))
+            return site.parts(self.kept("weight"), self.kept("residual"))
         bottom, top = site.parts()
-        self.keep_weights(bottom, top)
-        self.tensors |= {f"residual/{name}": tensor for name, tensor in site.residuals.items()}
+        self.keep("weight", client_state(bottom, top))
+        self.keep("residual", site.residuals)
         return bottom, top
 
-    def kept(self, prefix: str) -> dict[str, Tensor]:
-        """The tensors kept under a prefix."""
-        return {n.removeprefix(prefix): t for n, t in self.tensors.items() if n.startswith(prefix)}
+    def kept(self, kind: str) -> dict[str, Tensor]:
+        """The tensors kept under a kind."""
+        start = f"{kind}/"
+        return {n.removeprefix(start): t for n, t in self.tensors.items() if n.startswith(start)}
 
-    def keep_weights(self, bottom: Part, top: Part) -> None:
-        """Keep all that is trained."""
-        self.tensors |= {f"weight/{n}": tensor for n, tensor in client_state(bottom, top).items()}
+    def keep(self, kind: str, tensors: Mapping[str, Tensor]) -> None:
+        """Keep these tensors under a kind, and no others."""
+        others = {n: t for n, t in self.tensors.items() if not n.startswith(f"{kind}/")}
+        self.tensors = others | {f"{kind}/{name}": tensor for name, tensor in tensors.items()}
+
+    def put_away(self) -> None:
+        """Keep all until the next message."""
+        self._state[TENSORS] = to_arrays(self.tensors)
+        self._state[PROGRESS] = ConfigRecord({"session": self._site.session, **self.numbers})
+
+    def forget(self) -> None:
+        """The round is over."""
+        for name in (TENSORS, PROGRESS):
+            self._state.pop(name, None)
+
+
+class Mail(Framed):
+    """The frames of one message, and those of its reply.
+
+    Raises
+    ------
+    TrunkError
+        If the trunk has refused something.
+    """
+
+    def __init__(self, site: Site, parked: Parked) -> None:
+        super().__init__(site.config.link)
+        self._numbers = parked.numbers
+        self._numbers["bytes-down"] += sum(map(len, site.frames))
+        self.frames = [refuse_failure(read_server_frame(raw)) for raw in site.frames]
+        self.out: list[bytes] = []
+
+    def send(self, request: Request) -> None:
+        """Put a frame into the reply."""
+        self._numbers["bytes-up"] += len(request.raw)
+        self.out.append(request.raw)
 
     def take(self, kind: str) -> list[Any]:
         """The frames of one kind that come next."""
@@ -100,195 +122,143 @@ class Round:
             found.append(getattr(self.frames.pop(0), kind))
         return found
 
-    def send(self, **body: object) -> None:
-        """Put a frame into this message."""
-        self._out.append(client_frame(**body))
-
-    @property
-    def silent(self) -> bool:
-        """Whether there is nothing to ask the trunk for."""
-        return not self._out
-
-    def compute(self, step: int, micro: int, h_BTD: Tensor, mask_BT: Tensor | None) -> None:
-        """Ask for a forward."""
-        frame = pb.Compute(step=step, micro=micro, activations=encode(h_BTD, self._dtype))
-        if mask_BT is not None:
-            frame.mask.CopyFrom(encode_mask(mask_BT))
-        self.send(compute=frame)
-
-    def backward(self, step: int, micro: int, grad_BTD: Tensor, *, last: bool, tokens: int) -> None:
-        """Ask for a backward."""
-        gradient = encode(grad_BTD, self._dtype)
-        self.send(
-            backward=pb.Backward(
-                step=step, micro=micro, gradient=gradient, last=last, tokens=tokens
-            )
-        )
-
-    def go_on(self, steps: int) -> RecordDict:
-        """Keep the state, and reply with the frames."""
-        self.numbers["bytes-up"] += sum(map(len, self._out))
-        self._state[TENSORS] = to_arrays(self.tensors)
-        self._state[PROGRESS] = ConfigRecord({"session": self.session, **self.numbers})
-        return RecordDict({FRAMES: ConfigRecord({"frames": self._out, "steps": steps})})
-
-    def finish(self, arrays: Mapping[str, Tensor] | None, steps: int) -> RecordDict:
-        """Forget the state, and reply with the round's result."""
-        for name in (TENSORS, PROGRESS):
-            self._state.pop(name, None)
-        tokens = int(self.numbers["tokens"])
-        metrics = {
-            "num-tokens": tokens,
-            "loss": self.numbers["loss"] / max(1, tokens),
-            "steps": steps,
-            "bytes-up": int(self.numbers["bytes-up"]),
-            "bytes-down": int(self.numbers["bytes-down"]),
-        }
-        content = RecordDict({METRICS: MetricRecord(metrics)})
-        if arrays is not None:
-            content[ARRAYS] = to_arrays(dict(arrays))
-        return content
-
 
 class Training:
-    """A client's training round, one message at a time; the parameters are those of `train`."""
+    """A client's training round, one message at a time."""
 
-    def __init__(self, site: Site, round: Round, bottom: Part, top: Part, plan: Plan) -> None:
-        self._round, self._bottom, self._top, self._plan = round, bottom, top, plan
-        self._config = site.config.train
-        first = round.kept("first/")
-        if first:  # FedProx's anchor is what the ends hold when they are made
-            load_client_state(bottom, top, first)
-        self._ends = Ends(bottom, top, plan.count, self._config, site.place)
-        if first:
-            load_client_state(bottom, top, round.kept("weight/"))
-        elif self._config.prox:
-            weights = client_state(bottom, top)
-            round.tensors |= {f"first/{name}": tensor.clone() for name, tensor in weights.items()}
-        gradients = round.kept("gradient/")
-        self._ends.set_gradients({int(index): tensor for index, tensor in gradients.items()})
-        moments: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in round.kept("moment/").items():
-            index, _, key = name.partition("/")
-            moments.setdefault(int(index), {})[key] = tensor
-        self._ends.load_optimizer_state(moments)
+    def __init__(self, site: Site, parked: Parked, bottom: Part, top: Part, plan: Plan) -> None:
+        self._parked, self._numbers, self._mail = parked, parked.numbers, Mail(site, parked)
+        self._bottom, self._top, self._plan = bottom, top, plan
+        self._common = site.config.train.sync == "step"
+        self._ends = self._taken_up(site)
+        self._step = self._current()
 
     def answer(self) -> RecordDict:
         """Do what the message's frames make possible."""
-        round, count = self._round, self._plan.count
-        if not round.frames:
+        mail, count = self._mail, self._plan.count
+        if not mail.frames:
             self._begin()
-        while round.frames:
-            for applied in round.take("applied"):
+        while mail.frames:
+            for applied in mail.take("applied"):
                 self._applied(applied)
-            if activations := round.take("activations"):
+            if activations := mail.take("activations"):
                 self._across(activations)
-            elif gradients := round.take("gradients"):
+            elif gradients := mail.take("gradients"):
                 self._down(gradients)
-            elif round.frames:
-                kind = round.frames[0].WhichOneof("body")
+            elif mail.frames:
+                kind = mail.frames[0].WhichOneof("body")
                 raise TrunkError(f"'{kind}' from the trunk in the middle of a round", kind="order")
-        if round.silent:
-            return round.finish(client_state(self._bottom, self._top), count)
-        self._keep()
-        return round.go_on(count)
+        if mail.out:
+            self._keep()
+            return _go_on(self._parked, mail, count)
+        tokens = int(self._numbers["tokens"])
+        outcome = Outcome(loss=self._numbers["loss"] / max(1, tokens), tokens=tokens, steps=count)
+        content = _finish(self._parked, outcome)
+        content[ARRAYS] = to_arrays(client_state(self._bottom, self._top))
+        return content
 
-    @property
-    def _step(self) -> int:
-        return int(self._round.numbers["step"])
-
-    def _begin(self) -> None:
-        """Send the next step's activations; a step without examples is only applied."""
-        step = self._step
-        if step == self._plan.count:
-            return
-        batches = self._plan[step]
-        if not batches:
-            self._round.send(apply=pb.Apply(step=step))
-        for micro, batch in enumerate(batches):
-            h1_BTD = self._ends.up(step, micro, batch)
-            self._round.compute(step, micro, h1_BTD, self._ends.mask(batch))
-
-    def _across(self, replies: Sequence[pb.Activations]) -> None:
-        step, numbers = self._step, self._round.numbers
-        batches = self._batches(len(replies))
-        tokens = self._ends.count_tokens(step, batches)
-        for reply, batch in zip(replies, batches, strict=True):
-            h2_BTD = decode(reply.activations, "activations")
-            loss, grad_BTD = self._ends.across(step, reply.micro, batch, h2_BTD, tokens)
-            numbers["step-loss"] += loss
-            last = reply.micro == len(batches) - 1
-            self._round.backward(step, reply.micro, grad_BTD, last=last, tokens=tokens)
-
-    def _down(self, replies: Sequence[pb.Gradients]) -> None:
-        step, numbers = self._step, self._round.numbers
-        batches = self._batches(len(replies))
-        for reply, batch in zip(replies, batches, strict=True):
-            h1_BTD = self._ends.up(step, reply.micro, batch)
-            self._ends.down(h1_BTD, decode(reply.gradient, "gradient"))
-        square = self._ends.square_norm()
-        tokens = sum(batch.tokens for batch in batches)
-        self._count_seconds()
-        frame = pb.Apply(
-            step=step,
-            client_square_norm=square,
-            tokens=tokens,
-            loss=numbers["step-loss"] / tokens,
-            seconds_bottom=numbers["bottom"],
-            seconds_top=numbers["top"],
-        )
-        numbers["loss"] += numbers["step-loss"]
-        numbers["tokens"] += tokens
-        numbers["step-loss"] = numbers["bottom"] = numbers["top"] = 0.0
-        if self._config.sync == "step":
-            frame.gradients.extend(encode_named(self._ends.gradients()))
-            self._round.send(apply=frame)
-            return
-        self._round.send(apply=frame)
-        self._ends.take_step(step, replies[-1].square_norm + square)
-        self._next()
-
-    def _applied(self, reply: pb.Applied) -> None:
-        if self._config.sync == "step":
-            self._ends.load(decode_named(reply.state))
-            self._next()
-        elif reply.step == self._step:  # one without examples: the others were counted when sent
-            self._next()
-
-    def _next(self) -> None:
-        self._round.numbers["step"] += 1
-        self._begin()
-
-    def _batches(self, replies: int) -> list[Batch]:
-        batches = self._plan[self._step]
-        if len(batches) != replies:
-            raise TrunkError(
-                f"step {self._step} has {len(batches)} micro-batches, the trunk answered {replies}",
-                kind="order",
-            )
-        return batches
-
-    def _count_seconds(self) -> None:
-        for name in ("bottom", "top"):
-            self._round.numbers[name] += self._ends.clock.seconds[name]
-        self._ends.clock.reset()
+    def _taken_up(self, site: Site) -> Ends:
+        """The ends as they were when the last message was answered."""
+        parked, bottom, top = self._parked, self._bottom, self._top
+        first = parked.kept("first")
+        if first:  # FedProx's anchor is what the ends hold when they are made
+            load_client_state(bottom, top, first)
+        ends = Ends(bottom, top, self._plan.count, site.config.train, site.place)
+        if first:
+            load_client_state(bottom, top, parked.kept("weight"))
+        elif site.config.train.prox:
+            parked.keep("first", {n: t.clone() for n, t in client_state(bottom, top).items()})
+        ends.set_gradients({int(index): grad for index, grad in parked.kept("gradient").items()})
+        moments: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in parked.kept("moment").items():
+            index, _, key = name.partition("/")
+            moments.setdefault(int(index), {})[key] = tensor
+        ends.load_optimizer_state(moments)
+        ends.clock.seconds |= {name: self._numbers[name] for name in ("bottom", "top")}
+        return ends
 
     def _keep(self) -> None:
-        self._count_seconds()
-        lasting = ("first/", "residual/")
-        kept = {n: t for n, t in self._round.tensors.items() if n.startswith(lasting)}
-        kept |= {f"gradient/{i}": tensor for i, tensor in self._ends.kept_gradients().items()}
-        for index, moments in self._ends.optimizer_state().items():
-            for key, value in moments.items():
-                if isinstance(value, Tensor):
-                    kept[f"moment/{index}/{key}"] = value
-        self._round.tensors = kept
-        self._round.keep_weights(self._bottom, self._top)
+        """Whatever `_taken_up` and `_current` need."""
+        parked, ends = self._parked, self._ends
+        if self._step:
+            self._numbers["step-loss"] = self._step.total
+        self._numbers |= {name: ends.clock.seconds[name] for name in ("bottom", "top")}
+        parked.keep("weight", client_state(self._bottom, self._top))
+        parked.keep("gradient", {f"{i}": grad for i, grad in ends.kept_gradients().items()})
+        moments = {
+            f"{index}/{key}": value
+            for index, state in ends.optimizer_state().items()
+            for key, value in state.items()
+            if isinstance(value, Tensor)
+        }
+        parked.keep("moment", moments)
+
+    def _current(self) -> Step | None:
+        """The step that is under way; None after the last."""
+        number, total = int(self._numbers["step"]), self._numbers["step-loss"]
+        if number == self._plan.count:
+            return None
+        return Step(self._ends, self._mail, number, self._plan[number], total=total)
+
+    def _begin(self) -> None:
+        """Send the step's activations; a step without examples is only applied."""
+        if not (step := self._step):
+            return
+        for micro in range(len(step.batches)):
+            step.compute(micro)
+            step.forget()
+        if not step.batches:
+            step.apply(0.0)
+
+    def _across(self, replies: Sequence[pb.Activations]) -> None:
+        step = self._due(replies)
+        for micro, reply in enumerate(replies):
+            step.computed(micro, self._mail.read_activations(reply, self._shape(step, micro)))
+
+    def _down(self, replies: Sequence[pb.Gradients]) -> None:
+        step, square = self._due(replies), 0.0
+        for micro, reply in enumerate(replies):
+            grad_BTD, square = self._mail.read_gradients(reply, self._shape(step, micro))
+            step.gradients(micro, grad_BTD)
+        step.apply(square)
+        if not self._common:
+            self._next(step)
+
+    def _applied(self, reply: pb.Applied) -> None:
+        result, step = self._mail.read_applied(reply), self._step
+        if step and reply.step == step.number:
+            step.applied(result)
+            self._next(step)
+        elif self._common or reply.step != self._numbers["step"] - 1:
+            raise TrunkError(f"step {reply.step} is applied out of turn", kind="order")
+        # Else one that the ends took when they asked for it.
+
+    def _next(self, step: Step) -> None:
+        numbers = self._numbers
+        numbers["loss"] += step.total
+        numbers["tokens"] += step.tokens
+        numbers["step"] += 1
+        numbers["step-loss"] = 0.0
+        self._ends.clock.reset()
+        self._step = self._current()
+        self._begin()
+
+    def _due(self, replies: Sequence[Any]) -> Step:
+        """The step under way, to whose micro-batches these must be the answers."""
+        step, came = self._step, [(reply.step, reply.micro) for reply in replies]
+        due = [(step.number, micro) for micro in range(len(step.batches))] if step else []
+        if step is None or came != due:
+            raise TrunkError(
+                f"the trunk answered (step, micro-batch) {came}, due is {due}", kind="order"
+            )
+        return step
+
+    def _shape(self, step: Step, micro: int) -> tuple[int, ...]:
+        return (*step.batches[micro].input_ids.shape, self._bottom.hidden_size)
 
 
-@torch.no_grad()
 def evaluate(
-    site: Site, round: Round, bottom: Part, top: Part, held_out: Sequence[Batch]
+    site: Site, parked: Parked, bottom: Part, top: Part, held_out: Sequence[Batch]
 ) -> RecordDict:
     """Answer a message of an evaluation: some batches go through the trunk in each.
 
@@ -297,28 +267,34 @@ def evaluate(
     ValueError
         If there is nothing to evaluate on, or a loss is not finite.
     """
-    bottom.eval()
-    top.eval()
-    device = next(bottom.parameters()).device
-    for reply in round.take("activations"):
-        _, mask, labels = on_device(device, held_out[reply.step])
-        with autocast(device, site.config.train.precision):
-            h2_BTD = decode(reply.activations, "activations").to(device)
-            loss, tokens = token_loss(top(h2_BTD, mask), labels)
-        if not torch.isfinite(loss):
-            raise ValueError(f"held-out batch {reply.step} has a loss of {float(loss)}")
-        round.numbers["loss"] += float(loss)
-        round.numbers["tokens"] += tokens
-    done = int(round.numbers["step"])
-    for position in range(done, min(len(held_out), done + EVALUATED_AT_ONCE)):
-        ids, mask, _ = on_device(device, held_out[position])
-        with autocast(device, site.config.train.precision):
-            round.compute(position, 0, bottom(ids, mask), mask)
-        round.numbers["step"] += 1
-    if not round.silent:
-        return round.go_on(0)
-    if not round.numbers["tokens"]:
-        raise ValueError(
-            "no held-out token to evaluate on; raise data.heldout or data.max_examples"
-        )
-    return round.finish(None, 0)
+    numbers, mail = parked.numbers, Mail(site, parked)
+    total, tokens, done = numbers["loss"], int(numbers["tokens"]), int(numbers["step"])
+    evaluation = Evaluation(bottom, top, mail, site.config.train, total=total, tokens=tokens)
+    replies = mail.take("activations")
+    asked = range(done - len(replies), done)
+    if [reply.step for reply in replies] != list(asked) or mail.frames:
+        raise TrunkError("the trunk answered other held-out batches than it was sent", kind="order")
+    for reply, position in zip(replies, asked, strict=True):
+        batch = held_out[position]
+        shape = (*batch.input_ids.shape, bottom.hidden_size)
+        evaluation.computed(position, batch, mail.read_activations(reply, shape))
+    following = range(done, min(len(held_out), done + EVALUATED_AT_ONCE))
+    for position in following:
+        evaluation.compute(position, held_out[position])
+    if not following:
+        return _finish(parked, evaluation.outcome())
+    numbers |= {"loss": evaluation.total, "tokens": evaluation.tokens, "step": following.stop}
+    return _go_on(parked, mail, 0)
+
+
+def _go_on(parked: Parked, mail: Mail, steps: int) -> RecordDict:
+    """Keep the state, and reply with the frames."""
+    parked.put_away()
+    return RecordDict({FRAMES: ConfigRecord({"frames": mail.out, "steps": steps})})
+
+
+def _finish(parked: Parked, outcome: Outcome) -> RecordDict:
+    """Forget the state, and reply with what it amounted to."""
+    parked.forget()
+    up, down = int(parked.numbers["bytes-up"]), int(parked.numbers["bytes-down"])
+    return RecordDict({METRICS: MetricRecord(outcome.counters(up, down))})

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from conf.schema import Config
-from flower_app.client.ends import Place
+from flower_app.client.place import Place
 from flower_app.data.client import Batch, batches, num_steps, steps
 from flower_app.data.text import Example
 from models import Part

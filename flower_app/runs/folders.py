@@ -2,31 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
 import re
 import tempfile
-from datetime import datetime
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-CHECKPOINTS = "checkpoints"
-FINISHED, FAILED, UNFINISHED = "finished", "failed", "unfinished"
+from flower_app.runs.instants import BEFORE_ALL, instant
+
+CHECKPOINTS, SUMMARY = "checkpoints", "summary.json"
+MODEL = "model"
+"""Key of the summary: where the model is, relative to the run folder if it lies in it."""
+STAMP = "%Y%m%d-%H%M%S"
+"""Of UTC; begins the name of a run folder."""
+FINISHED, FAILED = "finished", "failed"
 
 
 def runs_folder(folder: str | Path = "") -> Path:
-    """Return the parent of the run folders.
+    """Return the absolute parent of the run folders.
 
     Parameters
     ----------
     folder : str or Path
-        The value of `output.folder`; empty: `$GRAFT_HOME/runs`, by default `~/.graft/runs`.
-
-    Returns
-    -------
-    Path
-        An absolute path. A relative one is refused: Flower decides the ServerApp's working folder.
+        The value of `output.folder`; empty: `$GRAFT_HOME/runs`, by default `~/.graft/runs`. A
+        relative one is refused: Flower decides the ServerApp's working folder.
     """
     home = os.environ.get("GRAFT_HOME") or "~/.graft"
     source, path = "output.folder", Path(folder).expanduser()
@@ -41,65 +45,50 @@ def runs_folder(folder: str | Path = "") -> Path:
 
 
 def read_summaries(folder: str | Path = "") -> list[tuple[Path, dict[str, Any]]]:
-    """Return the runs under `folder` that have ended, the oldest first.
+    """Return folder and summary of each ended run under `folder`, whichever ended first first."""
+    found = [(path, read_summary(path)) for path in _runs(folder, SUMMARY)]
+    ended = [(path, summary) for path, summary in found if summary is not None]
+    return sorted(ended, key=lambda run: (instant(run[1].get("finished")), run[0].name))
 
-    Parameters
-    ----------
-    folder : str or Path
-        As in `runs_folder`.
 
-    Returns
-    -------
-    list of (Path, dict)
-        Run folder and summary.
-    """
-    found = []
-    for path in runs_folder(folder).glob("*/summary.json"):
-        try:
-            found.append((path.parent, json.loads(path.read_text(encoding="utf-8"))))
-        except json.JSONDecodeError:
-            continue
-    return sorted(found, key=lambda run: (run[1].get("finished", ""), run[0].name))
+def read_summary(run: Path) -> dict[str, Any] | None:
+    """Return what a run folder's summary says; None if there is none that can be read."""
+    try:
+        summary = json.loads((run / SUMMARY).read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+    return summary if isinstance(summary, dict) else None
 
 
 def unfinished_runs(folder: str | Path = "") -> list[Path]:
-    """Return the run folders under `folder` without a summary: stopped, killed or still going.
+    """Return the runs under `folder` that were stopped, killed or still go, the oldest first."""
+    begun = _runs(folder, "metrics.jsonl")
+    return in_order(path for path in begun if not (path / SUMMARY).exists())
 
-    Parameters
-    ----------
-    folder : str or Path
-        As in `runs_folder`.
 
-    Returns
-    -------
-    list of Path
-        Run folders, the oldest first.
-    """
-    begun = (path.parent for path in runs_folder(folder).glob("*/metrics.jsonl"))
-    return sorted(path for path in begun if not (path / "summary.json").exists())
+def in_order(runs: Iterable[Path]) -> list[Path]:
+    """Return run folders by the instant at which they began, the oldest first."""
+    return sorted(runs, key=lambda run: (began(run), run.name))
+
+
+def began(run: Path) -> datetime:
+    """Return when a run began: by its summary or newest checkpoint, else by its folder's name."""
+    told = read_summary(run) or _newest_state(run)
+    if (recorded := instant(told.get("started"))) != BEFORE_ALL:
+        return recorded
+    try:
+        return datetime.strptime(run.name[: len("20260101-120000")], STAMP).replace(tzinfo=UTC)
+    except ValueError:
+        return BEFORE_ALL
 
 
 def find_last_run(experiment: str, folder: str | Path = "") -> Path:
-    """Return the model of the newest finished run, which is what `last:NAME` means.
-
-    Parameters
-    ----------
-    experiment : str
-        Name of the experiment.
-    folder : str or Path
-        As in `runs_folder`.
-
-    Returns
-    -------
-    Path
-        A model folder.
-    """
-    for _, summary in reversed(read_summaries(folder)):
-        model = summary.get("model")
+    """Return the model of the newest finished run, which is what `last:NAME` means."""
+    for run, summary in reversed(read_summaries(folder)):
         if summary.get("status") != FINISHED or summary.get("experiment") != experiment:
             continue
-        if model and Path(model).is_dir():
-            return Path(model)
+        if (model := _model(run, summary)) is not None:
+            return model
     how = f"run `{'make demo' if experiment == 'demo' else 'graft run ' + experiment}` first"
     raise ValueError(
         f"no finished run of experiment '{experiment}' with a saved model under "
@@ -107,14 +96,29 @@ def find_last_run(experiment: str, folder: str | Path = "") -> Path:
     )
 
 
-def make_parent(parent: Path) -> None:
-    """Make the parent of the run folders; a ValueError if nothing can be written there.
+def _runs(folder: str | Path, file: str) -> list[Path]:
+    return [path.parent for path in runs_folder(folder).glob(f"*/{file}")]
 
-    Parameters
-    ----------
-    parent : Path
-        What `runs_folder` returns.
-    """
+
+def _newest_state(run: Path) -> dict[str, Any]:
+    """What the newest checkpoint says of itself, unchecked."""
+    for _, path in folders(run)[-1:]:
+        with contextlib.suppress(OSError, ValueError):
+            told = json.loads((path / "state.json").read_text(encoding="utf-8"))
+            return told if isinstance(told, dict) else {}
+    return {}
+
+
+def _model(run: Path, summary: Mapping[str, Any]) -> Path | None:
+    """The folder of a run's model. Earlier Grafts wrote where it was, which may have moved."""
+    if not (told := summary.get(MODEL)):
+        return None
+    places = (run / told, run / Path(told).name) if Path(told).is_absolute() else (run / told,)
+    return next((place for place in reversed(places) if place.is_dir()), None)
+
+
+def make_parent(parent: Path) -> None:
+    """Make the parent of the run folders; a ValueError if nothing can be written there."""
     try:
         parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=parent) as probe:
@@ -197,21 +201,8 @@ def find_run(run: str) -> Path:
 
 
 def new_folder(parent: Path, experiment: str) -> Path:
-    """Make a run folder; two runs that start in the same second get two.
-
-    Parameters
-    ----------
-    parent : Path
-        What `runs_folder` returns.
-    experiment : str
-        Name of the experiment.
-
-    Returns
-    -------
-    Path
-        A new, empty folder.
-    """
-    stem = f"{datetime.now():%Y%m%d-%H%M%S}-{experiment}"
+    """Make a run folder, new and empty; two runs that start in the same second get two."""
+    stem = f"{datetime.now(UTC):{STAMP}}-{experiment}"
     make_parent(parent)
     for attempt in range(1, 1000):
         folder = parent / (stem if attempt == 1 else f"{stem}-{attempt}")

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import logging
+import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from strategies.events import Event, StepDone, Turnout
 
 logger = logging.getLogger(__name__)
 
@@ -75,8 +79,75 @@ class Journal:
         self._owed.clear()
 
 
+def as_record(event: Event) -> dict[str, Any]:
+    """Return what a line says of an event. A round's `evaluation` is that after training."""
+    if isinstance(event, StepDone):
+        record = {"kind": "step", **vars(event), "seconds": dict(event.seconds)}
+        if event.attempt == 1:
+            del record["attempt"]
+        return record
+    first = event.training or event.evaluation or Turnout()
+    record = {
+        "kind": "round",
+        "round": event.round,
+        "train": None if event.train is None else dict(event.train),
+        "evaluate": None if event.evaluate is None else dict(event.evaluate),
+        "asked": sorted(first.asked),
+        "clients": sorted(first.clients),
+        "missing": dict(first.missing),
+        "tokens": event.tokens,
+        "bytes_up": event.bytes_up,
+        "bytes_down": event.bytes_down,
+        "seconds": event.seconds,
+    }
+    if event.training and event.evaluation:
+        record["evaluation"] = _turnout(event.evaluation)
+    if event.abandoned:
+        record["attempts"] = len(event.abandoned) + 1
+        record["abandoned"] = [_turnout(turnout) for turnout in event.abandoned]
+    return record
+
+
+def dumps(record: Any, indent: int | None = None) -> str:
+    """Return strict JSON; a number that is not finite becomes null."""
+    return json.dumps(_finite(record), indent=indent, allow_nan=False)
+
+
+def read_records(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the records of a journal; what a kill or a power cut left at its end is passed over.
+
+    Raises
+    ------
+    ValueError
+        If a damaged line is followed by a record: its number, and what is wrong.
+    """
+    damaged = None
+    for line in _lines(path):
+        if line.record is None:
+            damaged = damaged or line
+        elif damaged:
+            raise ValueError(damaged.complaint(path))
+        else:
+            yield line.record
+
+
+def require_round(path: Path, number: int) -> None:
+    """Refuse a journal, with ValueError, that lost its lines up to the end of a round."""
+    if not path.exists():
+        raise ValueError(f"{path} is missing: without it this run cannot be resumed")
+    records = [line.record for line in _lines(path) if line.record is not None]
+    ended = [record["round"] for record in records if record.get("kind") == "round"]
+    if number not in ended:
+        last = max((one for one in ended if one < number), default=0)
+        remedy = f"resume from the checkpoint of round {last} or before, or" if last else ""
+        raise ValueError(
+            f"{path} does not hold round {number}, which the checkpoint follows: it was cut off or "
+            f"emptied. Put it back, or {remedy} begin the run anew".replace("  ", " ")
+        )
+
+
 def cut_back(path: Path, number: int) -> list[dict[str, Any]]:
-    """Drop what came after round `number`, and a last line that a kill cut off.
+    """Drop what came after round `number`, whatever it is: cut off lines, NULs, garbage.
 
     Parameters
     ----------
@@ -93,23 +164,65 @@ def cut_back(path: Path, number: int) -> list[dict[str, Any]]:
     Raises
     ------
     ValueError
-        If a line is no record.
+        If a line before the end of that round is damaged.
     """
-    if not path.exists():
-        raise ValueError(f"{path} is missing: without it this run cannot be resumed")
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
-    kept, records = [], []
-    for place, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line)
-            stays = record["round"] <= number
-        except (json.JSONDecodeError, TypeError, KeyError) as error:
-            raise ValueError(f"{path}, line {place} is no record of a run: {error!r}") from error
-        if stays:
-            kept.append(line)
-            records.append(record)
-    replace_whole(path, "".join(f"{line}\n" for line in kept))
-    return records
+    lines = list(_lines(path))
+    stay = [line for line in lines if line.record is not None and line.record["round"] <= number]
+    ends = [line.place for line in stay if (line.record or {}).get("kind", "round") == "round"]
+    end = max(ends, default=0)
+    for line in lines:
+        if line.record is None and line.place < end:
+            raise ValueError(
+                f"{line.complaint(path)}. It belongs to a round that stays: mend or remove it, or "
+                "resume from a checkpoint before it"
+            )
+    replace_whole(path, "".join(f"{line.text}\n" for line in stay))
+    return [line.record for line in stay if line.record is not None]
+
+
+class _Line(NamedTuple):
+    place: int
+    """In its file, from 1."""
+    text: str
+    record: dict[str, Any] | None
+    """None: it is damaged."""
+    problem: str = ""
+
+    def complaint(self, path: Path) -> str:
+        return f"{path}, line {self.place} is no record of a run: {self.problem}"
+
+
+def _lines(path: Path) -> Iterator[_Line]:
+    """Lines that are not empty; a byte order mark and CR before LF, which editors add, are none."""
+    raw = path.read_bytes().removeprefix(codecs.BOM_UTF8)
+    for place, line in enumerate(raw.split(b"\n"), start=1):
+        if line.strip():
+            yield _read_line(place, line)
+
+
+def _read_line(place: int, line: bytes) -> _Line:
+    try:
+        text = line.decode("utf-8").strip()
+        record = json.loads(text)
+        if type(record["round"]) is not int:
+            raise ValueError(f"its round is {record['round']!r}")
+    except (ValueError, TypeError, LookupError, RecursionError) as error:
+        return _Line(place, "", None, repr(error))
+    return _Line(place, text, record)
+
+
+def _turnout(turnout: Turnout) -> dict[str, Any]:
+    return {**vars(turnout), "missing": dict(turnout.missing)}
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value
 
 
 def replace_whole(path: Path, text: str) -> None:

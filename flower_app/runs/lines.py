@@ -11,20 +11,7 @@ NAMED = 8
 
 
 def step_line(record: Mapping[str, Any], rounds: int) -> str:
-    """Return the line of a step; its rate counts the step's compute and network.
-
-    Parameters
-    ----------
-    record : mapping
-        A step, as in `metrics.jsonl`.
-    rounds : int
-        Rounds of the run.
-
-    Returns
-    -------
-    str
-        Indented below its round.
-    """
+    """Return the line of a step, as in the journal; its rate counts its compute and network."""
     return (
         f"  round {record['round']}/{rounds}  {record['client']}"
         f"  step {record['step']:>4}/{record['steps']}"
@@ -33,21 +20,14 @@ def step_line(record: Mapping[str, Any], rounds: int) -> str:
     )
 
 
+def adapted_line(shares: Mapping[str, float]) -> str:
+    """Return the line that tells which share of each part's weights has an adapter."""
+    told = ", ".join(f"{share:.0%} of the {role}" for role, share in shares.items())
+    return f"weights with LoRA adapters: {told}"
+
+
 def round_line(record: Mapping[str, Any], rounds: int) -> str:
-    """Return the line of a round; its rate counts all of the round, evaluation too.
-
-    Parameters
-    ----------
-    record : mapping
-        A round, as in `metrics.jsonl`.
-    rounds : int
-        Rounds of the run.
-
-    Returns
-    -------
-    str
-        Losses, rate, traffic, time, who took part, and who did not and why.
-    """
+    """Return the line of a round, as in the journal; its rate counts evaluation too."""
     parts = [f"round {record['round']}/{rounds}" if record["round"] else "before training"]
     for name, key in (("train", "train"), ("held-out", "evaluate")):
         loss = (record[key] or {}).get("loss")
@@ -65,18 +45,7 @@ def round_line(record: Mapping[str, Any], rounds: int) -> str:
 
 
 def finished_line(summary: Mapping[str, Any]) -> str:
-    """Return the line of a finished run.
-
-    Parameters
-    ----------
-    summary : mapping
-        As in `summary.json`.
-
-    Returns
-    -------
-    str
-        Held-out loss, tokens, traffic and time.
-    """
+    """Return the line of a finished run, of its summary."""
     first, last = summary["eval_loss_first"], summary["eval_loss_last"]
     loss = "not evaluated" if last is None else f"held-out loss {first:.4f} -> {last:.4f}"
     return (
@@ -86,18 +55,7 @@ def finished_line(summary: Mapping[str, Any]) -> str:
 
 
 def perplexity(loss: float) -> float:
-    """Return e to the loss, and no overflow.
-
-    Parameters
-    ----------
-    loss : float
-        Nats per token.
-
-    Returns
-    -------
-    float
-        The perplexity.
-    """
+    """Return e to the loss in nats per token, without an overflow."""
     return math.exp(min(loss, 700.0))
 
 

@@ -2,49 +2,24 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from flower_app.runs.journal import read_records
 
 NAMED_CLIENTS = 8
 """Clients that get a legend entry of their own."""
 
 
 def read_metrics(folder: Path) -> Iterator[dict[str, Any]]:
-    """Yield the records of a run, oldest first.
-
-    Parameters
-    ----------
-    folder : Path
-        A run folder.
-
-    Yields
-    ------
-    dict
-        One `step`, `round` or `resume` record. A last line that was cut off (a killed run) is left
-        out.
-    """
-    with (folder / "metrics.jsonl").open(encoding="utf-8") as lines:
-        for line in lines:
-            if line.endswith("\n"):
-                yield json.loads(line)
+    """Yield the `step`, `round` and `resume` records of a run folder, oldest first."""
+    return read_records(folder / "metrics.jsonl")
 
 
 def plot_loss(folder: Path) -> Path:
-    """Draw training loss per step and client, and held-out loss per round.
-
-    Parameters
-    ----------
-    folder : Path
-        A run folder with a `metrics.jsonl`.
-
-    Returns
-    -------
-    Path
-        The picture, `loss.png` in the same folder.
-    """
+    """Draw training loss per step and client, and held-out loss per round, as `loss.png`."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

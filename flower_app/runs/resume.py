@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from conf.load import from_json, override, to_dict
+from conf.places import follow_model
 from conf.rules import ConfigError
 from conf.schema import Config
 from flower_app.runs import checkpoint
@@ -85,8 +86,9 @@ def _point(
         raise ValueError(
             f"{found.folder} holds a configuration that is no more: {error}"
         ) from error
+    before, notes = follow_model(before, run)
     config = override(before, overrides)
-    notes = _check_changes(before, config)
+    notes += _check_changes(before, config)
     if found.torch != torch.__version__:
         notes.append(
             f"the checkpoint was written with torch {found.torch}, and this is "

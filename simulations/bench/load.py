@@ -17,7 +17,8 @@ import torch
 from conf.schema import LinkConfig, TrainConfig
 from simulations.bench.trunk_process import State, TrunkProcess, trunk_process
 from strategies.errors import TrunkError
-from strategies.transport.link import GrpcLink, StepCounters
+from strategies.transport.link import StepCounters
+from strategies.transport.stream.link import GrpcLink
 from strategies.transport.tickets import Ticket
 
 SIZES = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 6, "head_dim": 32}
@@ -176,9 +177,11 @@ def _steps(link: GrpcLink, steps: int, hidden: int) -> None:
     generator = torch.Generator().manual_seed(0)
     for step in range(steps):
         h_BTD = torch.randn(BATCH, TOKENS, hidden, generator=generator)
-        h_BTD = link.compute(step, 0, h_BTD, None)
+        link.compute(step, 0, h_BTD, None)
+        h_BTD = link.computed()
         count = BATCH * TOKENS
         link.backward(step, 0, h_BTD / h_BTD.numel(), last=True, tokens=count)
+        link.gradients()
         link.apply(step, StepCounters(client_square_norm=0.1, tokens=count, loss=1.0))
         link.applied()
 

@@ -17,14 +17,15 @@ import psutil
 import torch
 
 from conf.schema import LinkConfig, TrainConfig
-from flower_app.client import streamed as training
+from flower_app.client import streamed
+from flower_app.client.place import Place
 from flower_app.data.client import Batch
 from models import split
 from models.tiny import VOCAB
 from simulations.bench.trunk_process import CUT, TrunkProcess, llama, trunk_process
 from simulations.disturb.faults import UP, Faults
 from strategies.engine.engine import TrunkEngine
-from strategies.transport.link import GrpcLink
+from strategies.transport.stream.link import GrpcLink
 
 ROUND = 100
 """Steps of a round; one stream breaks in each."""
@@ -91,9 +92,9 @@ class _Soak:
         link = GrpcLink(
             ticket, self.trunk.node_key, steps=count, config=self._link, interceptors=[faults]
         )
-        place = training.Place(seed=0, client="soak", round=number, rounds=rounds)
+        place = Place(seed=0, client="soak", round=number, rounds=rounds)
         parts = self._parts
-        trainer = training.Trainer(parts.bottom, parts.top, link, count, self.train, place)
+        trainer = streamed.Trainer(parts.bottom, parts.top, link, count, self.train, place)
         tokens = 0
         for step in range(count):
             loss, counted = trainer.step(step, [self._batch()])
@@ -111,7 +112,7 @@ class _Soak:
         key = f"evaluate-{number}"
         ticket = self.trunk.open_round(number, number, [key], training=False)[key]
         link = GrpcLink(ticket, self.trunk.node_key, steps=0, config=self._link)
-        training.evaluate(
+        streamed.evaluate(
             self._parts.bottom, self._parts.top, link, [self._batch() for _ in range(3)], self.train
         )
         link.close()

@@ -15,13 +15,14 @@ import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from conf.schema import LinkConfig, TrainConfig
-from flower_app.client import streamed as training
+from flower_app.client import streamed
+from flower_app.client.place import Place
 from flower_app.data.client import Batch
 from models import Cut, split
 from strategies.engine.engine import TrunkEngine
 from strategies.optim import Progress, clipped_step, learning_rate, square_norm, trainable
 from strategies.transport import tickets
-from strategies.transport.link import GrpcLink
+from strategies.transport.stream.link import GrpcLink
 from strategies.transport.stream.service import TrunkService
 from strategies.transport.tickets import Guest, Ticket
 
@@ -110,7 +111,7 @@ class _WholeStep:
 
 
 class _SplitStep:
-    """The client's side of the split step: what `training.train` does, a step a call."""
+    """The client's side of the split step: what `streamed.train` does, a step a call."""
 
     def __init__(
         self,
@@ -123,8 +124,8 @@ class _SplitStep:
     ) -> None:
         parts = split(_model(), CUT)
         self.link = GrpcLink(ticket, node_key, steps=total, config=link)
-        place = training.Place(seed=0, client="bench", round=1, rounds=1)
-        self._trainer = training.Trainer(parts.bottom, parts.top, self.link, total, train, place)
+        place = Place(seed=0, client="bench", round=1, rounds=1)
+        self._trainer = streamed.Trainer(parts.bottom, parts.top, self.link, total, train, place)
         self._batch = batch
         self.loss = 0.0
 

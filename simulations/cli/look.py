@@ -39,20 +39,26 @@ def runs(
     """List the runs, the newest last; `unfinished` is one that was stopped or is still going."""
     from flower_app.runs import folders
 
-    rows = [_ended(path.name, summary) for path, summary in folders.read_summaries(folder)]
-    stopped = {path.name: folders.newest_round(path) for path in folders.unfinished_runs(folder)}
-    for name, last in stopped.items():
-        rows.append([name, folders.UNFINISHED, "-" if last is None else last, *"----"])
+    ended = dict(folders.read_summaries(folder))
+    stopped = {path: folders.newest_round(path) for path in folders.unfinished_runs(folder)}
+    rows = [
+        _ended(path.name, ended[path]) if path in ended else _stopped(path.name, stopped[path])
+        for path in folders.in_order([*ended, *stopped])
+    ]
     where = folders.runs_folder(folder)
     if not rows:
         typer.echo(f"no run has ended under {where}; `graft demo` makes one")
         return
     columns = ["run", "status", "rounds", "clients", "held-out loss", "tokens/s", "seconds"]
-    table(columns, sorted(rows, key=lambda row: row[0]))
+    table(columns, rows)
     typer.echo(f"under {where}")
-    if resumable := [name for name, last in stopped.items() if last is not None]:
-        run = where / resumable[-1] if folder else resumable[-1]
+    if resumable := [path for path, last in stopped.items() if last is not None]:
+        run = resumable[-1] if folder else resumable[-1].name
         typer.echo(f"unfinished runs with rounds can go on: graft resume {run}")
+
+
+def _stopped(name: str, last: int | None) -> list[Any]:
+    return [name, "unfinished", "-" if last is None else last, *"----"]
 
 
 def _ended(name: str, summary: dict[str, Any]) -> list[Any]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -13,15 +13,7 @@ from transformers import PreTrainedModel
 from conf.schema import (
     AggregationConfig,
     Config,
-    CutConfig,
-    DataConfig,
-    FederationConfig,
-    LinkConfig,
-    LoraSettings,
-    ModelConfig,
-    OutputConfig,
     TrainConfig,
-    TuningConfig,
 )
 from models import Cut, split
 from models.verify import PADDINGS, TOLERANCE, compare, example
@@ -34,7 +26,6 @@ from simulations.equality.federation import (
     exact_lora,
     fed_prox_round,
     largest_difference,
-    random_steps,
     side_by_side,
     unsplit,
 )
@@ -47,35 +38,17 @@ from simulations.equality.reference import (
     train_whole,
 )
 from simulations.equality.subjects import Subject
+from simulations.equality.trial import (
+    Claim,
+    NotTriedError,
+    app_config,
+    draw_steps,
+    train_config,
+    unequal_cohorts,
+)
 
 CUTS = (Cut(1, 1), Cut(2, 1), Cut(1, 2))
 """Of three clients with cuts of their own."""
-
-MODES = {
-    "all": ("full", "full", "full"),
-    "LoRA": ("lora", "lora", "lora"),
-    "trunk": ("frozen", "full", "frozen"),
-    "trunk LoRA": ("frozen", "lora", "frozen"),
-}
-"""What is trained in bottom, trunk and top."""
-
-
-class NotTriedError(Exception):
-    """Why a claim says nothing about a model."""
-
-
-@dataclass(frozen=True)
-class Claim:
-    """One row of the table for each model."""
-
-    text: str
-    measure: Callable[[Subject, Claim], Gap]
-    tolerance: float
-    trains: str = ""
-    """One of `MODES`; empty: nothing."""
-    optimizer: str = ""
-    train: dict[str, Any] = field(default_factory=dict)
-
 
 # ---- what is compared -------------------------------------------------------------------------
 
@@ -102,7 +75,7 @@ def one_client(subject: Subject, claim: Claim) -> Gap:
         train_whole(whole, cohort[0], *rest)
 
     steps = 3 if subject.large else 6
-    cohort = [_steps(subject, steps, seed=1, accumulate=2, padding="left")]
+    cohort = [draw_steps(subject, steps, seed=1, accumulate=2, padding="left")]
     return _compared(subject, claim, [cohort], alone, accumulate=2)
 
 
@@ -113,7 +86,7 @@ def fed_avg(
     if mixed and count_blocks(subject.model) < 4:
         raise NotTriedError(f"cuts {CUTS} need 4 blocks, it has {count_blocks(subject.model)}")
     clients = [Client(cut, 4) for cut in CUTS] if mixed else None
-    cohorts = _unequal(subject)
+    cohorts = unequal_cohorts(subject)
     return _compared(subject, claim, cohorts, reference, clients, accumulate=2)
 
 
@@ -121,12 +94,12 @@ def centralised(subject: Subject, claim: Claim) -> Gap:
     """Three clients of unequal batches, lengths and paddings, two rounds; one optimizer for all."""
     cohorts = [
         [
-            _steps(subject, subject.steps, seed=17 * number + 1000 * client, padding=padding)
+            draw_steps(subject, subject.steps, seed=17 * number + 1000 * client, padding=padding)
             for client, padding in enumerate(("left", "right", "none"))
         ]
         for number in (1, 2)
     ]
-    config = _config(subject, claim)
+    config = train_config(subject, claim)
     whole = unsplit(subject.model, config)
     optimizer = plain_optimizer(whole, config.train)
 
@@ -144,10 +117,10 @@ def exact_mean(subject: Subject, claim: Claim) -> Gap:
     cuts = CUTS if count_blocks(subject.model) >= 4 else (subject.cut,) * 3
     clients = [Client(cut, rank) for cut, rank in zip(cuts, (4, 2, 6), strict=True)]
     config = replace(
-        _config(subject, claim, accumulate=2), aggregation=AggregationConfig(lora="exact")
+        train_config(subject, claim, accumulate=2), aggregation=AggregationConfig(lora="exact")
     )
     federation = _federation(subject, config, clients)
-    return exact_lora(federation, _unequal(subject), config.lora.alpha)
+    return exact_lora(federation, unequal_cohorts(subject), config.lora.alpha)
 
 
 def transports(subject: Subject, claim: Claim) -> Gap:
@@ -156,7 +129,7 @@ def transports(subject: Subject, claim: Claim) -> Gap:
     saved = []
     with tempfile.TemporaryDirectory(prefix="graft-parity-") as folder:
         for transport in ("stream", "messages"):
-            config = _app_config(subject, claim, transport, clients, folder)
+            config = app_config(subject, claim, transport, clients, folder)
             saved.append(run_app(config, clients))
     first = read_tensors(subject.folder)
     # lora_B starts at zero.
@@ -173,7 +146,7 @@ def _compared(
     clients: Sequence[Client] | None = None,
     **train: Any,
 ) -> Gap:
-    config = _config(subject, claim, rounds=len(cohorts), **train)
+    config = train_config(subject, claim, rounds=len(cohorts), **train)
     clients = clients or [Client(subject.cut, config.lora.rank)] * len(cohorts[0])
     federation = _federation(subject, config, clients)
     whole = unsplit(subject.model, config)
@@ -185,64 +158,6 @@ def _federation(
 ) -> Federation:
     clients = clients or [Client(subject.cut, config.lora.rank)] * 3
     return Federation(subject.model, config, clients, allow_untested=subject.allow_untested)
-
-
-def _config(subject: Subject, claim: Claim, **train: Any) -> Config:
-    values = {"rounds": 2, "clip": 0.5, "weight_decay": 0.01, "schedule": "cosine"}
-    values |= {"optimizer": claim.optimizer, **train, **claim.train}
-    values.setdefault("lr", 0.3 if claim.optimizer == "sgd" else 3e-3)
-    bottom, trunk, top = MODES[claim.trains]
-    return Config(
-        cut=CutConfig(bottom=subject.cut.bottom, top=subject.cut.top),
-        tuning=TuningConfig(bottom=bottom, trunk=trunk, top=top),
-        lora=LoraSettings(rank=4),
-        train=TrainConfig(**values),  # type: ignore[arg-type]
-    )
-
-
-def _app_config(
-    subject: Subject, claim: Claim, transport: str, clients: int, folder: str
-) -> Config:
-    steps = 1 if subject.large else 3
-    config = _config(subject, claim, local_steps=steps, batch_size=2, accumulate=2)
-    return replace(
-        config,
-        model=ModelConfig(
-            path=str(subject.folder),
-            tokenizer=subject.tokenizer,
-            attention=str(subject.model.config._attn_implementation),
-            allow_untested=subject.allow_untested,
-        ),
-        data=DataConfig(context=24, max_examples=12, heldout=0.2),
-        federation=FederationConfig(
-            min_clients=clients, quorum=1.0, round_timeout=600.0, fraction_evaluate=0.0
-        ),
-        link=LinkConfig(transport=transport),
-        output=OutputConfig(folder=folder),
-    ).check()
-
-
-def _unequal(subject: Subject) -> list[list[list[list[Any]]]]:
-    """Two rounds of three clients of unequal steps, batch sizes, lengths and paddings."""
-    least = 1 if subject.large else 2
-    return [
-        [
-            _steps(
-                subject,
-                least + client,
-                seed=1000 * number + 10 * client,
-                accumulate=1 + client % 2,
-                padding=("left", "right", "none")[client],
-            )
-            for client in range(3)
-        ]
-        for number in (1, 2)
-    ]
-
-
-def _steps(subject: Subject, count: int, **how: Any) -> list[list[Any]]:
-    text = subject.model.config.get_text_config(decoder=True)
-    return random_steps(count, vocabulary=text.vocab_size, **how)
 
 
 # ---- the claims -------------------------------------------------------------------------------

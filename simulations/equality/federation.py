@@ -20,7 +20,8 @@ from transformers.pytorch_utils import Conv1D
 
 from conf.schema import Config, TrainConfig
 from flower_app.build import take_residuals
-from flower_app.client import streamed as training
+from flower_app.client import streamed
+from flower_app.client.place import Place
 from flower_app.data.client import IGNORED, Batch
 from models import (
     Cut,
@@ -34,6 +35,7 @@ from models import (
     tune_whole,
 )
 from models.cut import ROLES
+from simulations.equality.local_link import LocalLink
 from simulations.equality.reference import Steps, train_whole
 from strategies.aggregate.joint import JointModel
 from strategies.aggregate.lora import A_NAME, B_NAME
@@ -42,7 +44,6 @@ from strategies.engine.policies.merged import Merged
 from strategies.records import from_arrays
 from strategies.rounds.answers import Answer
 from strategies.rounds.roster import Profile
-from strategies.transport.link import LocalLink
 
 Cohort = Sequence[Steps]
 Reference = Callable[[PreTrainedModel, Cohort, TrainConfig, int, int], object]
@@ -132,12 +133,12 @@ class Federation:
         ]
 
         def work(client: int) -> int:
-            place = training.Place(
+            place = Place(
                 seed=config.seed, client=names[client], round=number, rounds=config.train.rounds
             )
             steps, link = cohort[client], links[client]
             try:
-                return training.train(
+                return streamed.train(
                     *ends[client], link, steps, len(steps), config.train, place
                 ).tokens
             finally:

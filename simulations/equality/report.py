@@ -18,8 +18,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from simulations.equality.claims import CLAIMS, Claim, NotTriedError
+from simulations.equality.claims import CLAIMS
 from simulations.equality.subjects import Subject, checkpoint, tiny
+from simulations.equality.trial import Claim, NotTriedError
 
 TELLING = 20
 """A difference says something if training moved the weights by so many tolerances, at least."""

@@ -238,7 +238,8 @@ def flower_env(home: Path, *, direct: Sequence[str] = ()) -> dict[str, str]:
     # Flower starts its other programs by name, so the environment's programs must come first.
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     no_proxy = [os.environ.get("NO_PROXY"), "127.0.0.1", "localhost", *direct]
-    return dict(os.environ) | {
+    here = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    return here | {  # not on a Ray cluster that this user has elsewhere
         "PATH": path,
         "NO_PROXY": ",".join(filter(None, no_proxy)),
         "FLWR_HOME": str(home),

@@ -14,13 +14,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from conf.schema import TrainConfig
-from flower_app.client import streamed as training
+from flower_app.client import streamed
+from flower_app.client.place import Place
 from models import Cut, Part, client_state, load_client_state, split
+from simulations.equality.local_link import LocalLink
 from simulations.equality.reference import Steps, centralised_round, fed_avg_round, plain_optimizer
 from strategies.aggregate.means import weighted_mean
 from strategies.engine.engine import TrunkEngine
 from strategies.engine.policies.merged import Merged
-from strategies.transport.link import LocalLink
 
 Cohort = Sequence[Steps]
 Round = Callable[[Cohort, int], None]
@@ -122,7 +123,7 @@ class Federation:
 
         def run(client: int) -> int:
             steps, place = cohort[client], self._place(client, number)
-            outcome = training.train(
+            outcome = streamed.train(
                 *self._ends[client], links[client], steps, len(steps), self._train, place
             )
             links[client].close()
@@ -135,7 +136,7 @@ class Federation:
     def _take_turns(self, cohort: Cohort, links: Sequence[LocalLink], number: int) -> list[int]:
         """Client 0's first step, client 1's first step, ...: one order, so that runs repeat."""
         trainers = [
-            training.Trainer(
+            streamed.Trainer(
                 *self._ends[client],
                 links[client],
                 len(steps),
@@ -151,10 +152,8 @@ class Federation:
                     tokens[client] += trainers[client].step(step, steps[step])[1]
         return tokens
 
-    def _place(self, client: int, number: int) -> training.Place:
-        return training.Place(
-            seed=0, client=f"client-{client}", round=number, rounds=self._train.rounds
-        )
+    def _place(self, client: int, number: int) -> Place:
+        return Place(seed=0, client=f"client-{client}", round=number, rounds=self._train.rounds)
 
     def _state(self) -> dict[str, Tensor]:
         return client_state(self._parts.bottom, self._parts.top)

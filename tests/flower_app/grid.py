@@ -12,7 +12,8 @@ from flwr.app import Context, Error, Message, RecordDict
 from flwr.serverapp import Grid
 
 from flower_app.client_app import app
-from strategies.transport.link import GrpcLink, StepCounters
+from strategies.transport.link import StepCounters
+from strategies.transport.stream.link import GrpcLink
 
 _thread = threading.local()
 

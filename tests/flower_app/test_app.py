@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from conf.load import load_config
 from conf.schema import Config
 from flower_app.build import resolve_model
-from flower_app.client.streamed import token_loss
+from flower_app.client.ends import token_loss
 from flower_app.data.client import Batch, batches, load_client_data, num_steps, steps
 from flower_app.data.text import load_tokenizer
 from flower_app.runs.recorder import Recorder

@@ -55,10 +55,7 @@ def parts_of(config: Config) -> list[torch.nn.Module]:
     [
         (SAME, "training goes on from the adapter", True),
         ("lora.rank=3", "is merged into its base", False),
-        (f"{SAME} lora.target_modules=[q_proj]", "is merged into its base", False),
-        (f"{SAME} aggregation.lora=exact", "is merged into its base", False),
         (f"{SAME} aggregation.lora=ffa", "is merged into its base", False),
-        (f"{SAME} tuning.bottom=frozen", "is merged into its base", False),
         ("tuning.bottom=full tuning.trunk=full tuning.top=full", "is merged", False),
     ],
 )

@@ -23,7 +23,8 @@ from flower_app.build import (
     num_blocks,
     take_residuals,
 )
-from flower_app.client.site import Site, own_config
+from flower_app.client.node import own_config
+from flower_app.client.site import Site
 from flower_app.export import export_model
 from models import (
     Cut,

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from conf.schema import Config, LinkConfig
 from strategies.errors import TrunkError
-from strategies.transport.link import GrpcLink
+from strategies.transport.stream.link import GrpcLink
 from strategies.transport.tickets import Ticket, new_key
 from tests.flower_app import test_app
 from tests.flower_app.grid import InProcessGrid, WatchedLink

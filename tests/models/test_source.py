@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from models.source import Source, find_source
+from models.source import Source, find_source, tokenizer_of
 from tests.models.helpers import saved
 
 
@@ -37,9 +37,10 @@ def test_folders_files_hub_ids_and_adapters_are_told_apart(tmp_path: Path) -> No
 def test_an_adapter_without_a_tokenizer_has_that_of_its_base(tmp_path: Path) -> None:
     saved(tmp_path / "base")
     own = adapter(tmp_path / "adapter", str(tmp_path / "base"))
-    assert find_source(str(own)).tokenizer == str(tmp_path / "base")
+    assert tokenizer_of(str(own)) == str(tmp_path / "base")
     (own / "tokenizer_config.json").write_text("{}")
-    assert find_source(str(own)).tokenizer == str(own)
+    assert tokenizer_of(str(own)) == str(own)
+    assert tokenizer_of("last:run") == "last:run"
 
 
 @pytest.mark.parametrize(

@@ -10,13 +10,19 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from conf.schema import LinkConfig, TrainConfig
-from flower_app.client import streamed as training
+from flower_app.client import streamed
+from flower_app.client.place import Place
+from flower_app.client.step import Outcome
 from flower_app.data.client import Batch
 from models import Cut, split
 from models.tiny import VOCAB, tiny_config
+from simulations.equality.local_link import LocalLink
 from simulations.equality.reference import fed_avg_round, train_whole
 from strategies.engine.engine import TrunkEngine
-from strategies.transport.link import GrpcLink, LocalLink
+from strategies.transport import trunk_pb2 as pb
+from strategies.transport.frames import client_frame, read_server_frame, refuse_failure
+from strategies.transport.link import Link
+from strategies.transport.stream.link import GrpcLink
 from strategies.transport.stream.service import TrunkService
 from strategies.transport.tickets import Guest, Ticket, new_key, public_half
 
@@ -63,9 +69,9 @@ def random_steps(
     ]
 
 
-def place(client: str = "client-0", round: int = 1, rounds: int = 1) -> training.Place:
+def place(client: str = "client-0", round: int = 1, rounds: int = 1) -> Place:
     """Where a test's client is."""
-    return training.Place(seed=0, client=client, round=round, rounds=rounds)
+    return Place(seed=0, client=client, round=round, rounds=rounds)
 
 
 def engine_for(trunk: torch.nn.Module, train: TrainConfig, **kwargs: object) -> TrunkEngine:
@@ -111,18 +117,43 @@ def connect(service: TrunkService, key: str, steps: int, **link: object) -> Grpc
     return GrpcLink(admit(service, key), NODE_KEY, steps=steps, config=link_config(**link))
 
 
+def forward(
+    link: Link, step: int, micro: int, h_BTD: torch.Tensor, mask_BT: torch.Tensor | None
+) -> torch.Tensor:
+    """Both halves of a forward."""
+    link.compute(step, micro, h_BTD, mask_BT)
+    return link.computed()
+
+
+def back(
+    link: Link, step: int, micro: int, grad_BTD: torch.Tensor, *, last: bool, tokens: int = 0
+) -> tuple[torch.Tensor, float]:
+    """Both halves of a backward."""
+    link.backward(step, micro, grad_BTD, last=last, tokens=tokens)
+    return link.gradients()
+
+
+def get_gradients(link: GrpcLink, step: int, micro: int) -> pb.Gradients:
+    """What the trunk answers to a question for a gradient whose reply was lost."""
+    question = pb.GetGradients(step=step, micro=micro)
+    link._connection.send(client_frame(get_gradients=question))
+    raw = link._connection.receive(10.0)
+    assert raw is not None
+    return refuse_failure(read_server_frame(raw)).gradients
+
+
 def train_split(
     model: PreTrainedModel,
     steps: Sequence[Sequence[Batch]],
     train: TrainConfig,
     cut: Cut = CUT,
-) -> training.Outcome:
+) -> Outcome:
     """One client, one round, in this process; `model` shares its weights with its parts."""
     parts = split(model, cut)
     engine = engine_for(parts.trunk, train)
     engine.open_round(1, 1, training=True)
     link = LocalLink(engine.open("one", client="client-0", steps=len(steps)))
-    outcome = training.train(parts.bottom, parts.top, link, steps, len(steps), train, place())
+    outcome = streamed.train(parts.bottom, parts.top, link, steps, len(steps), train, place())
     engine.close_round({"one": outcome.tokens})
     return outcome
 

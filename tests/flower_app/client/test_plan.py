@@ -9,7 +9,7 @@ import torch
 from transformers import LlamaConfig
 
 from conf.load import load_config
-from flower_app.client.ends import Place
+from flower_app.client.place import Place
 from flower_app.client.plan import Plan, padding_id
 from flower_app.data.client import Batch
 from flower_app.data.text import Example

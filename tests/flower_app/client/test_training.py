@@ -9,11 +9,13 @@ import torch
 import torch.nn.functional as F
 
 from conf.schema import TrainConfig
-from flower_app.client import streamed as training
+from flower_app.client import streamed
+from flower_app.client.ends import token_loss
+from flower_app.client.step import Outcome
 from flower_app.data.client import Batch
 from models import split
+from simulations.equality.local_link import LocalLink
 from strategies.errors import TrunkError
-from strategies.transport.link import LocalLink
 from tests.strategies.helpers import (
     CUT,
     engine_for,
@@ -32,19 +34,19 @@ def _one_thread(one_thread: None) -> None:
     """See `one_thread`."""
 
 
-def evaluate_split(model: torch.nn.Module, batches: list[Batch], **train: Any) -> training.Outcome:
+def evaluate_split(model: torch.nn.Module, batches: list[Batch], **train: Any) -> Outcome:
     parts = split(model, CUT)  # type: ignore[arg-type]
     engine = engine_for(parts.trunk, TrainConfig(**train))
     engine.open_round(0, 1, training=False)
     link = LocalLink(engine.open("a"))
-    return training.evaluate(parts.bottom, parts.top, link, batches, TrainConfig(**train))
+    return streamed.evaluate(parts.bottom, parts.top, link, batches, TrainConfig(**train))
 
 
 def test_the_loss_counts_exactly_the_labels_that_are_learned() -> None:
     logits = torch.randn(2, 5, 7)
     labels = torch.tensor([[-100, -100, 3, 4, -100], [1, 2, -100, -100, -100]])
 
-    total, tokens = training.token_loss(logits, labels)
+    total, tokens = token_loss(logits, labels)
 
     # Position t predicts t + 1: the label at position 0 is never predicted.
     picked = [(0, 1, 3), (0, 2, 4), (1, 0, 2)]
@@ -134,7 +136,7 @@ def test_dropout_acts_in_every_part(where: int) -> None:
     link = LocalLink(engine.open("a", client="a", steps=1))
     steps = [[random_batch(0)]]
 
-    outcome = training.train(parts.bottom, parts.top, link, steps, 1, TrainConfig(), place("a"))
+    outcome = streamed.train(parts.bottom, parts.top, link, steps, 1, TrainConfig(), place("a"))
 
     plain = train_split(tiny_model("gpt2"), steps, TrainConfig()).losses
     assert abs(outcome.losses[0] - plain[0]) > 1e-3

@@ -344,14 +344,16 @@ def test_a_disk_that_is_really_full(tiny_disk: Path, caplog: pytest.LogCaptureFi
     strategy = Strategy()
     strategy.state_dict = lambda: {"w": torch.rand(25_000)}  # type: ignore[method-assign]
 
+    journal = writer._journal._journal
+    assert journal is not None
     for number in (1, 2, 3, 4):
         keep(number, strategy)  # type: ignore[arg-type]
     filler = tiny_disk / "filler"
     with pytest.raises(OSError, match="No space"):
         filler.write_bytes(b"x" * 300_000)
     for number in range(100):
-        writer._write({"kind": "round", "round": number, "text": "x" * 100}, "")
-    in_memory = len(writer._journal._owed)
+        journal.write(json.dumps({"kind": "round", "round": number, "text": "x" * 100}))
+    in_memory = len(journal._owed)
     filler.unlink()
     checkpoint.remove(writer.folder / "checkpoints" / "round-0001")
     keep(5, strategy)  # type: ignore[arg-type]

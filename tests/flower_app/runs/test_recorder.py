@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import threading
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from conf.schema import Config, OutputConfig
 from flower_app.runs.folders import find_last_run, new_folder, read_summaries, runs_folder
 from flower_app.runs.plots import _smoothing, plot_loss, read_metrics
 from flower_app.runs.recorder import Recorder
+from strategies.events import RoundDone, StepDone, Turnout
 
 SUMMARY_KEYS = {
     "rounds",
@@ -40,6 +42,7 @@ def config(tmp_path: Path) -> Config:
 def _step(recorder: Recorder, **changes: Any) -> None:
     values: dict[str, Any] = {
         "round": 1,
+        "attempt": 1,
         "client": "a",
         "step": 1,
         "steps": 4,
@@ -51,7 +54,7 @@ def _step(recorder: Recorder, **changes: Any) -> None:
         "bytes_down": 20,
         "seconds": {"bottom": 0.1, "network": 0.1, "trunk": 0.2, "top": 0.1},
     }
-    recorder.step(**{**values, **changes})
+    recorder(StepDone(**{**values, **changes}))
 
 
 def _round(recorder: Recorder, **changes: Any) -> None:
@@ -67,7 +70,21 @@ def _round(recorder: Recorder, **changes: Any) -> None:
         "bytes_down": 2_000_000,
         "seconds": 2.0,
     }
-    recorder.round(**{**values, **changes})
+    values |= changes
+    abandoned = [_turnout(**turnout) for turnout in values.pop("abandoned", [])]
+    evaluation = values.pop("evaluation", None)
+    recorder(
+        RoundDone(
+            training=_turnout(**{key: values.pop(key) for key in ("asked", "clients", "missing")}),
+            evaluation=_turnout(**evaluation) if evaluation else None,
+            abandoned=tuple(abandoned),
+            **values,
+        )
+    )
+
+
+def _turnout(asked: Sequence[str], clients: Sequence[str], missing: dict[str, str]) -> Turnout:
+    return Turnout(asked=tuple(asked), clients=tuple(clients), missing=missing)
 
 
 def test_finished_run_leaves_everything(config: Config, tmp_path: Path) -> None:
@@ -155,7 +172,7 @@ def test_who_was_dropped_is_counted_over_all_rounds_and_attempts(config: Config)
     late = {"asked": ["a", "d"], "clients": ["a"], "missing": {"d": "late"}}
 
     _round(recorder, asked=["a", "b", "c"], missing={"c": "killed"})
-    _round(recorder, round=2, attempts=2, abandoned=[undone], evaluation=late)
+    _round(recorder, round=2, abandoned=[undone], evaluation=late)
 
     summary = recorder.finish()
     assert summary["dropped"] == {"c": 2, "d": 1}

@@ -64,7 +64,7 @@ def _work(recorder: Recorder, config: Config, grid: InProcessGrid, point: Any = 
         recorder.finish(run_experiment(config, grid, recorder, point))
     except Killed:
         recorder._alone.release()
-        recorder._journal._file.close()
+        recorder._journal.finish({})
     return recorder.folder
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from simulations.bench.load import bench_load
-from strategies.transport.link import GrpcLink
+from strategies.transport.stream.link import GrpcLink
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "head_dim": 8}
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -10,6 +10,7 @@ from typer.testing import CliRunner, Result
 from conf.schema import Config
 from flower_app.runs.recorder import Recorder
 from simulations.cli.app import app
+from strategies.events import RoundDone, Turnout
 
 
 def _graft(*arguments: str) -> Result:
@@ -27,17 +28,9 @@ def test_config_prints_what_a_run_would_use() -> None:
 def test_runs_and_plot_show_what_was_run() -> None:
     assert "no run has ended" in _graft("runs").output
     recorder = Recorder(Config(), say=lambda line: None)
-    recorder.round(
-        round=0,
-        train=None,
-        evaluate={"loss": 5.5},
-        asked=["a", "b"],
-        clients=["a", "b"],
-        missing={},
-        tokens=0,
-        bytes_up=1,
-        bytes_down=1,
-        seconds=1.0,
+    turnout = Turnout(asked=("a", "b"), clients=("a", "b"))
+    recorder(
+        RoundDone(round=0, train=None, evaluate={"loss": 5.5}, training=None, evaluation=turnout)
     )
     recorder.finish()
     listed = _graft("runs").output

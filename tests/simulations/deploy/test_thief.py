@@ -13,7 +13,7 @@ from conf.schema import TrainConfig
 from models import split
 from simulations.deploy.thief import steal_ticket, try_ticket
 from strategies.records import ARRAYS, CONFIG, TICKET
-from strategies.transport.link import GrpcLink
+from strategies.transport.stream.link import GrpcLink
 from strategies.transport.tickets import new_key
 from tests.strategies.helpers import (
     CUT,

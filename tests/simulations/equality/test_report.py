@@ -14,9 +14,10 @@ from typer.testing import CliRunner
 
 from simulations.cli import app as cli
 from simulations.equality import report as equivalence
-from simulations.equality.claims import CLAIMS, Claim, NotTriedError
+from simulations.equality.claims import CLAIMS
 from simulations.equality.federation import Gap
 from simulations.equality.report import EquivalenceReport, run_equivalence
+from simulations.equality.trial import Claim, NotTriedError
 from strategies.engine.policies.merged import Group
 from strategies.engine.session import Session
 from tests.models.helpers import saved

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from conf.schema import AggregationConfig, Config, LoraSettings, TrainConfig
-from flower_app.client import streamed as training
+from flower_app.client import streamed
 from flower_app.data.client import Batch
 from models import (
     Cut,
@@ -28,12 +28,12 @@ from models import (
     tune,
     tune_whole,
 )
+from simulations.equality.local_link import LocalLink
 from strategies.aggregate.means import weighted_mean
 from strategies.aggregate.state import Contribution, GlobalState
 from strategies.engine.engine import TrunkEngine
 from strategies.engine.policies.registry import SplitFedV1, SplitFedV2
 from strategies.errors import TrunkError
-from strategies.transport.link import LocalLink
 from tests.strategies.helpers import (
     engine_for,
     fed_avg_round,
@@ -90,7 +90,7 @@ def mixed_round(
         own = split(twin(model), cut)
         link = LocalLink(engine.open(name, client=name, steps=len(steps), cut=cut))
         here = place(name, round, ROUNDS)
-        outcome = training.train(own.bottom, own.top, link, steps, len(steps), train, here)
+        outcome = streamed.train(own.bottom, own.top, link, steps, len(steps), train, here)
         ends.append(client_state(own.bottom, own.top))
         tokens.append(outcome.tokens)
     replicas = list(engine.policy.states(str(c) for c in range(len(CUTS))).values())
@@ -272,7 +272,7 @@ def test_mixed_cuts_and_ranks_meet_in_one_model() -> None:
             session = engine.open(name, client=name, steps=len(steps), cut=cut)
             here = place(name, round, ROUNDS)
             link = LocalLink(session)
-            out = training.train(own.bottom, own.top, link, steps, len(steps), train, here)
+            out = streamed.train(own.bottom, own.top, link, steps, len(steps), train, here)
             replica = engine.policy.states([name])[name]
             given.append(
                 Contribution(name, out.tokens, {**client_state(own.bottom, own.top), **replica})

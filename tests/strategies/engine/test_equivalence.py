@@ -9,11 +9,13 @@ import pytest
 from transformers import PreTrainedModel
 
 from conf.schema import LoraSettings, TrainConfig
-from flower_app.client import streamed as training
+from flower_app.client import streamed
+from flower_app.client.step import Outcome
 from models import client_state, load_client_state, split, tune_whole
+from simulations.equality.local_link import LocalLink
 from strategies.aggregate.means import weighted_mean
 from strategies.engine.session import Session
-from strategies.transport.link import Link, LocalLink
+from strategies.transport.link import Link
 from tests.strategies.helpers import (
     CUT,
     connect,
@@ -105,7 +107,7 @@ def split_round(model, cohort, train, round, rounds, order, link_of=None):  # ty
         steps = cohort[client]
         link: Link = LocalLink(engine.open(str(client), client=str(client), steps=len(steps)))
         here = place(str(client), round, rounds)
-        outcome = training.train(own.bottom, own.top, link, steps, len(steps), train, here)
+        outcome = streamed.train(own.bottom, own.top, link, steps, len(steps), train, here)
         answers[client] = (client_state(own.bottom, own.top), outcome.tokens)
     ordered = [answers[client] for client in sorted(answers)]
     engine.close_round({str(c): answers[c][1] for c in sorted(answers)})
@@ -171,11 +173,11 @@ def test_clients_at_once_over_grpc_do_not_mix(strategy: str) -> None:
     together = [twin(model) for _ in cohort]
     with served(engine) as service:
 
-        def run(client: int) -> training.Outcome:
+        def run(client: int) -> Outcome:
             own, steps = split(together[client], CUT), cohort[client]
             link = connect(service, f"client-{client}", len(steps))
             here = place(f"client-{client}")
-            outcome = training.train(own.bottom, own.top, link, steps, len(steps), train, here)
+            outcome = streamed.train(own.bottom, own.top, link, steps, len(steps), train, here)
             link.close()
             return outcome
 
@@ -194,4 +196,4 @@ def split_one(model, steps, train, client):  # type: ignore[no-untyped-def]
     engine = engine_for(own.trunk, train)
     engine.open_round(1, 1, training=True)
     link = LocalLink(engine.open(client, client=client, steps=len(steps)))
-    training.train(own.bottom, own.top, link, steps, len(steps), train, place(client))
+    streamed.train(own.bottom, own.top, link, steps, len(steps), train, place(client))

@@ -9,20 +9,22 @@ import pytest
 import torch
 
 from conf.schema import TrainConfig
-from flower_app.client import streamed as training
+from flower_app.client import streamed
 from models import split
+from simulations.equality.local_link import LocalLink
 from strategies.engine.session import Session
 from strategies.errors import TrunkError
 from strategies.transport import trunk_pb2 as pb
 from strategies.transport.codec.tensors import encode, encode_mask
 from strategies.transport.frames import client_frame
-from strategies.transport.link import LocalLink, _Request
+from strategies.transport.link import Request
 from tests.strategies.helpers import (
     CUT,
     HIDDEN,
     H,
     connect,
     engine_for,
+    forward,
     largest_difference,
     place,
     random_steps,
@@ -86,7 +88,7 @@ def test_dropout_differs_from_round_to_round_on_both_sides() -> None:
         link = LocalLink(engine.open("a", client="a", steps=1))
         here = place("a", round=number, rounds=2)
         steps = random_steps(1, seed=0)
-        outcome = training.train(parts.bottom, parts.top, link, steps, 1, train, here)
+        outcome = streamed.train(parts.bottom, parts.top, link, steps, 1, train, here)
         losses.append(outcome.losses[0])
 
     assert not torch.equal(*trunk)
@@ -105,7 +107,7 @@ def test_bf16_precision_reaches_every_part(role: int) -> None:
     lane = engine.open("a", client="a", steps=1)
     link = LocalLink(lane)
 
-    training.train(parts[0], parts[2], link, random_steps(1, seed=0), 1, train, place("a"))
+    streamed.train(parts[0], parts[2], link, random_steps(1, seed=0), 1, train, place("a"))
 
     assert seen == {torch.bfloat16}
 
@@ -155,16 +157,17 @@ def test_limits_are_checked_before_anything_is_unpacked(monkeypatch: pytest.Monk
             frame = pb.Compute(activations=encode(tensor, torch.float32))
             frame.mask.CopyFrom(encode_mask(torch.ones(1, 2**16)))
             with pytest.raises(TrunkError, match=word):
-                link._ask(_Request(client_frame(compute=frame), "activations"))
+                link.send(Request(client_frame(compute=frame), "activations"))
+                link.computed()
 
 
 def test_no_frame_is_read_that_is_larger_than_a_batch_needs() -> None:
     engine, _ = open_session(TrainConfig(), max_sequences=4, max_tokens=16)
     with served(engine) as service:
         link = connect(service, "b", 1)
-        assert link.compute(0, 0, torch.randn(4, 16, HIDDEN), None).shape == (4, 16, HIDDEN)
+        assert forward(link, 0, 0, torch.randn(4, 16, HIDDEN), None).shape == (4, 16, HIDDEN)
         with pytest.raises(TrunkError, match="larger than max .* lower train.batch_size"):
-            link.compute(0, 1, torch.randn(40, 16, HIDDEN), None)
+            forward(link, 0, 1, torch.randn(40, 16, HIDDEN), None)
 
 
 def test_a_failing_backward_leaves_no_gradient_on_the_shared_trunk(

@@ -17,9 +17,10 @@ import torch
 from transformers import PreTrainedModel
 
 from conf.schema import TrainConfig
-from flower_app.client import streamed as training
+from flower_app.client import streamed
 from flower_app.data.client import Batch
 from models import client_state, load_client_state, named_trainable, split
+from simulations.equality.local_link import LocalLink
 from simulations.equality.reference import centralised_round, plain_optimizer
 from strategies.aggregate.means import weighted_mean
 from strategies.engine.engine import TrunkEngine
@@ -27,7 +28,6 @@ from strategies.engine.policies.group import MAX_PADDING, buckets
 from strategies.engine.policies.merged import Merged
 from strategies.engine.session import Session
 from strategies.errors import TrunkError
-from strategies.transport.link import LocalLink
 from tests.strategies.helpers import (
     CUT,
     HIDDEN,
@@ -79,7 +79,7 @@ class Federation:
             own, steps = self.ends[client], cohort[client]
             here = place(f"client-{client}", number, rounds)
             try:
-                done = training.train(
+                done = streamed.train(
                     own.bottom, own.top, links[client], steps, len(steps), self.train, here
                 )
             finally:
@@ -391,7 +391,7 @@ def test_over_grpc_it_is_the_same(one_thread: None) -> None:
             own, steps = federation.ends[client], cohort[client]
             link = connect(service, f"client-{client}", len(steps))
             here = place(f"client-{client}")
-            training.train(own.bottom, own.top, link, steps, len(steps), train, here)
+            streamed.train(own.bottom, own.top, link, steps, len(steps), train, here)
             link.close()
 
         started = time.monotonic()

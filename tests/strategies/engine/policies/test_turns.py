@@ -14,12 +14,12 @@ import torch
 
 from conf.rules import ConfigError
 from conf.schema import TrainConfig
-from flower_app.client import streamed as training
+from flower_app.client import streamed
 from models import client_state, split
+from simulations.equality.local_link import LocalLink
 from strategies.engine.session import Session
 from strategies.errors import TrunkError
 from strategies.optim import trainable
-from strategies.transport.link import LocalLink
 from tests.strategies.helpers import (
     CUT,
     engine_for,
@@ -81,7 +81,7 @@ def train(
         steps = random_steps(count, seed=1000 * number)
 
         try:
-            return training.train(
+            return streamed.train(
                 ends[number].bottom, ends[number].top, link, steps, count, settings, place(name)
             )
         finally:

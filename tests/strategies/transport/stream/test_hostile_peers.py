@@ -20,12 +20,13 @@ from strategies.transport.certificates import (
     self_signed,
     validity_error,
 )
-from strategies.transport.link import GrpcLink
+from strategies.transport.stream.link import GrpcLink
 from strategies.transport.stream.service import TrunkService
 from tests.strategies.helpers import (
     NODE_KEY,
     H,
     admit,
+    forward,
     link_config,
     open_engine,
     served,
@@ -55,7 +56,7 @@ def test_the_operators_certificate_is_trusted_as_it_stands(chain: str, tmp_path:
     with trunk(**write(tmp_path / "own", pem, files.key.read_bytes())) as service:
         assert service.certificate == pem
         link = GrpcLink(admit(service, "a"), NODE_KEY, steps=1, config=link_config(**QUICK))
-        assert link.compute(0, 0, H, None).shape == H.shape
+        assert forward(link, 0, 0, H, None).shape == H.shape
         link.abort()
 
 

@@ -14,23 +14,26 @@ import pytest
 import torch
 
 from conf.schema import TrainConfig
-from flower_app.client import streamed as training
+from flower_app.client import streamed
 from models import split
 from simulations.disturb.faults import DOWN, KINDS, UP, Faults, Schedule, draw_schedule
+from simulations.equality.local_link import LocalLink
 from strategies.errors import TrunkError
 from strategies.transport import trunk_pb2 as pb
 from strategies.transport.codec.tensors import encode
 from strategies.transport.frames import client_frame, read_client_frame
-from strategies.transport.link import GrpcLink, LocalLink
 from strategies.transport.stream.channel import Stream
+from strategies.transport.stream.link import GrpcLink
 from strategies.transport.stream.service import TrunkService
 from tests.strategies.helpers import (
     CUT,
     NODE_KEY,
     H,
     admit,
+    back,
     connect,
     engine_for,
+    forward,
     largest_difference,
     link_config,
     open_engine,
@@ -63,7 +66,7 @@ def trained(schedule: Schedule | None) -> tuple[torch.nn.Module, list[float], in
             link = GrpcLink(
                 admit(service, "a"), NODE_KEY, steps=STEPS, config=config, interceptors=[faults]
             )  # type: ignore[assignment]
-        outcome = training.train(parts.bottom, parts.top, link, steps, STEPS, TRAIN, place("a"))
+        outcome = streamed.train(parts.bottom, parts.top, link, steps, STEPS, TRAIN, place("a"))
         link.close()
         assert engine.in_flight.bytes == 0
         if schedule is not None:
@@ -142,8 +145,8 @@ def test_a_lost_gradient_is_fetched_and_not_sent_again(monkeypatch: pytest.Monke
                 config=link_config(),
                 interceptors=[faults],
             )
-            link.compute(0, 0, H, None)
-            link.backward(0, 0, torch.ones_like(H), last=True)
+            forward(link, 0, 0, H, None)
+            back(link, 0, 0, torch.ones_like(H), last=True)
             assert sent == expected
             link.abort()
 
@@ -159,12 +162,12 @@ def test_a_session_keeps_its_graph_for_the_grace_and_no_longer(strategy: str) ->
     engine = open_engine(strategy=strategy)
     with served(engine, timeout=6.0, grace=0.8) as service:
         link = connect(service, "a", 2, timeout=6.0, grace=0.8)
-        link.compute(0, 0, H, None)
+        forward(link, 0, 0, H, None)
         cut(link)
         time.sleep(0.3)
         assert service.broken("a") is not None
         assert not engine._sessions["a"]._closed
-        link.backward(0, 0, torch.ones_like(H), last=True, tokens=4)  # comes back
+        back(link, 0, 0, torch.ones_like(H), last=True, tokens=4)  # comes back
         assert service.broken("a") is None
         assert engine.in_flight.bytes > 0
 
@@ -176,7 +179,7 @@ def test_a_session_keeps_its_graph_for_the_grace_and_no_longer(strategy: str) ->
         assert engine.in_flight.bytes == 0
         assert service.broken("a") is not None
         with pytest.raises(TrunkError, match="no session is open to this token") as refused:
-            link.get_gradients(0, 0)
+            back(link, 0, 0, torch.ones_like(H), last=True, tokens=4)
         assert refused.value.kind == "refused"
 
 
@@ -184,10 +187,10 @@ def test_one_who_leaves_in_order_is_not_waited_for() -> None:
     engine = open_engine(strategy="splitfed-v2")
     with served(engine) as service:
         leaver = connect(service, "a", 2)
-        leaver.compute(0, 0, H, None)
+        forward(leaver, 0, 0, H, None)
         started = time.monotonic()
         leaver.abort()
-        assert connect(service, "b", 2).compute(0, 0, H, None).shape == H.shape
+        assert forward(connect(service, "b", 2), 0, 0, H, None).shape == H.shape
         assert time.monotonic() - started < 5, "link.grace is 30 s"
 
 
@@ -196,14 +199,14 @@ def test_a_new_stream_takes_the_place_of_one_that_the_trunk_believes_alive() -> 
     engine = open_engine()
     with served(engine) as service:
         link = connect(service, "a", 1)
-        link.compute(0, 0, H, None)
+        forward(link, 0, 0, H, None)
         stuck, link._connection.stream = link._connection.stream, None
         assert stuck is not None
         link._connection.open(5.0)
         with pytest.raises(TrunkError) as ended:  # and its thread serves others
             stuck.receive(5.0)
         assert ended.value.kind == "broken"
-        grad, _ = link.backward(0, 0, torch.ones_like(H), last=True)
+        grad, _ = back(link, 0, 0, torch.ones_like(H), last=True)
         assert grad.shape == H.shape
         assert service.sessions() == 1
 
@@ -216,17 +219,17 @@ def test_the_trunks_work_for_a_broken_stream_is_waited_for_not_done_twice(
         link = connect(service, "a", 1)
         working, go_on, runs = threading.Event(), threading.Event(), []
         session = engine._sessions["a"]
-        forward = session._forward
+        usual = session._forward
 
         def slow(h: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
             runs.append(1)
             working.set()
             go_on.wait(10)
-            return forward(h, mask)
+            return usual(h, mask)
 
         monkeypatch.setattr(session, "_forward", slow)
         got: list[torch.Tensor] = []
-        client = threading.Thread(target=lambda: got.append(link.compute(0, 0, H, None)))
+        client = threading.Thread(target=lambda: got.append(forward(link, 0, 0, H, None)))
         client.start()
         assert working.wait(10)
         cut(link)
@@ -244,12 +247,12 @@ def test_the_trunks_work_for_a_broken_stream_is_waited_for_not_done_twice(
 def test_a_trunk_that_died_ends_the_round_in_words_within_the_grace() -> None:
     with served(open_engine(), **QUICK) as service:
         link = connect(service, "a", 1, **QUICK)
-        link.compute(0, 0, H, None)
+        forward(link, 0, 0, H, None)
         service._server.stop(None).wait()
 
         started = time.monotonic()
         with pytest.raises(TrunkError, match=r"attempts within link.grace=1 s .* resume") as lost:
-            link.backward(0, 0, torch.ones_like(H), last=True)
+            back(link, 0, 0, torch.ones_like(H), last=True)
         assert lost.value.kind == "lost"
         assert time.monotonic() - started < 4
 
@@ -257,10 +260,10 @@ def test_a_trunk_that_died_ends_the_round_in_words_within_the_grace() -> None:
 def test_a_trunk_that_was_started_anew_knows_the_session_no_more() -> None:
     with served(open_engine(), **QUICK) as service:
         link = connect(service, "a", 1, **QUICK)
-        link.compute(0, 0, H, None)
+        forward(link, 0, 0, H, None)
         address = service.address
     with served(open_engine(), bind=address, **QUICK), pytest.raises(TrunkError) as refused:
-        link.backward(0, 0, torch.ones_like(H), last=True)
+        back(link, 0, 0, torch.ones_like(H), last=True)
     assert refused.value.kind == "refused"
 
 
@@ -303,7 +306,7 @@ def test_a_session_of_nothing_but_damage_is_given_up(monkeypatch: pytest.MonkeyP
             Stream, "send", lambda self, raw: self._outbox.put(raw[:-1] + bytes([raw[-1] ^ 1]))
         )
         with pytest.raises(TrunkError, match="16 frames in a row: .* did not arrive"):
-            link.compute(0, 0, H, None)
+            forward(link, 0, 0, H, None)
 
 
 def test_evaluation_survives_too() -> None:
@@ -321,7 +324,7 @@ def test_evaluation_survives_too() -> None:
         )
         for batch in range(4):
             h = H + batch
-            assert torch.equal(link.compute(batch, 0, h, None), calm.compute(batch, 0, h, None))
+            assert torch.equal(forward(link, batch, 0, h, None), forward(calm, batch, 0, h, None))
         link.close()
 
 
@@ -360,8 +363,8 @@ def _busy(service: TrunkService) -> int:
 def test_one_who_only_repeats_itself_is_given_up() -> None:
     with served(open_engine(strategy="splitfed-v2")) as service:
         link = connect(service, "a", 1)
-        link.compute(0, 0, H, None)
+        forward(link, 0, 0, H, None)
         with pytest.raises(TrunkError, match="64 frames in a row moved nothing"):
             for _ in range(70):
-                link.compute(0, 0, H, None)
-        assert connect(service, "b", 1).compute(0, 0, H, None).shape == H.shape
+                forward(link, 0, 0, H, None)
+        assert forward(connect(service, "b", 1), 0, 0, H, None).shape == H.shape

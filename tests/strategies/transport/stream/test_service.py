@@ -14,16 +14,18 @@ import torch
 from google.protobuf.message import Message
 
 from conf.schema import LinkConfig, TrainConfig
-from flower_app.client import streamed as training
+from flower_app.client import streamed
 from flower_app.data.client import Batch
 from models import split
+from simulations.equality.local_link import LocalLink
 from strategies.errors import TrunkError
 from strategies.transport import tickets
 from strategies.transport import trunk_pb2 as pb
 from strategies.transport.codec.tensors import WIRE_VERSION, encode
 from strategies.transport.frames import _seal, client_frame, read_client_frame, read_server_frame
-from strategies.transport.link import GrpcLink, LocalLink, StepCounters
+from strategies.transport.link import StepCounters
 from strategies.transport.stream.channel import Stream
+from strategies.transport.stream.link import GrpcLink
 from strategies.transport.stream.options import (
     CONNECTION_KEY,
     METHOD,
@@ -39,8 +41,11 @@ from tests.strategies.helpers import (
     NODE_KEY,
     H,
     admit,
+    back,
     connect,
     engine_for,
+    forward,
+    get_gradients,
     largest_difference,
     link_config,
     open_engine,
@@ -88,7 +93,7 @@ def test_training_over_the_wire_equals_training_in_process(dtype: str) -> None:
                 if over_wire
                 else LocalLink(engine.open("a", client="a", steps=3))
             )
-            training.train(parts.bottom, parts.top, link, steps, 3, train, place("a"))
+            streamed.train(parts.bottom, parts.top, link, steps, 3, train, place("a"))
             link.close()
         engine.close_round({"a": 1.0})
 
@@ -106,7 +111,7 @@ def test_bf16_compute_stays_near_fp32() -> None:
         engine = engine_for(parts.trunk, train)
         engine.open_round(1, 1, training=True)
         link = LocalLink(engine.open("a", client="a", steps=3))
-        outcome = training.train(
+        outcome = streamed.train(
             parts.bottom, parts.top, link, random_steps(3, seed=2), 3, train, place("a")
         )
         losses[precision] = outcome.losses
@@ -137,14 +142,14 @@ def test_a_ticket_opens_one_session_once_and_only_in_its_round() -> None:
         link = GrpcLink(ticket, NODE_KEY, steps=1, config=config)
         with pytest.raises(TrunkError, match="was used before"):
             GrpcLink(ticket, NODE_KEY, steps=1, config=config)
-        link.compute(0, 0, H, None)
+        forward(link, 0, 0, H, None)
 
         late = admit(service, "b")
         service.end_round()
         with pytest.raises(TrunkError, match="its round has ended"):
             GrpcLink(late, NODE_KEY, steps=1, config=config)
         with pytest.raises(TrunkError, match="its round has ended"):
-            link.compute(0, 1, H, None)
+            forward(link, 0, 1, H, None)
 
 
 def test_a_stolen_ticket_is_of_no_use_without_its_nodes_key() -> None:
@@ -167,7 +172,7 @@ def test_a_stolen_ticket_is_of_no_use_without_its_nodes_key() -> None:
         admit(service, "b")
         with pytest.raises(TrunkError, match="it is not its node's"):
             GrpcLink(replace(ticket, session="b"), NODE_KEY, steps=1, config=config)
-        assert link.compute(0, 0, H, None).shape == H.shape  # its owner is not disturbed
+        assert forward(link, 0, 0, H, None).shape == H.shape  # its owner is not disturbed
 
 
 def test_a_ticket_for_a_key_that_is_none_is_refused() -> None:
@@ -180,13 +185,13 @@ def test_a_session_cannot_reach_anothers_gradients() -> None:
     engine = open_engine()
     with served(engine) as service:
         mine, other = connect(service, "mine", 1), connect(service, "other", 1)
-        mine.compute(0, 0, H, None)
-        mine.backward(0, 0, torch.ones_like(H), last=True)
+        forward(mine, 0, 0, H, None)
+        back(mine, 0, 0, torch.ones_like(H), last=True)
 
         with pytest.raises(TrunkError, match="no gradient of step 0"):
-            other.get_gradients(0, 0)
+            get_gradients(other, 0, 0)
 
-        assert mine.get_gradients(0, 0)[1] > 0
+        assert get_gradients(mine, 0, 0).square_norm > 0
         mine.apply(0, ONE)
         mine.applied()
         mine.close()
@@ -241,7 +246,7 @@ def test_random_bytes_never_bring_the_service_down() -> None:
             replies = raw_call(service, [os.urandom(size)], admit(service, f"{size}"))
             assert replies[-1].WhichOneof("body") == "failure"
         link = connect(service, "well-behaved", 1)
-        assert link.compute(0, 0, H, None).shape == H.shape
+        assert forward(link, 0, 0, H, None).shape == H.shape
 
 
 def test_a_frame_over_the_limit_is_refused_on_both_sides() -> None:
@@ -249,11 +254,11 @@ def test_a_frame_over_the_limit_is_refused_on_both_sides() -> None:
     with served(open_engine(), max_frame_mb=0.01) as service:
         link = connect(service, "a", 1, max_frame_mb=0.01)
         with pytest.raises(TrunkError, match=r"exceeds link.max_frame_mb=0\.01; raise it"):
-            link.compute(0, 0, big, None)
+            forward(link, 0, 0, big, None)
 
         careless = connect(service, "b", 1, max_frame_mb=64.0)
         with pytest.raises(TrunkError, match="larger than max"):
-            careless.compute(0, 0, big, None)
+            forward(careless, 0, 0, big, None)
 
 
 def test_an_error_in_the_trunk_reaches_the_client_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -261,7 +266,7 @@ def test_an_error_in_the_trunk_reaches_the_client_in_words(monkeypatch: pytest.M
     with served(engine) as service:
         link = connect(service, "a", 1)
         with pytest.raises(TrunkError, match="step 2 came, step 0 was due"):
-            link.compute(2, 0, H, None)
+            forward(link, 2, 0, H, None)
 
         def broken(*args: object) -> None:
             raise RuntimeError("the disk of the server is full")
@@ -269,7 +274,7 @@ def test_an_error_in_the_trunk_reaches_the_client_in_words(monkeypatch: pytest.M
         link = connect(service, "b", 1)
         monkeypatch.setattr(type(engine._sessions["b"]), "_forward", broken)
         with pytest.raises(TrunkError, match="the disk of the server is full"):
-            link.compute(0, 0, H, None)
+            forward(link, 0, 0, H, None)
 
 
 def test_nobody_at_the_address_is_said_with_the_remedy() -> None:
@@ -295,7 +300,7 @@ def test_a_silent_trunk_is_not_waited_for_for_ever(monkeypatch: pytest.MonkeyPat
             type(engine._sessions["a"]), "compute", lambda self, *a: release.wait(5) and H
         )
         with pytest.raises(TrunkError, match=r"did not answer within 0\.3 s; raise link.timeout"):
-            link.compute(0, 0, H, None)
+            forward(link, 0, 0, H, None)
         release.set()
 
 
@@ -303,25 +308,25 @@ def test_a_silent_client_loses_its_session_and_its_turn() -> None:
     engine = open_engine(strategy="splitfed-v2")
     with served(engine, timeout=0.4) as service:
         silent = connect(service, "silent", 1)
-        silent.compute(0, 0, H, None)
+        forward(silent, 0, 0, H, None)
 
         deadline = time.monotonic() + 10
         while not engine._sessions["silent"]._closed and time.monotonic() < deadline:
             time.sleep(0.05)
 
         assert engine._sessions["silent"]._closed
-        assert connect(service, "other", 1).compute(0, 0, H, None).shape == H.shape
+        assert forward(connect(service, "other", 1), 0, 0, H, None).shape == H.shape
 
 
 def test_a_client_that_dies_in_its_turn_gives_it_back() -> None:
     engine = open_engine(strategy="splitfed-v2")
     with served(engine, grace=0.3) as service:
         dying = connect(service, "dying", 1)
-        dying.compute(0, 0, H, None)
+        forward(dying, 0, 0, H, None)
         dying.abort()
 
         other = connect(service, "other", 1, timeout=10.0)
-        assert other.compute(0, 0, H, None).shape == H.shape
+        assert forward(other, 0, 0, H, None).shape == H.shape
 
 
 def test_tls_with_a_certificate_made_for_the_run() -> None:
@@ -329,7 +334,7 @@ def test_tls_with_a_certificate_made_for_the_run() -> None:
     with served(engine, tls="on") as service:
         assert service.certificate.startswith(b"-----BEGIN CERTIFICATE-----")
         link = connect(service, "a", 1)
-        assert link.compute(0, 0, H, None).shape == H.shape
+        assert forward(link, 0, 0, H, None).shape == H.shape
         link.abort()
 
         with pytest.raises(TrunkError, match=r"link.tls is the same on both sides"):
@@ -359,8 +364,8 @@ def test_ports_are_reported_and_steps_counted_once() -> None:
         service.on_step = reports.append
         link = connect(service, "a", 2)
         for step in range(2):
-            link.compute(step, 0, H, None)
-            link.backward(step, 0, torch.ones_like(H), last=True)
+            forward(link, step, 0, H, None)
+            back(link, step, 0, torch.ones_like(H), last=True)
             for _ in range(2):  # its reply was lost, say
                 link.apply(step, StepCounters(client_square_norm=0.0, tokens=7, loss=1.5))
                 link.applied()
@@ -438,7 +443,7 @@ def test_no_frame_carries_ids_or_labels(monkeypatch: pytest.MonkeyPatch) -> None
     with served(engine) as service:
         wire = tap(monkeypatch)
         link = connect(service, "a", 3)
-        training.train(parts.bottom, parts.top, link, steps, 3, train, place("a"))
+        streamed.train(parts.bottom, parts.top, link, steps, 3, train, place("a"))
         link.close()
 
     assert len(wire.sent) == 3 * (2 * 2 + 1) + 1
@@ -471,7 +476,7 @@ def test_two_runs_send_the_same_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
         with served(engine) as service:
             link = connect(service, "a", 3)
             steps = [[random_batch(s)] for s in range(3)]
-            outcome = training.train(parts.bottom, parts.top, link, steps, 3, train, place("a"))
+            outcome = streamed.train(parts.bottom, parts.top, link, steps, 3, train, place("a"))
             link.close()
         engine.close_round({"a": 1.0})
         curves.append((outcome.losses, twin(model)))

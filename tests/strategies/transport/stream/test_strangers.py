@@ -15,7 +15,7 @@ from conf.schema import TrainConfig
 from simulations.disturb.sessions import OneLayer
 from strategies.engine.engine import TrunkEngine
 from strategies.transport import tickets
-from strategies.transport.link import StepCounters
+from strategies.transport.link import Link, StepCounters
 from strategies.transport.stream.options import (
     CONNECTION_KEY,
     METHOD,
@@ -23,7 +23,7 @@ from strategies.transport.stream.options import (
     STEPS_KEY,
     TOKEN_KEY,
 )
-from tests.strategies.helpers import HIDDEN, admit, connect, served
+from tests.strategies.helpers import HIDDEN, admit, back, connect, forward, served
 
 TRIES = 200
 KEYS = (SESSION_KEY, TOKEN_KEY, CONNECTION_KEY, STEPS_KEY)
@@ -116,11 +116,11 @@ def _try(channel: grpc.Channel, metadata: list[tuple[str, str | bytes]]) -> grpc
     raise AssertionError(f"{metadata} was answered with {answers}")
 
 
-def _step(link: object, step: int) -> None:
-    h_BTD = link.compute(step, 0, H, None)  # type: ignore[attr-defined]
-    link.backward(step, 0, torch.ones_like(h_BTD), last=True)  # type: ignore[attr-defined]
-    link.apply(step, StepCounters(client_square_norm=0.0, tokens=3))  # type: ignore[attr-defined]
-    link.applied()  # type: ignore[attr-defined]
+def _step(link: Link, step: int) -> None:
+    h_BTD = forward(link, step, 0, H, None)
+    back(link, step, 0, torch.ones_like(h_BTD), last=True)
+    link.apply(step, StepCounters(client_square_norm=0.0, tokens=3))
+    link.applied()
 
 
 def test_the_right_token_of_another_connection_is_refused_too() -> None:

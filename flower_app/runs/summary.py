@@ -1,0 +1,62 @@
+"""What `summary.json` says of a run, and of who was missing in it; rounds are as in the journal."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from conf.schema import Config
+from flower_app.runs.lines import perplexity
+
+
+def summarize(
+    config: Config, rounds: Sequence[Mapping[str, Any]], seconds: float
+) -> dict[str, Any]:
+    """Return what the rounds of a run come to, `seconds` in all."""
+    trained = [record for record in rounds if record["round"] > 0]
+    evaluated: list[float | None] = [(r["evaluate"] or {}).get("loss") for r in rounds]
+    losses = [loss for loss in evaluated if loss is not None]
+    tokens = sum(record["tokens"] for record in trained)
+    missing, dropped = last_missing(rounds), times_dropped(rounds)
+    return {
+        "experiment": config.experiment,
+        "rounds": len(trained),
+        "clients": len({name for record in rounds for name in record["clients"]}),
+        "strategy": config.train.strategy,
+        "eval_loss_first": losses[0] if losses else None,
+        "eval_loss_last": losses[-1] if losses else None,
+        "eval_perplexity_last": perplexity(losses[-1]) if losses else None,
+        "tokens": tokens,
+        "bytes_up": sum(record["bytes_up"] for record in rounds),
+        "bytes_down": sum(record["bytes_down"] for record in rounds),
+        "seconds": round(seconds, 3),
+        "tokens_per_second": round(tokens / seconds, 3) if seconds else 0.0,
+        **({"missing": missing} if missing else {}),
+        **({"dropped": dropped} if dropped else {}),
+    }
+
+
+def turnouts(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return who was asked, answered and was dropped: abandoned attempts, training, evaluation."""
+    evaluation = record.get("evaluation")
+    return [*record.get("abandoned", ()), record, *([evaluation] if evaluation else [])]
+
+
+def times_dropped(rounds: Iterable[Mapping[str, Any]]) -> dict[str, int]:
+    """Return how often each client was asked in vain, the most often first.
+
+    Those not needed are included: whoever is always too slow never counts.
+    """
+    names = (
+        name for record in rounds for turnout in turnouts(record) for name in turnout["missing"]
+    )
+    return dict(sorted(Counter(names).items(), key=lambda item: (-item[1], item[0])))
+
+
+def last_missing(rounds: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Return who was missing in the last round, and why; training goes before evaluation."""
+    if not rounds:
+        return {}
+    last = rounds[-1]
+    return {**(last.get("evaluation") or {}).get("missing", {}), **last["missing"]}

@@ -1,0 +1,132 @@
+"""A sink is one new file; whatever it does, the run goes on."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conf.rules import ConfigError
+from conf.schema import Config, OutputConfig, TrackingConfig
+from flower_app.check import check_names
+from flower_app.runs import sinks
+from flower_app.runs.recorder import Recorder
+from flower_app.runs.sinks import registry
+from strategies.events import RoundDone, StepDone
+
+TOY = """
+class Sink:
+    def __init__(self, run):
+        self.file = run.folder / "toy.txt"
+
+    def start(self):
+        self.file.write_text("started\\n")
+
+    def event(self, event):
+        self.add(f"{type(event).__name__} {event.round}\\n")
+
+    def finish(self, summary):
+        self.add(summary["status"] + "\\n")
+
+    def add(self, text):
+        with self.file.open("a") as file:
+            file.write(text)
+"""
+STEP = StepDone(
+    round=1,
+    attempt=1,
+    client="a",
+    step=1,
+    steps=1,
+    loss=5.0,
+    tokens=9,
+    grad_norm=1.0,
+    lr=0.1,
+    bytes_up=1,
+    bytes_down=1,
+    seconds={},
+)
+ROUND = RoundDone(round=1, train={"loss": 5.0}, evaluate=None, training=None, evaluation=None)
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
+    """Of a run that names a toy, which a stranger put beside our sinks."""
+    own = tmp_path / "sinks"
+    own.mkdir()
+    (own / "toy_file.py").write_text(TOY, encoding="utf-8")
+    monkeypatch.setattr(sinks, "__path__", [*sinks.__path__, str(own)])
+    monkeypatch.setattr(sinks.__spec__, "submodule_search_locations", sinks.__path__)
+    monkeypatch.delitem(__import__("sys").modules, f"{sinks.__name__}.toy_file", raising=False)
+    return replace(
+        Config(),
+        output=OutputConfig(folder=str(tmp_path / "runs")),
+        tracking=TrackingConfig(sinks=("toy-file",)),
+    )
+
+
+def run(config: Config) -> tuple[Path, list[str]]:
+    lines: list[str] = []
+    recorder = Recorder(config, say=lines.append)
+    recorder.start()
+    recorder(STEP)
+    recorder(ROUND)
+    recorder.finish()
+    return recorder.folder, lines
+
+
+def test_a_sink_is_one_new_file(config: Config) -> None:
+    assert registry.names() == ["console", "journal", "toy-file"]
+    check_names(config)
+
+    folder, lines = run(config)
+
+    assert (folder / "toy.txt").read_text() == "started\nStepDone 1\nRoundDone 1\nfinished\n"
+    assert not [line for line in lines if "WARNING" in line]
+
+
+def test_a_sink_that_nobody_offers_is_refused_with_the_nearest(config: Config) -> None:
+    typo = replace(config, tracking=TrackingConfig(sinks=("toy-fil",)))
+    with pytest.raises(ConfigError, match=r"tracking\.sinks must be one of .*'toy-file'\?"):
+        check_names(typo)
+
+
+@pytest.mark.parametrize(
+    ("broken", "told"),
+    [
+        ("__init__(self, run)", ""),
+        ("start(self)", ""),
+        ("event(self, event)", "started\n"),
+        ("finish(self, summary)", "started\nStepDone 1\nRoundDone 1\n"),
+        (None, ""),
+    ],
+)
+def test_a_sink_that_fails_is_dropped_and_the_run_goes_on(
+    broken: str | None,
+    told: str,
+    config: Config,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    text = "import a_tracker_that_is_not_installed\n" + TOY
+    if broken:
+        text = TOY.replace(f"def {broken}:", f"def {broken}:\n        raise KeyError('no') #")
+    (tmp_path / "sinks" / "toy_file.py").write_text(text, encoding="utf-8")
+
+    folder, lines = run(config)
+
+    (warning,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert "the sink toy-file of tracking.sinks failed and is told nothing more: " in warning
+    toy = folder / "toy.txt"
+    assert (toy.read_text() if toy.exists() else "") == told
+    assert (folder / "summary.json").exists()
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 2
+    assert any(line.startswith("finished:") for line in lines)
+
+
+def test_naming_what_is_always_told_tells_it_once(config: Config) -> None:
+    always: Any = ("console", "journal")
+    _, lines = run(replace(config, tracking=TrackingConfig(sinks=always)))
+    assert sum(line.startswith("finished:") for line in lines) == 1
