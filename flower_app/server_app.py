@@ -23,10 +23,11 @@ from flower_app.runs.keeper import Keeper
 from flower_app.runs.recorder import Recorder
 from flower_app.runs.resume import Point, take_up
 from models import adapted_shares
-from strategies.engine.engine import TrunkEngine
+from strategies.deadlines import turn
+from strategies.engine.engine import MAX_GRAPHS, TrunkEngine
 from strategies.rounds.splitfed import SplitFed
 from strategies.transport.messages import Lockstep
-from strategies.transport.stream.service import TURN_SHARE, TrunkService
+from strategies.transport.stream.service import TrunkService
 
 logger = logging.getLogger(__name__)
 
@@ -92,13 +93,13 @@ def run_experiment(
         hidden_size=trunk.hidden_size,
         train=config.train,
         seed=config.seed,
-        timeout=config.federation.round_timeout if messages else link.timeout * TURN_SHARE,
+        timeout=config.federation.round_timeout if messages else turn(link.timeout),
         max_sequences=config.train.batch_size,
         max_tokens=config.data.context,
+        # A message holds all micro-batches of a step.
+        max_graphs=0 if messages else MAX_GRAPHS,
         max_in_flight=int(link.max_in_flight_mb * 2**20),
     )
-    if messages:  # a message holds all micro-batches of a step
-        engine.max_graphs = engine.max_micro_batches
     service = Lockstep(engine, link) if messages else (serve or TrunkService)(engine, link)
     keeper = Keeper(config, recorder)
     strategy = SplitFed(engine, service, config, recorder, model=describe(trunk), keep=keeper)
