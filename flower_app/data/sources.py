@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 PASSAGE = 2000
 """Characters of a passage of running text, at least; long contexts get eight per token."""
 FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "txt"}
-_ABOUT = ("dataset_infos.json", "dataset_info.json")
+_ABOUT = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")
 """What a data set's own folder says of its rows."""
 _Reader = Callable[[Path, Collection[str]], Iterable[tuple[str, dict[str, Any], list[str]]]]
 
@@ -155,7 +155,11 @@ def _find_files(path: Path) -> tuple[str, list[Path]]:
         raise DataError(
             f"{path.absolute()} must hold files of one of the formats "
             f"{', '.join(FORMATS)}, got {', '.join(sorted(kinds)) or 'none of them'}"
-            + ("; of a folder of save_to_disk, give the whole" if arrow else "")
+            + (
+                "; give the folder that save_to_disk wrote, not one around it or in it"
+                if arrow
+                else ""
+            )
         )
     chosen = sorted(file for file in files if suffix(file) in FORMATS and file.stat().st_size)
     if not chosen:
