@@ -210,14 +210,14 @@ def _hub_reason(error: Exception) -> str:
 
 def _columns(rows: Rows, config: DataConfig, where: str, *, partitioned: bool) -> list[str]:
     """Return the columns that are used, or refuse what is not there."""
-    there = set(rows.column_names)
+    there = rows.column_names
     layout = recognise(config, there, where)
-    used = {*layout.columns.values(), *(there & set(layout.optional))}
+    used = {*layout.columns.values(), *(set(there) & set(layout.optional))}
     if partitioned and config.partitioner in ("natural", "dirichlet"):
         by = config.partition_by or "topic"
         if by not in there:
             raise no_column("data.partition_by", by, there, where)
         used.add(by)
-    if layout.kind in ("messages", "alpaca") and (odd := sorted(there & set(UNUSED) - used)):
+    if layout.kind in ("messages", "alpaca") and (odd := sorted(set(there) & set(UNUSED) - used)):
         logger.warning("%s: not used, and not learned: column %s", where, shown_names(odd))
     return sorted(used)

@@ -85,10 +85,7 @@ def test_nulls_that_arrow_invented_are_dropped_at_every_depth(tmp_path: Path) ->
     Dataset.from_list(rows).to_parquet(tmp_path / "d.parquet")
     Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
     for path in (tmp_path / "d.parquet", tmp_path / "saved"):
-        read = load_rows(files_config(path)).to_list()
-        for row in read:
-            assert row["messages"][1].pop("content") is None  # a message keeps its content
-        assert read == rows
+        assert load_rows(files_config(path)).to_list() == rows
 
 
 def test_parquet_keeps_its_types(tmp_path: Path) -> None:
