@@ -6,7 +6,7 @@ from conf.rules import check_known
 from conf.schema import Config
 from flower_app.runs.sinks import registry as sinks
 from strategies.aggregate.state import LORA
-from strategies.engine.engine import POLICIES
+from strategies.engine.policies.registry import find_policy
 from strategies.transport.codec.tensors import WIRE_DTYPES
 
 
@@ -18,7 +18,7 @@ def check_names(config: Config) -> None:
     ConfigError
         At the first such name.
     """
-    check_known("train.strategy", config.train.strategy, POLICIES)
+    find_policy(config.train.strategy)
     check_known("link.dtype", config.link.dtype, WIRE_DTYPES)
     check_known("aggregation.lora", config.aggregation.lora, LORA)
     for sink in config.tracking.sinks:

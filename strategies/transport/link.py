@@ -16,7 +16,7 @@ from torch import Tensor
 
 from conf.schema import LinkConfig
 from strategies.engine.checks import check_finite, norm_error
-from strategies.engine.session import StepResult
+from strategies.engine.lane import StepResult
 from strategies.errors import TrunkError
 from strategies.transport import trunk_pb2 as pb
 from strategies.transport.codec.tensors import (

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
+from strategies.deadlines import keepalive
+
 METHOD = "/graft.Trunk/Session"
 
 SESSION_KEY, TOKEN_KEY = "graft-session", "graft-token"
 CONNECTION_KEY, STEPS_KEY = "graft-connection", "graft-steps"
 """A connection's metadata: which session, what proves that it is the client's, the number of the
 connection, from 1, and the optimizer steps the session plans."""
-
-KEEPALIVE_SHARE = 1 / 6
-"""Of `link.grace`: how often a quiet connection is tried, and how long it may take to answer, so
-that one that leads nowhere is known for broken well within the grace."""
 
 HANDSHAKE_SECONDS = 10
 """For TLS and HTTP/2 at the beginning of a connection."""
@@ -54,7 +52,7 @@ def client_options(limit: int, grace: float) -> Options:
 
 
 def _keepalive(grace: float) -> Options:
-    interval = max(1000, int(grace * KEEPALIVE_SHARE * 1000))
+    interval = int(keepalive(grace) * 1000)
     return [
         ("grpc.keepalive_time_ms", interval),
         ("grpc.keepalive_timeout_ms", interval),

@@ -14,6 +14,7 @@ from pathlib import Path
 import grpc
 
 from conf.schema import LinkConfig
+from strategies.deadlines import silence
 from strategies.engine.engine import TrunkEngine
 from strategies.errors import TrunkError
 from strategies.transport import tickets
@@ -32,10 +33,6 @@ from strategies.transport.stream.options import (
 from strategies.transport.tickets import Guest, Ticket
 
 logger = logging.getLogger(__name__)
-
-IDLE_SHARE, TURN_SHARE = 0.5, 0.75
-"""Of `link.timeout`, which a client waits for a reply: how long the trunk waits for a client's next
-frame, and for a turn. In this order, so that a dead client's turn is free before others give up."""
 
 MAX_STREAMS = 256
 """Streams served at once; each takes a thread while it is open."""
@@ -318,11 +315,11 @@ class TrunkService:
 
     def _end_lost_sessions(self) -> None:
         """A client that fell silent or stays away must not hold a turn, a replica or a thread."""
-        silence, absence = self._link.timeout * IDLE_SHARE, self._link.grace
-        while not self._stopped.wait(min(1.0, silence / 4, absence / 4)):
-            self._look_for_lost(silence, absence)
+        quiet, absence = silence(self._link.timeout), self._link.grace
+        while not self._stopped.wait(min(1.0, quiet / 4, absence / 4)):
+            self._look_for_lost(quiet, absence)
 
-    def _look_for_lost(self, silence: float, absence: float) -> None:
+    def _look_for_lost(self, quiet: float, absence: float) -> None:
         """Apart from the loop, whose names would hold the last seat, replica and all."""
         now = time.monotonic()
         with self._lock:
@@ -333,7 +330,7 @@ class TrunkService:
                 and not (seat.over or seat.talk.closed)
             ]  # fmt: skip
         for seat, stream, seconds in waiting:
-            if seconds <= (absence if stream is None else silence):
+            if seconds <= (absence if stream is None else quiet):
                 continue
             how = "stayed away" if stream is None else "was silent"
             logger.warning(
