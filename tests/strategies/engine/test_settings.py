@@ -143,9 +143,9 @@ def test_micro_batches_are_bounded_by_accumulate() -> None:
 
 
 def test_limits_are_checked_before_anything_is_unpacked(monkeypatch: pytest.MonkeyPatch) -> None:
-    for place in ("conversation.decode", "codec.raw.Raw.decode"):
+    for reader in ("conversation.decode", "codec.raw.Raw.decode"):
         monkeypatch.setattr(
-            f"strategies.transport.{place}", lambda *args: pytest.fail("memory was taken")
+            f"strategies.transport.{reader}", lambda *args: pytest.fail("memory was taken")
         )
     engine, _ = open_session(TrainConfig(), max_sequences=4, max_tokens=16)
     cases = {
