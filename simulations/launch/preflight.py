@@ -7,7 +7,7 @@ from pathlib import Path
 
 from conf.load import load_config
 from conf.rules import ConfigError, split_address
-from conf.schema import Config, DataConfig, FederationConfig, LinkConfig, ModelConfig, RuntimeConfig
+from conf.schema import Config, DataConfig, FederationConfig, LinkConfig, RuntimeConfig
 from flower_app.runs.folders import make_parent, runs_folder
 from simulations.launch.machine import MEBIBYTE, is_free
 
@@ -56,15 +56,14 @@ def check_config(config: Config, clients: int = 0) -> Config:
 
 def _check_contents(config: Config, clients: int) -> Config:
     """Check what it takes torch to read: not for a misspelt key."""
-    from flower_app.build import resolve_model
+    from flower_app.build import num_blocks, resolve_model
     from flower_app.check import check_names
     from models import Cut
 
     check_names(config)
-    _check_exists("model.path", config.model.path)
     _check_exists("model.tokenizer", config.model.tokenizer)
     config = resolve_model(config)
-    blocks = _count_blocks(config.model)
+    blocks = num_blocks(config)
     if blocks is not None:
         Cut(bottom=config.cut.bottom, top=config.cut.top).ranges(blocks)
     _check_devices(config.runtime)
@@ -164,14 +163,3 @@ def _check_file(key: str, path: Path) -> None:
 def _size(path: Path) -> int:
     files = path.rglob("*") if path.is_dir() else [path]
     return sum(file.stat().st_size for file in files if file.is_file())
-
-
-def _count_blocks(model: ModelConfig) -> int | None:
-    """Return the blocks of a model; None if only reading its weights would tell."""
-    from models.whole import make_config, read_config
-
-    if model.path.endswith(".gguf"):
-        return None
-    whole = make_config(model.scratch) if model.scratch else read_config(model.path)
-    blocks = getattr(whole.get_text_config(decoder=True), "num_hidden_layers", None)
-    return blocks if isinstance(blocks, int) else None
