@@ -6,6 +6,7 @@ Shapes: B sequences, T tokens, D hidden size.
 from __future__ import annotations
 
 import copy
+import math
 import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -225,7 +226,7 @@ class TrunkEngine:
         session.close()
         return session.tokens, session.applied
 
-    def largest_frame(self, itemsize: int) -> int:
+    def largest_frame(self, itemsize: float) -> int:
         """Bytes of the largest frame with activations of so many bytes an element, and its mask."""
         elements = self.bench.max_sequences * self.bench.max_tokens
-        return elements * self.hidden_size * itemsize + elements // 8 + FRAME_OVERHEAD
+        return math.ceil(elements * self.hidden_size * itemsize) + elements // 8 + FRAME_OVERHEAD
