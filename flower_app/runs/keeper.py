@@ -35,6 +35,7 @@ class Keeper:
     def __call__(self, number: int, strategy: SplitFed, *, last: bool = False) -> None:
         """Write a checkpoint if one is due, the run ends, or the last could not be written."""
         every = self._config.output.checkpoint_every
+        last = last or number == self._config.train.rounds
         if not every or (number % every and not last and not self._owed):
             return
         run, loss = self._recorder.folder, strategy.held_out_loss

@@ -34,7 +34,10 @@ class Keep(Protocol):
     """Who may keep the run's state between two rounds."""
 
     def __call__(self, number: int, strategy: SplitFed, *, last: bool) -> None:
-        """Called when round `number` is over and reported; may ask for `state_dict()`."""
+        """Called when round `number` is over and reported; may ask for `state_dict()`.
+
+        `last`: the run stops here, whatever was planned.
+        """
 
 
 def needs_first_tensors(config: Config) -> bool:
@@ -290,7 +293,7 @@ class SplitFed(Strategy):
             self._observer(self._tally.event())
             self._stopped = number < self._rounds and self._should_stop()
             if self._keep is not None:
-                self._keep(number, self, last=self._stopped or number == self._rounds)
+                self._keep(number, self, last=self._stopped)
 
     def _open(
         self, number: int, cohort: Sequence[Profile], count: int, *, training: bool
