@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 PASSAGE = 2000
 """Characters of a passage of running text, at least; long contexts get eight per token."""
 FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "txt"}
-_ABOUT = ("dataset_infos.json", "dataset_info.json")
+_ABOUT = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")
 """What a data set's own folder says of its rows."""
 _Reader = Callable[[Path, Collection[str]], Iterable[tuple[str, dict[str, Any], list[str]]]]
 
@@ -155,7 +155,11 @@ def _find_files(path: Path) -> tuple[str, list[Path]]:
         raise DataError(
             f"{path.absolute()} must hold files of one of the formats "
             f"{', '.join(FORMATS)}, got {', '.join(sorted(kinds)) or 'none of them'}"
-            + ("; of a folder of save_to_disk, give the whole" if arrow else "")
+            + (
+                "; give the folder that save_to_disk wrote, not one around it or in it"
+                if arrow
+                else ""
+            )
         )
     chosen = sorted(file for file in files if suffix(file) in FORMATS and file.stat().st_size)
     if not chosen:
@@ -206,14 +210,14 @@ def _hub_reason(error: Exception) -> str:
 
 def _columns(rows: Rows, config: DataConfig, where: str, *, partitioned: bool) -> list[str]:
     """Return the columns that are used, or refuse what is not there."""
-    there = set(rows.column_names)
+    there = rows.column_names
     layout = recognise(config, there, where)
-    used = {*layout.columns.values(), *(there & set(layout.optional))}
+    used = {*layout.columns.values(), *(set(there) & set(layout.optional))}
     if partitioned and config.partitioner in ("natural", "dirichlet"):
         by = config.partition_by or "topic"
         if by not in there:
             raise no_column("data.partition_by", by, there, where)
         used.add(by)
-    if layout.kind in ("messages", "alpaca") and (odd := sorted(there & set(UNUSED) - used)):
+    if layout.kind in ("messages", "alpaca") and (odd := sorted(set(there) & set(UNUSED) - used)):
         logger.warning("%s: not used, and not learned: column %s", where, shown_names(odd))
     return sorted(used)
