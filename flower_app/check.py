@@ -7,7 +7,7 @@ from conf.schema import Config
 from flower_app.runs.sinks import registry as sinks
 from strategies.aggregate.state import LORA
 from strategies.engine.policies.registry import find_policy
-from strategies.transport.codec.tensors import WIRE_DTYPES
+from strategies.transport.codec.registry import find_codec
 
 
 def check_names(config: Config) -> None:
@@ -19,7 +19,7 @@ def check_names(config: Config) -> None:
         At the first such name.
     """
     find_policy(config.train.strategy)
-    check_known("link.dtype", config.link.dtype, WIRE_DTYPES)
+    find_codec(config.link.dtype)
     check_known("aggregation.lora", config.aggregation.lora, LORA)
     for sink in config.tracking.sinks:
         check_known("tracking.sinks", sink, sinks.names())

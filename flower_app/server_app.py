@@ -14,9 +14,10 @@ from torch import Tensor
 
 from conf.load import load_config
 from conf.schema import Config
-from flower_app.build import build_trunk, describe, export_model, resolve_model, set_threads
+from flower_app.build import build_trunk, describe, describe_start, resolve_model, set_threads
 from flower_app.check import check_names
 from flower_app.data.text import load_tokenizer
+from flower_app.export import export_model
 from flower_app.logs import mark_lines
 from flower_app.runs.keeper import Keeper
 from flower_app.runs.recorder import Recorder
@@ -83,6 +84,8 @@ def run_experiment(
     """
     set_threads(config.runtime.trunk_threads)
     trunk = build_trunk(config)
+    if note := describe_start(config):
+        recorder.say(note)
     recorder.adapted(adapted_shares(trunk, asdict(config.tuning), config.lora))
     link, messages = config.link, config.link.transport == "messages"
     engine = TrunkEngine(

@@ -30,6 +30,9 @@ from models.state import copy_into
 from models.weights import ADAPTER, factor_shapes
 from models.whole import outline
 
+PREFIX = "base_model.model."
+"""Begins the names in PEFT's files."""
+
 
 def save_adapter(folder: str | Path, states: Mapping[str, Tensor], base: str, lora: Lora) -> Path:
     """Save the adapters of all parts as one PEFT folder.
@@ -74,16 +77,22 @@ def save_adapter(folder: str | Path, states: Mapping[str, Tensor], base: str, lo
         inference_mode=True,
     )
     config.save_pretrained(str(target))
-    places = {**{name: name for name in modules}, **_nested(model, parameters)}
+    places = peft_places(model, pairs)
     tensors = {}
     for name, (A, B) in pairs.items():
         A = A.transpose(0, 1).flatten(0, 1) if A.ndim == 3 else A  # experts, then ranks
         for kind, tensor in (("A", A), ("B", B.flatten(1))):
-            key = f"base_model.model.{places[name]}.lora_{kind}.weight"
+            key = f"{PREFIX}{places[name]}.lora_{kind}.weight"
             tensors[key] = tensor.detach().cpu().contiguous().clone()
     tensors = _as_peft_reads(tensors, model, config)
     save_file(tensors, target / "adapter_model.safetensors", metadata={"format": "pt"})
     return target
+
+
+def peft_places(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
+    """Return where PEFT has the adapter of each of these names, in a model without adapters."""
+    modules, parameters = _targets(model, names)
+    return {**{name: name for name in modules}, **_nested(model, parameters)}
 
 
 def _pairs(states: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:

@@ -106,6 +106,7 @@ class Trainer:
             step.gradients(micro, grad_BTD)
         # What the trunk used of the waiting is its own time, not the network's.
         network = clock.seconds["network"] - (link.trunk_seconds - trunk_before)
-        step.apply(square, max(0.0, network))
+        # Zero would not be written, and the frame's length, which is counted, hang on the clock.
+        step.apply(square, max(1e-9, network))
         step.applied(link.applied())
         return step.loss, step.tokens

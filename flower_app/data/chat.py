@@ -151,8 +151,7 @@ def _read_turns(messages: Any) -> Turns:
             )
         read = {key: _content(value, which) if key == "content" else value
                 for key, value in turn.items()}  # fmt: skip
-        # `content: null` is how a call without words is written.
-        turns.append({k: v for k, v in read.items() if v is not None or k == "content"})
+        turns.append({key: value for key, value in read.items() if value is not None})
     roles = {turn["role"] for turn in turns if isinstance(turn.get("role"), str)}
     if "assistant" not in roles and roles & SPEAKERS:
         raise DataError(
@@ -194,25 +193,14 @@ def _part_text(part: Any, which: str = "") -> str:
 def _settled(turns: Turns, template: _Template) -> Turns:
     """Return the turns with their content as the template takes it.
 
-    Parts and null stay as they are where the template knows them; where it would print them as
-    Python does, or fail, they become their texts, joined as they are, and nothing.
+    Parts stay as they are where the template knows them; where it would print them as Python does,
+    or fail, they become their texts, joined as they are. A turn without content gets an empty one
+    where the template needs it.
     """
     turns = _with_parts(turns, template)
-    if all(turn.get("content") is not None for turn in turns):
+    if all("content" in turn for turn in turns) or template.attempt(turns) is not None:
         return turns
-    blank, null = _filled(turns, ""), _filled(turns, None)
-    plain = template.attempt(blank)
-    for option in (turns, null):
-        text = template.attempt(option)
-        if text is not None and text.count("None") <= (text if plain is None else plain).count(
-            "None"
-        ):
-            return option
-    return blank
-
-
-def _filled(turns: Turns, content: str | None) -> Turns:
-    return [{**t, "content": content} if t.get("content") is None else t for t in turns]
+    return [{"content": "", **turn} for turn in turns]
 
 
 def _with_parts(turns: Turns, template: _Template) -> Turns:

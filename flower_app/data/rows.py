@@ -71,11 +71,8 @@ class Rows:
 
 
 def without_nulls(value: Any) -> Any:
-    """Return the value without the keys that Arrow invented; a message keeps its `content`."""
+    """Return the value without the keys of objects that hold nothing."""
     if isinstance(value, dict):
-        return {
-            key: without_nulls(inner)
-            for key, inner in value.items()
-            if inner is not None or (key == "content" and "role" in value)
-        }
+        kept = {key: inner for key, inner in value.items() if inner is not None}
+        return {key: without_nulls(inner) for key, inner in kept.items()}
     return [without_nulls(inner) for inner in value] if isinstance(value, list) else value

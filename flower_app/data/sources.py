@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import pydoc_data.topics
+import re
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from datasets import Dataset
 
 from conf.schema import DataConfig
 from flower_app.data.files import read_text, suffix
-from flower_app.data.formats import UNUSED, no_column, recognise, wanted
+from flower_app.data.formats import UNUSED, Layout, no_column, recognise, wanted
 from flower_app.data.jsonl import read_json
 from flower_app.data.refusals import DataError, quiet, reason, shown_names
 from flower_app.data.rows import Rows
@@ -34,8 +35,11 @@ logger = logging.getLogger(__name__)
 PASSAGE = 2000
 """Characters of a passage of running text, at least; long contexts get eight per token."""
 FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "txt"}
-_ABOUT = ("dataset_infos.json", "dataset_info.json")
+_ABOUT = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")
 """What a data set's own folder says of its rows."""
+_EXACT_JSON = re.compile(r"Value\('(string|large_string|null|bool|u?int\d+)'\)")
+_EXACT_CSV = re.compile(r"Value\('(string|large_string)'\)")
+_GUESSED = re.compile(r"'(content|value)': (Json|Value\('(timestamp|date))|^Json")
 _Reader = Callable[[Path, Collection[str]], Iterable[tuple[str, dict[str, Any], list[str]]]]
 
 
@@ -69,7 +73,9 @@ def load_rows(config: DataConfig, data_path: str = "") -> Rows:
             )
         rows, where = _load_files(Path(path).expanduser(), config), path
     elif config.source == "hub":
-        rows, where = _of_dataset(_load_hub(config)), config.path
+        found, where = _load_hub(config), config.path
+        _check_guesses(found, recognise(config, found.column_names, where), where)
+        rows = _of_dataset(found)
     else:
         rows, where = _load_builtin(config), "the built-in text"
     if len(rows) == 0:
@@ -155,7 +161,11 @@ def _find_files(path: Path) -> tuple[str, list[Path]]:
         raise DataError(
             f"{path.absolute()} must hold files of one of the formats "
             f"{', '.join(FORMATS)}, got {', '.join(sorted(kinds)) or 'none of them'}"
-            + ("; of a folder of save_to_disk, give the whole" if arrow else "")
+            + (
+                "; give the folder that save_to_disk wrote, not one around it or in it"
+                if arrow
+                else ""
+            )
         )
     chosen = sorted(file for file in files if suffix(file) in FORMATS and file.stat().st_size)
     if not chosen:
@@ -190,6 +200,21 @@ def _load_hub(config: DataConfig) -> Dataset:
         ) from None
 
 
+def _check_guesses(rows: Dataset, layout: Layout, where: str) -> None:
+    """Refuse columns of JSON or CSV that `datasets` made something else of than the file says."""
+    exact = {"json": _EXACT_JSON, "csv": _EXACT_CSV}.get(rows.builder_name or "")
+    if exact is None:
+        return
+    for column in layout.columns.values():
+        kind = str(rows.features[column])
+        guessed = _GUESSED.search(kind) if layout.kind == "messages" else not exact.fullmatch(kind)
+        if guessed:
+            raise DataError(
+                f"{where}: `datasets` guesses what the texts of column {column!r} are, and may "
+                "have changed them: download the files, and read them with data.source=files"
+            )
+
+
 def _hub_reason(error: Exception) -> str:
     """Return why a data set is not there, in the library's words; of its content, only `reason`."""
     absent = (
@@ -206,14 +231,14 @@ def _hub_reason(error: Exception) -> str:
 
 def _columns(rows: Rows, config: DataConfig, where: str, *, partitioned: bool) -> list[str]:
     """Return the columns that are used, or refuse what is not there."""
-    there = set(rows.column_names)
+    there = rows.column_names
     layout = recognise(config, there, where)
-    used = {*layout.columns.values(), *(there & set(layout.optional))}
+    used = {*layout.columns.values(), *(set(there) & set(layout.optional))}
     if partitioned and config.partitioner in ("natural", "dirichlet"):
         by = config.partition_by or "topic"
         if by not in there:
             raise no_column("data.partition_by", by, there, where)
         used.add(by)
-    if layout.kind in ("messages", "alpaca") and (odd := sorted(there & set(UNUSED) - used)):
+    if layout.kind in ("messages", "alpaca") and (odd := sorted(set(there) & set(UNUSED) - used)):
         logger.warning("%s: not used, and not learned: column %s", where, shown_names(odd))
     return sorted(used)

@@ -7,6 +7,7 @@ from pathlib import Path
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerBase
 
 from conf.schema import ModelConfig
+from models.source import tokenizer_of
 
 
 def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
@@ -24,7 +25,7 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
     if model.tokenizer == "bytes":
         # Text that spells </s> or <pad> stays text.
         return ByT5Tokenizer(extra_ids=0, split_special_tokens=True)
-    name = model.tokenizer or model.path
+    name = model.tokenizer or tokenizer_of(model.path, model.base)
     if not name or name.startswith("last:"):
         raise ValueError(
             f"no tokenizer: model.tokenizer={model.tokenizer!r} and model.path={model.path!r}; "

@@ -16,12 +16,12 @@ from transformers import AutoModelForCausalLM
 from conf.schema import TrainConfig
 from models import Cut, split
 from models.tiny import tiny_config
-from simulations.disturb.inputs import LIMIT, NUMBERS, Inputs
+from simulations.disturb.inputs import DTYPES, LIMIT, NUMBERS, Inputs
 from simulations.equality.fold import fold
 from strategies.engine.engine import TrunkEngine
 from strategies.errors import TrunkError
 from strategies.transport import trunk_pb2 as pb
-from strategies.transport.codec.tensors import WIRE_DTYPES, decode
+from strategies.transport.codec.tensors import decode
 from strategies.transport.conversation import Conversation
 from strategies.transport.frames import read_client_frame, read_server_frame
 
@@ -126,7 +126,7 @@ class Sessions:
             optimizer=chance.choice(("adamw", "sgd")),
             prox=0.1 if self.kind.strategy == "splitfed-v1" and chance.random() < 0.3 else 0.0,
         )
-        self._dtype = WIRE_DTYPES[self.kind.dtype]
+        self._dtype = DTYPES[self.kind.dtype]
         hidden: int = self._trunk.hidden_size  # type: ignore[assignment]
         self.engine = TrunkEngine(
             self._trunk,
@@ -152,7 +152,7 @@ class Sessions:
         self._opened += 1
         steps = STEPS if self.kind.training else 0
         self._session = self.engine.open(key, client=key, steps=steps)
-        self._talk = Conversation(key, self._session, self._dtype, lambda report: None, LIMIT)
+        self._talk = Conversation(key, self._session, self.kind.dtype, lambda report: None, LIMIT)
         self._at, self._dead = Position(), False
 
     def draw(self) -> bytes:

@@ -6,6 +6,7 @@ Shapes: B sequences, T tokens, D hidden size.
 from __future__ import annotations
 
 import copy
+import math
 import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -219,7 +220,7 @@ class TrunkEngine:
         session = self._sessions.get(key)
         return session.tokens if session else 0
 
-    def largest_frame(self, itemsize: int) -> int:
+    def largest_frame(self, itemsize: float) -> int:
         """Bytes of the largest frame with activations of so many bytes an element, and its mask."""
         elements = self.bench.max_sequences * self.bench.max_tokens
-        return elements * self.hidden_size * itemsize + elements // 8 + FRAME_OVERHEAD
+        return math.ceil(elements * self.hidden_size * itemsize) + elements // 8 + FRAME_OVERHEAD

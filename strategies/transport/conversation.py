@@ -13,10 +13,10 @@ import torch
 from strategies.engine.session import Session
 from strategies.errors import TrunkError
 from strategies.transport import trunk_pb2 as pb
+from strategies.transport.codec.registry import crossings
 from strategies.transport.codec.tensors import (
     decode,
     decode_named,
-    encode,
     encode_named,
     shape_of,
 )
@@ -59,8 +59,8 @@ class Conversation:
         The session's name on the server.
     session : Session
         What the frames drive.
-    dtype : torch.dtype
-        Of activations and gradients on the wire.
+    codec : str
+        Of activations and gradients, as `link.dtype` names it.
     on_step : callable
         Called with a `StepReport` after each step.
     limit : int
@@ -77,12 +77,12 @@ class Conversation:
         self,
         key: str,
         session: Session,
-        dtype: torch.dtype,
+        codec: str,
         on_step: Callable[[StepReport], None],
         limit: int,
     ) -> None:
         self.key, self.session = key, session
-        self._dtype, self._on_step, self._limit = dtype, on_step, limit
+        self._codecs, self._on_step, self._limit = crossings(codec, key), on_step, limit
         self._serving = threading.Lock()
         self._kept = KeptReplies(session)
         self._damaged = self._repeats = 0
@@ -178,7 +178,7 @@ class Conversation:
             shape_of(frame.activations, "activations"),
             shape_of(frame.mask, "mask") if masked else None,
         )
-        h_BTD = decode(frame.activations, "activations", self._dtype)
+        h_BTD = self._codecs.h1.decode(frame.activations, "activations")
         mask_BT = decode(frame.mask, "mask") if masked else None
         if mask_BT is not None and mask_BT.dtype != torch.bool:
             raise TrunkError(f"the mask must be BOOL, got {mask_BT.dtype}", kind="codec")
@@ -187,7 +187,7 @@ class Conversation:
         return pb.Activations(
             step=frame.step,
             micro=frame.micro,
-            activations=encode(h_BTD, self._dtype),
+            activations=self._codecs.h2.encode(h_BTD, frame.step, frame.micro),
             seconds=time.perf_counter() - started,
         )
 
@@ -196,14 +196,14 @@ class Conversation:
         grad_BTD, square = self.session.backward(
             frame.step,
             frame.micro,
-            decode(frame.gradient, "gradient", self._dtype),
+            self._codecs.grad_h2.decode(frame.gradient, "gradient"),
             last=frame.last,
             tokens=frame.tokens,
         )
         return pb.Gradients(
             step=frame.step,
             micro=frame.micro,
-            gradient=encode(grad_BTD, self._dtype),
+            gradient=self._codecs.grad_h1.encode(grad_BTD, frame.step, frame.micro),
             square_norm=square,
             seconds=time.perf_counter() - started,
         )

@@ -61,7 +61,7 @@ class GrpcLink(Framed):
         config: LinkConfig,
         interceptors: Sequence[grpc.StreamStreamClientInterceptor] = (),
     ) -> None:
-        super().__init__(config)
+        super().__init__(config, ticket.session)
         self._address, self._config = ticket.address, config
         self._asked: list[Request] = []
         self._limit = int(config.max_frame_mb * 2**20)

@@ -20,7 +20,7 @@ from strategies.errors import TrunkError
 from strategies.transport import tickets
 from strategies.transport import trunk_pb2 as pb
 from strategies.transport.certificates import check_certificate, is_loopback, self_signed
-from strategies.transport.codec.tensors import WIRE_DTYPES
+from strategies.transport.codec.registry import find_codec
 from strategies.transport.conversation import Conversation, StepReport
 from strategies.transport.frames import failure_of, server_frame
 from strategies.transport.stream.options import (
@@ -95,14 +95,14 @@ class TrunkService:
         on_step: Callable[[StepReport], None] = lambda report: None,
     ) -> None:
         self._engine, self._link, self.on_step = engine, link, on_step
-        self._dtype = WIRE_DTYPES[link.dtype]
+        codec = find_codec(link.dtype)
         self._private_key = tickets.new_key()
         self._seats: dict[str, _Seat] = {}
         self._lock = threading.Lock()
         self._stopped = threading.Event()
         self._limit = int(link.max_frame_mb * 2**20)
         if engine.train.sync != "step":  # then frames hold activations and gradients only
-            self._limit = min(self._limit, engine.largest_frame(self._dtype.itemsize))
+            self._limit = min(self._limit, engine.largest_frame(codec.most_bytes))
         self._server = grpc.server(
             ThreadPoolExecutor(MAX_STREAMS, thread_name_prefix="graft-session"),
             options=server_options(self._limit, link.grace),
@@ -265,7 +265,7 @@ class TrunkService:
                     guest.key, client=guest.client, steps=int(steps), cut=guest.cut
                 )
                 seat.talk = Conversation(
-                    guest.key, session, self._dtype, self.on_step, limit=self._limit
+                    guest.key, session, self._link.dtype, self.on_step, limit=self._limit
                 )
             return seat.talk
 

@@ -347,6 +347,7 @@ def test_a_run_goes_on_where_it_was_moved_to_with_the_run_it_builds_on(
     # Assert
     assert_equal_runs(new / broken.name, new / smooth.name)
     assert f"is read from {new / base.name / 'model'}" in caplog.text
+    assert load_config(str(new / broken.name / "config.yaml")).output.folder == str(new)
     assert not old.exists()
     again = load_config(str(new / smooth.name / "config.yaml"))
     assert again.model.path == str(new / base.name / "model")

@@ -143,9 +143,10 @@ def test_micro_batches_are_bounded_by_accumulate() -> None:
 
 
 def test_limits_are_checked_before_anything_is_unpacked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        "strategies.transport.conversation.decode", lambda *args: pytest.fail("memory was taken")
-    )
+    for reader in ("conversation.decode", "codec.raw.Raw.decode"):
+        monkeypatch.setattr(
+            f"strategies.transport.{reader}", lambda *args: pytest.fail("memory was taken")
+        )
     engine, _ = open_session(TrainConfig(), max_sequences=4, max_tokens=16)
     cases = {
         "at most train.batch_size=4 sequences of data.context=16": torch.zeros(2, 17, HIDDEN),

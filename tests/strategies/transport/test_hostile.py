@@ -122,7 +122,7 @@ def test_a_merged_step_without_an_example_takes_no_impossible_norm(square: float
 def test_a_refusal_quotes_little_of_what_was_sent() -> None:
     engine = open_merged("step")
     session = engine.open("a", client="a", steps=1)
-    talk = Conversation("a", session, torch.float32, lambda report: None, 2**20)
+    talk = Conversation("a", session, "fp32", lambda report: None, 2**20)
     named = pb.NamedTensor(name="n" * 10**5, tensor=encode(torch.ones(3, 2), torch.float32))
     with pytest.raises(TrunkError) as caught:
         talk.answer(client_frame(apply=pb.Apply(gradients=[named])))
@@ -142,7 +142,7 @@ def test_a_failure_is_told_in_words_whatever_it_says(message: str) -> None:
 def test_no_tensor_hides_behind_another_of_its_name() -> None:
     """The shape of the last was checked, and every one was unpacked."""
     session = open_merged("step").open("a", client="a", steps=1)
-    talk = Conversation("a", session, torch.float32, lambda report: None, 2**20)
+    talk = Conversation("a", session, "fp32", lambda report: None, 2**20)
     hidden = pb.Tensor(version=3, dtype=pb.BOOL, codec=pb.BITS, shape=[2**20], data=bytes(2**17))
     named = [
         pb.NamedTensor(name="top.w", tensor=hidden),

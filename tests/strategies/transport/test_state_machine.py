@@ -89,7 +89,7 @@ class SessionMachine(RuleBasedStateMachine):
         )
         self.engine.open_round(1, 1, training=True, cohort=1)
         self.session: Session = self.engine.open("a", client="a", steps=STEPS)
-        self.talk = Conversation("a", self.session, torch.float32, lambda report: None, LIMIT)
+        self.talk = Conversation("a", self.session, "fp32", lambda report: None, LIMIT)
         self.forwards: dict[int, Forward] = {}
         self.applied, self.ready, self.declared, self.over = 0, False, 0, False
         self.ended, self.result = b"", b""
