@@ -23,6 +23,9 @@ from strategies.transport.tickets import Ticket
 BROKEN = "broken"
 """The kind of error after which another stream may be tried."""
 
+FULL = "full"
+"""The kind of error of a trunk that serves as many as it can; it may have room later."""
+
 LEAVE_SECONDS = 1.0
 """How long the trunk may take to notice that a client leaves."""
 
@@ -144,6 +147,13 @@ def _reason(error: grpc.RpcError) -> TrunkError:
         return TrunkError(
             f"{details}; lower train.batch_size or data.context, or raise link.max_frame_mb",
             kind="too-large",
+        )
+    if code == grpc.StatusCode.RESOURCE_EXHAUSTED and "limit exceeded" in details.lower():
+        return TrunkError(
+            "it serves as many clients as it can at once, and had no room for this one in time; "
+            "ask fewer in a round: lower federation.fraction_train and "
+            f"federation.fraction_evaluate, or federation.min_clients ({details})",
+            kind=FULL,
         )
     if code == grpc.StatusCode.UNAUTHENTICATED:
         return TrunkError(details, kind="refused")
