@@ -17,6 +17,7 @@ from torch import Tensor
 
 from conf.schema import Config
 from models import Cut
+from strategies.aggregate.aggregator import find_aggregator
 from strategies.aggregate.state import Contribution
 from strategies.records import ARRAYS, KEY_LOST, METRICS, OUTCOME, PROFILE, Form, read_arrays
 from strategies.transport.tickets import is_usable
@@ -159,7 +160,7 @@ def read_profile(node: int, reply: Message, config: Config, bounds: Bounds) -> P
 def _ranges(config: Config, bounds: Bounds) -> dict[str, tuple[int, int]]:
     """Least and most of what a profile's numbers can be."""
     cut, rank = config.cut, config.lora.rank
-    any_rank = config.aggregation.lora not in ("factors", "ffa")
+    any_rank = find_aggregator(config.aggregation.lora).by_product
     most = bounds.blocks - 1
     return {
         "cut-bottom": (cut.bottom, most if bounds.own_cut else cut.bottom),
