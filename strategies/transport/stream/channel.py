@@ -12,6 +12,7 @@ from strategies.errors import TrunkError
 from strategies.transport import tickets
 from strategies.transport.stream.options import (
     CONNECTION_KEY,
+    MAX_STREAMS,
     METHOD,
     SESSION_KEY,
     STEPS_KEY,
@@ -20,8 +21,8 @@ from strategies.transport.stream.options import (
 )
 from strategies.transport.tickets import Ticket
 
-BROKEN = "broken"
-"""The kind of error after which another stream may be tried."""
+BROKEN, FULL = "broken", "full"
+"""Kinds of error after which another stream may be tried: it broke, or the trunk had no room."""
 
 LEAVE_SECONDS = 1.0
 """How long the trunk may take to notice that a client leaves."""
@@ -31,7 +32,6 @@ _LOST = (
     grpc.StatusCode.CANCELLED,
     grpc.StatusCode.INTERNAL,
     grpc.StatusCode.DEADLINE_EXCEEDED,
-    grpc.StatusCode.RESOURCE_EXHAUSTED,
 )
 """How streams end that the network, or the trunk's end of it, has let down."""
 
@@ -101,7 +101,7 @@ class Stream:
         Raises
         ------
         TrunkError
-            If the stream has ended: of kind `broken` if another one may be tried.
+            If the stream has ended: of kind `broken` or `full` if another one may be tried.
         """
         try:
             got = self._inbox.get(timeout=max(0.0, timeout))
@@ -144,6 +144,13 @@ def _reason(error: grpc.RpcError) -> TrunkError:
         return TrunkError(
             f"{details}; lower train.batch_size or data.context, or raise link.max_frame_mb",
             kind="too-large",
+        )
+    if code == grpc.StatusCode.RESOURCE_EXHAUSTED:
+        return TrunkError(
+            f"it is there, and serves all {MAX_STREAMS} streams that it can at once ({details}). "
+            "Let fewer clients work at a time: lower federation.fraction_train, "
+            "federation.fraction_evaluate or federation.oversample",
+            kind=FULL,
         )
     if code == grpc.StatusCode.UNAUTHENTICATED:
         return TrunkError(details, kind="refused")

@@ -15,7 +15,7 @@ from strategies.transport import tickets
 from strategies.transport import trunk_pb2 as pb
 from strategies.transport.certificates import validity_error
 from strategies.transport.frames import read_server_frame, refuse_failure
-from strategies.transport.stream.channel import BROKEN, Stream
+from strategies.transport.stream.channel import BROKEN, FULL, Stream
 from strategies.transport.tickets import Ticket
 
 logger = logging.getLogger(__name__)
@@ -132,21 +132,23 @@ class Connection:
         Raises
         ------
         TrunkError
-            Of kind `unreachable` after `seconds`; of another, if the trunk refuses.
+            Of kind `unreachable` or `full` after `seconds`; of another, if the trunk refuses.
         """
         deadline = time.monotonic() + seconds
         pause, wait = FIRST_PAUSE, max(0.25, seconds / 4)
-        why = "no answer"
+        why = TrunkError("no answer")
         while True:
             self.drop()
             try:
                 if opened := self._greeted(min(wait, deadline - time.monotonic())):
                     return opened
             except TrunkError as error:
-                if error.kind not in (BROKEN, "damaged"):
+                if error.kind not in (BROKEN, FULL, "damaged"):
                     raise
-                why = str(error)
+                why = error
             left = deadline - time.monotonic()
+            if left <= 0 and why.kind == FULL:
+                raise why
             if left <= 0:
                 raise TrunkError(
                     f"no trunk answers at {self._ticket.address}; check that link.advertise (or "

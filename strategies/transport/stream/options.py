@@ -9,6 +9,9 @@ CONNECTION_KEY, STEPS_KEY = "graft-connection", "graft-steps"
 """A connection's metadata: which session, what proves that it is the client's, the number of the
 connection, from 1, and the optimizer steps the session plans."""
 
+MAX_STREAMS = 256
+"""Streams that a trunk serves at once; each takes a thread while it is open."""
+
 KEEPALIVE_SHARE = 1 / 6
 """Of `link.grace`: how often a quiet connection is tried, and how long it may take to answer, so
 that one that leads nowhere is known for broken well within the grace."""

@@ -24,6 +24,7 @@ from strategies.transport.conversation import Conversation, StepReport
 from strategies.transport.frames import failure_of, server_frame
 from strategies.transport.stream.options import (
     CONNECTION_KEY,
+    MAX_STREAMS,
     SESSION_KEY,
     STEPS_KEY,
     TOKEN_KEY,
@@ -36,9 +37,6 @@ logger = logging.getLogger(__name__)
 IDLE_SHARE, TURN_SHARE = 0.5, 0.75
 """Of `link.timeout`, which a client waits for a reply: how long the trunk waits for a client's next
 frame, and for a turn. In this order, so that a dead client's turn is free before others give up."""
-
-MAX_STREAMS = 256
-"""Streams served at once; each takes a thread while it is open."""
 
 
 @dataclass(eq=False)
