@@ -151,6 +151,31 @@ def test_a_lost_gradient_is_fetched_and_not_sent_again(monkeypatch: pytest.Monke
             link.abort()
 
 
+def test_frames_sent_again_are_the_same_bytes_whatever_the_codec(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two are under way as the stream breaks, and no two encodings of a tensor are alike."""
+    sent: list[bytes] = []
+    send = Stream.send
+    monkeypatch.setattr(
+        "strategies.transport.link.encode", lambda h, dtype: encode(h + torch.rand(()), dtype)
+    )
+    monkeypatch.setattr(Stream, "send", lambda self, raw: (sent.append(raw), send(self, raw)))
+    with served(open_engine(accumulate=2)) as service:
+        faults = Faults({(DOWN, 1): "break"})
+        link = GrpcLink(
+            admit(service, "a"), NODE_KEY, steps=1, config=link_config(), interceptors=[faults]
+        )
+        link.compute(0, 0, H, None)
+        link.compute(0, 1, H, None)
+        first, second = link.computed(), link.computed()
+        link.abort()
+
+    assert sent[2:4] == sent[:2]
+    assert sent[0] != sent[1]
+    assert not torch.equal(first, second)
+
+
 def cut(link: GrpcLink) -> None:
     """Break the link's stream as a network does: without a good-bye."""
     assert link._connection.stream is not None
