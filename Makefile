@@ -5,7 +5,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.graft-installed
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
-SHOWN  := sed -unE 's/^(Collecting|  Downloading) ([^ ]+).*/  \2/p; s/^Installing .*/  unpacking all of them .../p'
+SHOWN  := sed -unE 's/^Collecting ([^ ]+).*/  \1/p; s/^Installing .*/  unpacking all of them .../p'
 SHELL  := /bin/bash -o pipefail
 
 export FLWR_TELEMETRY_ENABLED = 0

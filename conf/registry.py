@@ -10,6 +10,9 @@ import pkgutil
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 def names(package: str) -> list[str]:
@@ -18,6 +21,21 @@ def names(package: str) -> list[str]:
     places = list(spec.submodule_search_locations or ()) if spec else []
     found = (module.name for module in pkgutil.iter_modules(places))
     return sorted(name.replace("_", "-") for name in found if name != "registry" and name[0] != "_")
+
+
+def kinds(package: str, base: type[T]) -> dict[str, type[T]]:
+    """Import what a package offers; return the subclasses of `base` in it, by their `name`.
+
+    A class that has no `name` of its own is a helper, and a module may hold nothing but helpers.
+    """
+    found: dict[str, type[T]] = {}
+    for module in (load(package, name) for name in names(package)):
+        for value in vars(module).values():
+            if not (isinstance(value, type) and issubclass(value, base)):
+                continue
+            if value.__module__ == module.__name__ and (own := vars(value).get("name", "")):
+                found[own] = value
+    return dict(sorted(found.items()))
 
 
 def load(package: str, name: str) -> ModuleType:

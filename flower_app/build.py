@@ -1,15 +1,15 @@
-"""Builds the parts that a configuration describes, and puts them together again at the end."""
+"""Builds the parts that a configuration describes: from random weights, a model, or an adapter."""
 
 from __future__ import annotations
 
-import dataclasses
+import threading
 from collections.abc import Mapping
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from conf.schema import Config, ModelConfig
 from flower_app.runs.folders import find_last_run
@@ -17,45 +17,82 @@ from models import (
     Cut,
     Part,
     build_scratch,
-    complete_pairs,
-    fold_residuals,
     load_client,
-    load_client_state,
     load_part,
-    load_trainable_state,
     load_whole,
-    merge,
     named_trainable,
     outline,
-    save_adapter,
-    save_full,
     split,
     tune,
 )
+from models.continued import check_adapted, merge_adapter, take_over
+from models.parts import split_unchecked
 from models.residuals import RESIDUAL
-from models.whole import make_config, parse_dtype, read_config
+from models.source import Source, find_source
+from models.state import copy_into
+from models.whole import make_config, read_config
 
 LAST = "last:"
 
+ALONE = threading.RLock()
+"""Held while a client sets what belongs to the process: random numbers, torch's default type. So
+clients may share a process, as they do outside Flower."""
+
 
 def resolve_model(config: Config) -> Config:
-    """Replace ``last:NAME`` in `model.path` by the folder of that experiment's newest model."""
-    path = config.model.path
-    if not path.startswith(LAST):
+    """Find what the configuration starts from, and refuse what is no model before it is loaded.
+
+    Returns
+    -------
+    Config
+        With the folder in place of ``last:NAME``, and in `model.base` the base of an adapter.
+
+    Raises
+    ------
+    ValueError
+        If there is no such model, or an adapter does not fit its base.
+    """
+    model = config.model
+    if model.scratch:
         return config
-    folder = find_last_run(path.removeprefix(LAST), config.output.folder)
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, path=str(folder)))
+    if model.path.startswith(LAST):
+        folder = find_last_run(model.path.removeprefix(LAST), config.output.folder)
+        model = replace(model, path=str(folder))
+    source = source_of(model)
+    if source.adapter is not None:
+        try:
+            whole = outline(source.base)
+        except ValueError as error:
+            raise ValueError(
+                f"model.path {model.path} is an adapter of {source.base}: {error}; set model.base "
+                "to where that model is now"
+            ) from error
+        check_adapted(source.adapter, whole)
+        model = replace(model, base=source.base)
+    return replace(config, model=model)
+
+
+def source_of(model: ModelConfig) -> Source:
+    """What `model.path` and `model.base` name."""
+    return find_source(model.path, model.base)
 
 
 def build_client(config: Config) -> tuple[Part, Part]:
     """Bottom and top of the configured model, tuned as configured, on the client's device."""
+    with ALONE:
+        return _build_client(config)
+
+
+def _build_client(config: Config) -> tuple[Part, Part]:
     model, device = config.model, config.runtime.client_device
     if model.scratch:
-        parts = split(_scratch(config), _cut(config), allow_untested=model.allow_untested)
+        parts = split(_scratch(config), cut_of(config), allow_untested=model.allow_untested)
         bottom, top = parts.bottom.to(device), parts.top.to(device)
     else:
-        bottom, top = load_client(model.path, _cut(config), device=device, **_loading(model))
-    return _tune(bottom, config), _tune(top, config)
+        base = source_of(model).base
+        bottom, top = load_client(base, cut_of(config), device=device, **_loading(model))
+    start([bottom, top], config)
+    return bottom, top
 
 
 def build_trunk(config: Config) -> Part:
@@ -63,10 +100,65 @@ def build_trunk(config: Config) -> Part:
     model, device = config.model, config.runtime.trunk_device
     if model.scratch:
         whole = _scratch(config)
-        trunk = split(whole, _cut(config), allow_untested=model.allow_untested).trunk.to(device)
+        trunk = split(whole, cut_of(config), allow_untested=model.allow_untested).trunk.to(device)
     else:
-        trunk = load_part("trunk", model.path, _cut(config), device=device, **_loading(model))
-    return _tune(trunk, config)
+        base = source_of(model).base
+        trunk = load_part("trunk", base, cut_of(config), device=device, **_loading(model))
+    start([trunk], config)
+    return trunk
+
+
+def build_whole(config: Config) -> PreTrainedModel:
+    """The base of the configured model, unsplit; neither an adapter nor tuning is applied."""
+    if config.model.scratch:
+        return _scratch(config)
+    model = config.model
+    return load_whole(source_of(model).base, dtype=model.dtype, attention=model.attention)
+
+
+def start(parts: list[Part], config: Config) -> None:
+    """Tune parts of the base as configured, and let an adapter have its say, in place.
+
+    The adapter that is trained further gives the first values; another one is merged before.
+    """
+    adapter = None if config.model.scratch else source_of(config.model).adapter
+    first = first_values(config)
+    for part in parts:
+        if adapter is not None and first is None:
+            merge_adapter(part, adapter)
+        _tune(part, config)
+        if first is not None:
+            own = named_trainable(part)
+            copy_into(own, {name: first[name] for name in own}, part.role)
+
+
+def first_values(config: Config) -> dict[str, Tensor] | None:
+    """The adapter at `model.path`, if it is the very one that the configuration trains; else None.
+
+    Only the plain mean of factors keeps it one adapter, of one rank at every node.
+    """
+    source = None if config.model.scratch else source_of(config.model)
+    if source is None or source.adapter is None or config.aggregation.lora != "factors":
+        return None
+    whole = outline(source.base)
+    trained: dict[str, Tensor] = {}
+    for part in split_unchecked(whole, cut_of(config)):
+        trained.update(named_trainable(_tune(part, config)))
+    return take_over(source.adapter, whole, trained, config.lora)
+
+
+def describe_start(config: Config) -> str:
+    """What becomes of the adapter at `model.path`, for the run's log; empty if there is none."""
+    source = None if config.model.scratch else source_of(config.model)
+    if source is None or source.adapter is None:
+        return ""
+    if first_values(config) is not None:
+        return f"training goes on from the adapter {source.adapter} of {source.base}"
+    return (
+        f"the adapter {source.adapter} is merged into its base {source.base}: what is trained now "
+        "is not the same adapter (lora.rank, lora.alpha, lora.target_modules, tuning.*, "
+        "aggregation.lora=factors)"
+    )
 
 
 def describe(part: Part) -> str:
@@ -83,78 +175,26 @@ def num_blocks(config: Config) -> int | None:
     model = config.model
     if model.path.endswith(".gguf"):
         return None
-    whole = make_config(model.scratch) if model.scratch else read_config(model.path)
-    return int(whole.get_text_config(decoder=True).num_hidden_layers)
-
-
-def export_model(
-    config: Config,
-    state: Mapping[str, Tensor],
-    tokenizer: PreTrainedTokenizerBase | None,
-    folder: Path,
-) -> Path:
-    """Save what was trained as one standard artifact.
-
-    A PEFT adapter folder if only adapters were trained on a checkpoint, and its rank holds all
-    of it; otherwise a `from_pretrained` folder of the whole model, with adapters merged in.
-
-    Parameters
-    ----------
-    config : Config
-        The run's configuration.
-    state : mapping
-        Trained tensors of all three parts, by their names in the whole model; adapters in the rank
-        of `config`. What that rank could not hold is in ``"<module>.residual"``.
-    tokenizer : PreTrainedTokenizerBase or None
-        Saved beside the model.
-    folder : Path
-        Where to; created.
-    """
-    modes = {config.tuning.bottom, config.tuning.trunk, config.tuning.top}
-    beyond_rank = any(name.endswith(RESIDUAL) for name in state)
-    if "full" not in modes and config.model.path and not beyond_rank:
-        pairs = dict(state)
-        if config.aggregation.lora == "ffa":
-            pairs = complete_pairs(state, outline(config.model.path), config.seed)
-        save_adapter(folder, pairs, base=config.model.path, lora=config.lora)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
-        return folder
-    if modes == {"full"} and config.model.scratch:
-        kind = parse_dtype(config.model.dtype)  # bf16 travels to the server as fp32
-        state = {name: tensor.to(kind) for name, tensor in state.items()}
-        save_full(folder, _scratch(config).config, dict(state), tokenizer=tokenizer)
-        return folder
-    whole = assemble(config, state)
-    whole.save_pretrained(folder)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
-    return folder
-
-
-def assemble(config: Config, state: Mapping[str, Tensor]) -> PreTrainedModel:
-    """The whole model with the trained tensors in place and adapters merged, in this process.
-
-    `state` is as for `export_model`.
-    """
-    residuals, state = take_residuals(state)
-    whole = _scratch(config) if config.model.scratch else _whole(config.model)
-    parts = split(whole, _cut(config), allow_untested=config.model.allow_untested)
-    for part in parts:
-        _tune(part, config)
-    fold_residuals(parts, residuals)
-    of_trunk = named_trainable(parts.trunk).keys()
-    load_trainable_state(parts.trunk, {name: state[name] for name in of_trunk if name in state})
-    rest = {name: tensor for name, tensor in state.items() if name not in of_trunk}
-    load_client_state(parts.bottom, parts.top, rest)
-    merge(*parts)  # into weights that the parts share with the whole
-    return whole
+    whole = make_config(model.scratch) if model.scratch else read_config(source_of(model).base)
+    blocks = getattr(whole.get_text_config(decoder=True), "num_hidden_layers", None)
+    return blocks if isinstance(blocks, int) else None
 
 
 def take_residuals(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Divide named tensors into residuals, for `fold_residuals`, and trained ones."""
     residuals = {name: tensor for name, tensor in state.items() if name.endswith(RESIDUAL)}
     return residuals, {name: state[name] for name in state if name not in residuals}
+
+
+def cut_of(config: Config) -> Cut:
+    """The configured cut."""
+    return Cut(bottom=config.cut.bottom, top=config.cut.top)
+
+
+def set_threads(count: int) -> None:
+    """Torch threads of this process; 0 leaves torch's own choice."""
+    if count > 0:
+        torch.set_num_threads(count)
 
 
 def _tune(part: Part, config: Config) -> Part:
@@ -167,10 +207,6 @@ def _scratch(config: Config) -> PreTrainedModel:
     return build_scratch(model.scratch, config.seed, dtype=model.dtype, attention=model.attention)
 
 
-def _whole(model: ModelConfig) -> PreTrainedModel:
-    return load_whole(model.path, dtype=model.dtype, attention=model.attention)
-
-
 def _loading(model: ModelConfig) -> dict[str, Any]:
     """How a part is read from a checkpoint, alike for all roles."""
     return {
@@ -178,13 +214,3 @@ def _loading(model: ModelConfig) -> dict[str, Any]:
         "attention": model.attention,
         "allow_untested": model.allow_untested,
     }
-
-
-def _cut(config: Config) -> Cut:
-    return Cut(bottom=config.cut.bottom, top=config.cut.top)
-
-
-def set_threads(count: int) -> None:
-    """Torch threads of this process; 0 leaves torch's own choice."""
-    if count > 0:
-        torch.set_num_threads(count)

@@ -6,8 +6,8 @@ from conf.rules import check_known
 from conf.schema import Config
 from flower_app.runs.sinks import registry as sinks
 from strategies.aggregate.state import LORA
-from strategies.engine.engine import POLICIES
-from strategies.transport.codec.tensors import WIRE_DTYPES
+from strategies.engine.policies.registry import find_policy
+from strategies.transport.codec.registry import find_codec
 
 
 def check_names(config: Config) -> None:
@@ -18,8 +18,8 @@ def check_names(config: Config) -> None:
     ConfigError
         At the first such name.
     """
-    check_known("train.strategy", config.train.strategy, POLICIES)
-    check_known("link.dtype", config.link.dtype, WIRE_DTYPES)
+    find_policy(config.train.strategy)
+    find_codec(config.link.dtype)
     check_known("aggregation.lora", config.aggregation.lora, LORA)
     for sink in config.tracking.sinks:
         check_known("tracking.sinks", sink, sinks.names())

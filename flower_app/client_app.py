@@ -12,52 +12,62 @@ from flwr.clientapp import ClientApp
 from flower_app.client import messaged, streamed
 from flower_app.client.node import client_name
 from flower_app.client.plan import Plan, check_fit, padding_id
-from flower_app.client.site import Site
+from flower_app.client.site import Connect, Site
 from flower_app.client.step import Outcome
 from flower_app.data.client import batches
 from flower_app.logs import mark_lines
 from models import client_state
 from strategies.errors import TrunkError
-from strategies.records import ARRAYS, METRICS, OUTCOME, PROFILE, TICKET, to_arrays
+from strategies.records import ARRAYS, METRICS, OUTCOME, PROFILE, to_arrays
 from strategies.transport.stream.link import GrpcLink
 
 logger = logging.getLogger(__name__)
 
-app = ClientApp()
+
+def make_app(connect: Connect | None = None) -> ClientApp:
+    """Return the ClientApp.
+
+    Parameters
+    ----------
+    connect : callable, optional
+        Opens sessions in place of `GrpcLink`: for runs that are disturbed on purpose.
+    """
+    app = ClientApp()
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        """Train bottom and top for one round; replies with their tensors and its metrics."""
+        return _answer(_train, message, context, connect)
+
+    @app.evaluate()
+    def evaluate(message: Message, context: Context) -> Message:
+        """Evaluate on the held-out examples; replies with loss and tokens."""
+        return _answer(_evaluate, message, context, connect)
+
+    @app.query()
+    def query(message: Message, context: Context) -> Message:
+        """Tell this client's name, cut, rank and public key; if asked, more."""
+        return _answer(_query, message, context, connect)
+
+    return app
 
 
-@app.train()
-def train(message: Message, context: Context) -> Message:
-    """Train bottom and top for one round; replies with their tensors and the round's metrics."""
-    return _answer(_train, message, context)
+app = make_app()
 
 
-@app.evaluate()
-def evaluate(message: Message, context: Context) -> Message:
-    """Evaluate on the held-out examples; replies with loss and tokens."""
-    return _answer(_evaluate, message, context)
-
-
-@app.query()
-def query(message: Message, context: Context) -> Message:
-    """Tell this client's name, cut, rank and public key; if asked, how many examples it has."""
-
-    def profile(site: Site, *_: Context) -> RecordDict:
-        config = site.config
-        counted = message.content.config_records[TICKET]["count-examples"]
-        told = {
-            "cut-bottom": config.cut.bottom,
-            "cut-top": config.cut.top,
-            "lora-rank": config.lora.rank,
-            "examples": len(site.data()[0].train) if counted else 0,
-            "public-key": site.public_key(),
-        }
-        content = RecordDict({PROFILE: Record(told)})
-        if message.content.config_records[TICKET].get("send-tensors"):
-            content[ARRAYS] = to_arrays(client_state(*site.parts()))
-        return content
-
-    return _answer(profile, message, context)
+def _query(site: Site, context: Context) -> RecordDict:
+    config = site.config
+    told = {
+        "cut-bottom": config.cut.bottom,
+        "cut-top": config.cut.top,
+        "lora-rank": config.lora.rank,
+        "examples": len(site.data()[0].train) if site.ticket["count-examples"] else 0,
+        "public-key": site.public_key(),
+    }
+    content = RecordDict({PROFILE: Record(told)})
+    if site.ticket.get("send-tensors"):
+        content[ARRAYS] = to_arrays(client_state(*site.parts()))
+    return content
 
 
 def _train(site: Site, context: Context) -> RecordDict:
@@ -110,13 +120,16 @@ def _evaluate(site: Site, context: Context) -> RecordDict:
 
 
 def _answer(
-    work: Callable[[Site, Context], RecordDict], message: Message, context: Context
+    work: Callable[[Site, Context], RecordDict],
+    message: Message,
+    context: Context,
+    connect: Connect | None,
 ) -> Message:
     """Reply with what `work` returns, or with the words of the error it met."""
     mark_lines()
     outcome = Record({"client": client_name(context), "error": ""})
     try:
-        content = work(Site(message, context), context)
+        content = work(Site(message, context, connect), context)
     except (TrunkError, ValueError, OSError) as error:
         logger.warning("%s: %s", outcome["client"], error)  # for this site's own log
         outcome["error"] = f"{error}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import asdict
 from pathlib import Path
 
 from flwr.app import ArrayRecord, Context
@@ -13,17 +14,20 @@ from torch import Tensor
 
 from conf.load import load_config
 from conf.schema import Config
-from flower_app.build import build_trunk, describe, export_model, resolve_model, set_threads
+from flower_app.build import build_trunk, describe, describe_start, resolve_model, set_threads
 from flower_app.check import check_names
 from flower_app.data.text import load_tokenizer
+from flower_app.export import export_model
 from flower_app.logs import mark_lines
 from flower_app.runs.keeper import Keeper
 from flower_app.runs.recorder import Recorder
 from flower_app.runs.resume import Point, take_up
-from strategies.engine.engine import TrunkEngine
+from models import adapted_shares
+from strategies.deadlines import turn
+from strategies.engine.engine import MAX_GRAPHS, TrunkEngine
 from strategies.rounds.splitfed import SplitFed
 from strategies.transport.messages import Lockstep
-from strategies.transport.stream.service import TURN_SHARE, TrunkService
+from strategies.transport.stream.service import TrunkService
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +56,11 @@ def main(grid: Grid, context: Context) -> None:
 
 
 def run_experiment(
-    config: Config, grid: Grid, recorder: Recorder, point: Point | None = None
+    config: Config,
+    grid: Grid,
+    recorder: Recorder,
+    point: Point | None = None,
+    serve: type[TrunkService] | None = None,
 ) -> Path | None:
     """Build the trunk, train it with the clients, and save what was trained.
 
@@ -66,6 +74,8 @@ def run_experiment(
         Started.
     point : Point, optional
         Where a run that was stopped goes on.
+    serve : type, optional
+        Serves streams in place of `TrunkService`: for runs that are disturbed on purpose.
 
     Returns
     -------
@@ -74,20 +84,23 @@ def run_experiment(
     """
     set_threads(config.runtime.trunk_threads)
     trunk = build_trunk(config)
+    if note := describe_start(config):
+        recorder.say(note)
+    recorder.adapted(adapted_shares(trunk, asdict(config.tuning), config.lora))
     link, messages = config.link, config.link.transport == "messages"
     engine = TrunkEngine(
         trunk,
         hidden_size=trunk.hidden_size,
         train=config.train,
         seed=config.seed,
-        timeout=config.federation.round_timeout if messages else link.timeout * TURN_SHARE,
+        timeout=config.federation.round_timeout if messages else turn(link.timeout),
         max_sequences=config.train.batch_size,
         max_tokens=config.data.context,
+        # A message holds all micro-batches of a step.
+        max_graphs=0 if messages else MAX_GRAPHS,
         max_in_flight=int(link.max_in_flight_mb * 2**20),
     )
-    if messages:  # a message holds all micro-batches of a step
-        engine.max_graphs = engine.max_micro_batches
-    service = Lockstep(engine, link) if messages else TrunkService(engine, link)
+    service = Lockstep(engine, link) if messages else (serve or TrunkService)(engine, link)
     keeper = Keeper(config, recorder)
     strategy = SplitFed(engine, service, config, recorder, model=describe(trunk), keep=keeper)
     if point is not None:

@@ -135,13 +135,10 @@ def adapted_shares(part: Part, modes: Mapping[str, str], lora: Lora) -> dict[str
     modes : mapping
         As in `tune`, by role; only parts of mode ``lora`` are told of.
     """
-    chosen = part.inventory.choose(lora.target_modules, lora.dropout)
+    roles = [role for role in ROLES if modes[role] == "lora"]
+    chosen = part.inventory.choose(lora.target_modules, lora.dropout) if roles else ()
     ranges = part.cut.ranges(part.num_blocks_total)
-    return {
-        role: part.inventory.share(chosen, role, ranges[role])
-        for role in ROLES
-        if modes[role] == "lora"
-    }
+    return {role: part.inventory.share(chosen, role, ranges[role]) for role in roles}
 
 
 def merge(*modules: nn.Module) -> int:

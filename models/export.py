@@ -8,7 +8,10 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig
-from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+from peft.utils.transformers_weight_conversion import (
+    convert_peft_adapter_state_dict_for_transformers,
+    convert_peft_config_for_transformers,
+)
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import (
@@ -17,6 +20,8 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
 from transformers.pytorch_utils import Conv1D
 
 from models.adapters import Lora, initial_lora
@@ -24,6 +29,9 @@ from models.residuals import base_weight
 from models.state import copy_into
 from models.weights import ADAPTER, factor_shapes
 from models.whole import outline
+
+PREFIX = "base_model.model."
+"""Begins the names in PEFT's files."""
 
 
 def save_adapter(folder: str | Path, states: Mapping[str, Tensor], base: str, lora: Lora) -> Path:
@@ -69,15 +77,22 @@ def save_adapter(folder: str | Path, states: Mapping[str, Tensor], base: str, lo
         inference_mode=True,
     )
     config.save_pretrained(str(target))
-    places = {**{name: name for name in modules}, **_nested(model, parameters)}
+    places = peft_places(model, pairs)
     tensors = {}
     for name, (A, B) in pairs.items():
         A = A.transpose(0, 1).flatten(0, 1) if A.ndim == 3 else A  # experts, then ranks
         for kind, tensor in (("A", A), ("B", B.flatten(1))):
-            key = f"base_model.model.{places[name]}.lora_{kind}.weight"
+            key = f"{PREFIX}{places[name]}.lora_{kind}.weight"
             tensors[key] = tensor.detach().cpu().contiguous().clone()
+    tensors = _as_peft_reads(tensors, model, config)
     save_file(tensors, target / "adapter_model.safetensors", metadata={"format": "pt"})
     return target
+
+
+def peft_places(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
+    """Return where PEFT has the adapter of each of these names, in a model without adapters."""
+    modules, parameters = _targets(model, names)
+    return {**{name: name for name in modules}, **_nested(model, parameters)}
 
 
 def _pairs(states: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
@@ -132,6 +147,33 @@ def _nested(model: PreTrainedModel, parameters: Mapping[str, str]) -> dict[str, 
         for module, names in own.items()
         for depth, name in enumerate(reversed(names))
     }
+
+
+def _as_peft_reads(
+    tensors: dict[str, Tensor], model: PreTrainedModel, config: LoraConfig
+) -> dict[str, Tensor]:
+    """Call what PEFT takes for another name, as of a checkpoint, by the checkpoint's name."""
+
+    def read(own: dict[str, Tensor]) -> set[str]:
+        return set(convert_peft_adapter_state_dict_for_transformers(model, config, own))
+
+    mistaken = tensors.keys() - read(tensors)
+    renamings = [
+        pair
+        for entry in get_model_conversion_mapping(model)
+        if mistaken and isinstance(entry, WeightRenaming)
+        for pair in zip(entry.target_patterns, entry.source_patterns, strict=False)
+    ]
+    names = {}
+    for key in mistaken:
+        others = (key.replace(new, old) for new, old in renamings)
+        found = next((other for other in others if read({other: tensors[key]}) == {key}), None)
+        if found is None:
+            raise ValueError(
+                f"PEFT would not find {key} in a saved adapter of {config.base_model_name_or_path}"
+            )
+        names[key] = found
+    return {names.get(key, key): tensor for key, tensor in tensors.items()}
 
 
 def complete_pairs(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
 @dataclass
@@ -41,10 +42,7 @@ class Checkpoint:
             return checkpoint
         single = checkpoint.file(SINGLE)
         if single is None:
-            raise ValueError(
-                f"{source} has neither {SINGLE} nor {INDEX}; a role can read its own tensors only "
-                "from safetensors: load the model with transformers and call save_pretrained once"
-            )
+            raise ValueError(_no_safetensors(source, checkpoint.file))
         with _opened(single) as opened:
             checkpoint.shard_of = dict.fromkeys(opened.keys(), SINGLE)
         return checkpoint
@@ -81,6 +79,19 @@ class Checkpoint:
                 raise ValueError(f"{path} lacks {', '.join(absent[:8])}, which the index promises")
             found.update({key: opened.get_slice(key) for key in own})
         return found
+
+
+def _no_safetensors(source: str, file: Callable[[str], Path | None]) -> str:
+    pickled = next((name for name in PICKLED if file(name)), None)
+    if pickled is None:
+        return f"{source} has no weights: neither {SINGLE} nor {INDEX}"
+    return (
+        f"{source} holds its weights in {pickled}; a role can read its own tensors only from "
+        'safetensors. Convert it once: python -c "from transformers import AutoModelForCausalLM, '
+        f"AutoTokenizer; p, q = '{source}', '{source.rstrip('/')}-safetensors'; "
+        "AutoModelForCausalLM.from_pretrained(p, dtype='auto').save_pretrained(q); "
+        'AutoTokenizer.from_pretrained(p).save_pretrained(q)"'
+    )
 
 
 def _opened(path: Path) -> Any:

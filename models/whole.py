@@ -17,6 +17,9 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils import logging as hf_logging
 
+from models.anatomy import find_blocks
+from models.buffers import make_buffers
+
 _DTYPES = {
     "fp32": torch.float32,
     "fp16": torch.float16,
@@ -124,18 +127,26 @@ def make_config(settings: Mapping[str, Any]) -> PretrainedConfig:
 def read_config(path_or_id: str) -> PretrainedConfig:
     """Read the config of a checkpoint; say in words what is wrong with it."""
     try:
-        return AutoConfig.from_pretrained(path_or_id)
+        return AutoConfig.from_pretrained(path_or_id, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot read the config of {path_or_id}: {error}") from error
 
 
 def outline(path_or_id: str) -> PreTrainedModel:
     """Return a checkpoint's model without its weights; a ``.gguf`` file is read for it."""
-    if path_or_id.endswith(".gguf"):
-        return load_whole(path_or_id)
-    config = read_config(path_or_id)
+    return (
+        load_whole(path_or_id)
+        if path_or_id.endswith(".gguf")
+        else build_hollow(read_config(path_or_id))
+    )
+
+
+def build_hollow(config: PretrainedConfig, **how: Any) -> PreTrainedModel:
+    """Build the causal LM of a config without memory for weights; its outline runs all the same."""
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config, **how)
+    make_buffers(model, outside=find_blocks(model))
+    return model
 
 
 @contextmanager

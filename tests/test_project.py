@@ -91,6 +91,7 @@ def test_no_bare_except_and_no_pickle(project: Path) -> None:
                 loads = isinstance(node, ast.Attribute) and ast.unparse(node) == "torch.load"
                 assert not loads, f"{path.relative_to(project)}:{getattr(node, 'lineno', 0)}"
             assert not _imports(tree) & {"pickle", "dill", "cloudpickle", "shelve"}, path
+            assert "unittest" not in _imports(tree), f"{path}: inject, and mock in tests alone"
 
 
 def test_bundle_holds_the_app_and_nothing_else(project: Path) -> None:

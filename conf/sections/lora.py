@@ -20,4 +20,4 @@ class LoraSettings(Section):
     alpha: float = setting(16.0, rules.POSITIVE)
     dropout: float = setting(0.0, rules.BELOW_ONE)
     target_modules: tuple[str, ...] = setting((), rules.NAMES)
-    """Names of the linear layers to adapt; empty: all linear layers of the blocks."""
+    """Names of layers and of experts' weights to adapt; empty: all that can be of the blocks."""

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from conf.schema import TrainConfig
+from flower_app.build import ALONE
 from flower_app.client.place import Place
 from flower_app.data.client import Batch
 from flower_app.data.text import IGNORED
@@ -181,7 +182,7 @@ class Ends:
     def _seeded(self, step: int, micro: int, part: str) -> Iterator[None]:
         """Draw dropout from the place in the run, and leave the process's generator as it was."""
         place, device = self._place, self._device
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        with ALONE, torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(derive_seed(place.seed, place.round, place.client, step, micro, part))
             yield
 

@@ -104,7 +104,7 @@ class Mail(Framed):
     """
 
     def __init__(self, site: Site, parked: Parked) -> None:
-        super().__init__(site.config.link)
+        super().__init__(site.config.link, site.session)
         self._numbers = parked.numbers
         self._numbers["bytes-down"] += sum(map(len, site.frames))
         self.frames = [refuse_failure(read_server_frame(raw)) for raw in site.frames]

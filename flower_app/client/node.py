@@ -10,6 +10,7 @@ from flwr.app import ConfigRecord, Context, RecordDict
 
 from conf.schema import Config
 from flower_app.build import num_blocks
+from strategies.engine.policies.registry import find_policy
 from strategies.transport import tickets
 
 NODE_KEY = "graft-node-key"
@@ -107,7 +108,7 @@ def _with_own_cut(config: Config, node: Mapping[str, Any]) -> Config:
 def _check_shared_blocks(config: Config, end: str, count: int) -> None:
     """Refuse an end with blocks that others have in the trunk, unless they learn there alike."""
     said = f"cut-{end}={count} in this node's config, while the run has cut.{end}"
-    if config.train.strategy != "splitfed-v1":
+    if not find_policy(config.train.strategy).replicates:
         raise ValueError(
             f"{said}={getattr(config.cut, end)}: under train.strategy={config.train.strategy} "
             "all clients share one trunk and one cut; use train.strategy=splitfed-v1, or take "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 
 from flwr.app import Context, Message
@@ -21,26 +21,32 @@ from strategies.records import ARRAYS, CONFIG, FRAMES, KEY_LOST, TICKET, from_ar
 from strategies.transport.stream.link import GrpcLink
 from strategies.transport.tickets import Ticket
 
+Connect = Callable[..., GrpcLink]
+
 
 class Site:
-    """What one message and this node's own configuration say."""
+    """What one message and this node's own configuration say.
 
-    def __init__(self, message: Message, context: Context) -> None:
+    `connect` opens a session in place of `GrpcLink`.
+    """
+
+    def __init__(self, message: Message, context: Context, connect: Connect | None = None) -> None:
+        self._connect = connect or GrpcLink
         content, self._node, self._state = message.content, context.node_config, context.state
-        self._ticket = content.config_records[TICKET]
+        self.ticket = content.config_records[TICKET]
         self._arrays = content.array_records[ARRAYS]
         shared = from_json(str(content.config_records[CONFIG]["json"]))
         self.config = config = own_config(shared, self._node)
         self.place = Place(
             seed=config.seed,
             client=client_name(context),
-            round=int(self._ticket["round"]),  # type: ignore[arg-type]
-            rounds=int(self._ticket["rounds"]),  # type: ignore[arg-type]
+            round=int(self.ticket["round"]),  # type: ignore[arg-type]
+            rounds=int(self.ticket["rounds"]),  # type: ignore[arg-type]
         )
         by_messages = config.link.transport == "messages"
-        self.session = str(self._ticket.get("session", "")) if by_messages else ""
+        self.session = str(self.ticket.get("session", "")) if by_messages else ""
         """Under link.transport=messages, what this node's state belongs to; else empty."""
-        self.batch_sizes: list[int] = list(self._ticket.get("batch-sizes", []))  # type: ignore[arg-type]
+        self.batch_sizes: list[int] = list(self.ticket.get("batch-sizes", []))  # type: ignore[arg-type]
         """Examples of each step as the server drew them; empty without train.global_batch."""
         records = content.config_records
         self.frames: list[bytes] = list(records[FRAMES]["frames"]) if FRAMES in records else []  # type: ignore[arg-type]
@@ -76,7 +82,7 @@ class Site:
             bottom, top = build_client(self.config)
         else:  # every trained tensor is replaced below: another message's parts will do
             bottom, top = _parts_to_fill(to_json(self.config), threading.get_ident())
-        mine, trunk = describe(bottom), str(self._ticket["model"])
+        mine, trunk = describe(bottom), str(self.ticket["model"])
         if mine != trunk:
             raise ValueError(
                 f"this node's model is {mine}; the trunk was cut from {trunk}. Give both the same "
@@ -100,8 +106,8 @@ class Site:
                 f"{KEY_LOST}: its SuperNode was started anew; it takes part again when the server "
                 "has asked it who it is"
             )
-        ticket = Ticket.from_record(self._ticket)
-        return GrpcLink(ticket, key, steps=steps, config=self.config.link)
+        ticket = Ticket.from_record(self.ticket)
+        return self._connect(ticket, key, steps=steps, config=self.config.link)
 
     def public_key(self) -> bytes:
         """What tickets for this node are made for."""

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from conf.schema import TrainConfig
 from flower_app.client.ends import Ends, on_device, token_loss
 from flower_app.data.client import Batch
-from strategies.engine.session import StepResult
+from strategies.engine.lane import StepResult
 from strategies.optim import autocast
 from strategies.transport.link import Sender, StepCounters
 

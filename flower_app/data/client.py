@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
-import torch
 from transformers import PreTrainedTokenizerBase
 
-from conf.schema import DataConfig, TrainConfig
+from conf.schema import DataConfig
+from flower_app.data.batches import Batch, batches, num_steps, steps
+from flower_app.data.examples import IGNORED, Example, cut
+from flower_app.data.formats import layout_of
 from flower_app.data.partition import take_partition
+from flower_app.data.refusals import DataError, reason
+from flower_app.data.rows import Rows
 from flower_app.data.sources import load_rows
-from flower_app.data.tables import DataError, reason
-from flower_app.data.text import IGNORED, Example, cut, encode, load_tokenizer
+from flower_app.data.text import encode
+from flower_app.data.tokenizer import load_tokenizer
 
 __all__ = [
     "IGNORED",
@@ -45,22 +47,6 @@ class ClientData:
     """Documents of which at least one example was made."""
     skipped: int
     """Documents without text, or in which nothing can be learned."""
-
-
-@dataclass(frozen=True, eq=False)
-class Batch:
-    """B examples padded on the right to the longest; all tensors are (B, T) int64."""
-
-    input_ids: torch.Tensor
-    attention_mask: torch.Tensor
-    """1 for a token, 0 for padding."""
-    labels: torch.Tensor
-    """The token's own id, or -100 for padding and what is not learned. Not shifted."""
-
-    @cached_property
-    def tokens(self) -> int:
-        """Number of labels that count after the shift: the denominator of the mean loss."""
-        return int((self.labels[:, 1:] != IGNORED).sum())
 
 
 def load_client_data(
@@ -119,23 +105,9 @@ def _load(
     if not data_path:
         rows = take_partition(rows, config, partition=partition, partitions=partitions, seed=seed)
         name = f"{where}, partition {partition + 1} of {partitions} ({config.partitioner})"
-    documents: list[list[Example]] = []
-    skipped = examples = 0
-    for index, row in enumerate(rows):
-        try:
-            encoded = encode(row, config, tokenizer)
-        except DataError as error:
-            raise DataError(f"document {index} of {name}: {error}") from None
-        found = cut(encoded, config, f"document {index} of {name}") if encoded else []
-        if config.max_examples:
-            found = found[: config.max_examples - examples]
-        documents.extend([found] if found else [])
-        skipped += not found
-        examples += len(found)
-        if examples == config.max_examples > 0:
-            break
+    documents, skipped = _encode_all(rows, config, tokenizer, name)
     if not documents:
-        column = config.messages_column or config.completion_column or config.text_column
+        column = list(layout_of(config, tuple(rows.column_names)).columns.values())[-1]
         raise DataError(
             f"{name} has no example: {len(rows)} documents, {skipped} of them empty in column "
             f"{column!r} or without anything to learn in data.context={config.context} tokens"
@@ -144,6 +116,33 @@ def _load(
         logger.warning("%s: %d documents skipped, nothing to learn in them", name, skipped)
     train, heldout = split_heldout(documents, config.heldout, seed=seed, partition=partition)
     return ClientData(name, train, heldout, len(documents), skipped)
+
+
+def _encode_all(
+    rows: Rows, config: DataConfig, tokenizer: PreTrainedTokenizerBase, name: str
+) -> tuple[list[list[Example]], int]:
+    """Return the examples of each document that has any, and how many have none."""
+    documents: list[list[Example]] = []
+    notes: set[str] = set()
+    skipped = examples = 0
+    for index, row in enumerate(rows):
+        which = f"document {index} of {name} ({rows.place(index)})"
+        try:
+            encoded = encode(row, config, tokenizer)
+        except DataError as error:
+            raise DataError(f"{which}: {error}") from None
+        found = cut(encoded, config, which) if encoded else []
+        notes |= encoded.notes if encoded else set()
+        if config.max_examples:
+            found = found[: config.max_examples - examples]
+        documents.extend([found] if found else [])
+        skipped += not found
+        examples += len(found)
+        if examples == config.max_examples > 0:
+            break
+    for note in sorted(notes):
+        logger.warning("%s: %s", name, note)
+    return documents, skipped
 
 
 def split_heldout(
@@ -177,87 +176,3 @@ def split_heldout(
         [e for index, document in enumerate(documents) if index not in held for e in document],
         [e for index, document in enumerate(documents) if index in held for e in document],
     )
-
-
-def batches(
-    examples: Sequence[Example],
-    batch_size: int,
-    *,
-    pad_id: int,
-    generator: torch.Generator | None = None,
-) -> Iterator[Batch]:
-    """Yield one epoch of batches; the last may be smaller.
-
-    Parameters
-    ----------
-    pad_id : int
-        Fills `input_ids` where the mask is 0.
-    generator : torch.Generator | None
-        Shuffles the examples; None keeps their order.
-
-    Raises
-    ------
-    ValueError
-        If `batch_size` is below 1.
-    """
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
-    order = range(len(examples))
-    if generator is not None:
-        order = torch.randperm(len(examples), generator=generator).tolist()
-    for start in range(0, len(order), batch_size):
-        yield _collate([examples[index] for index in order[start : start + batch_size]], pad_id)
-
-
-def steps(
-    examples: Sequence[Example],
-    *,
-    batch_size: int,
-    accumulate: int,
-    steps: int,
-    pad_id: int,
-    generator: torch.Generator | None = None,
-) -> Iterator[list[Batch]]:
-    """Yield the micro-batches of exactly `steps` optimizer steps.
-
-    Epochs follow one another, each shuffled anew. A step does not reach into the next epoch: the
-    last of an epoch may have fewer than `accumulate` micro-batches, which is why a loss is divided
-    by the tokens of the step, not by the number of micro-batches.
-
-    Raises
-    ------
-    ValueError
-        If there are no examples, or `batch_size` or `accumulate` is below 1.
-    """
-    if not examples or accumulate < 1:
-        raise ValueError(f"no steps from {len(examples)} examples with accumulate={accumulate}")
-    done = 0
-    while done < steps:
-        epoch = list(batches(examples, batch_size, pad_id=pad_id, generator=generator))
-        for start in range(0, len(epoch), accumulate):
-            if done == steps:
-                return
-            yield epoch[start : start + accumulate]
-            done += 1
-
-
-def num_steps(examples: int, train: TrainConfig) -> int:
-    """Return the optimizer steps of one client and round: `local_steps`, or those of its epochs."""
-    if train.local_steps:
-        return train.local_steps
-    micro_batches = math.ceil(examples / train.batch_size)
-    return train.local_epochs * math.ceil(micro_batches / train.accumulate)
-
-
-def _collate(examples: Sequence[Example], pad_id: int) -> Batch:
-    longest = max(len(example.input_ids) for example in examples)
-    shape = (len(examples), longest)
-    input_ids = torch.full(shape, pad_id, dtype=torch.int64)
-    mask = torch.zeros(shape, dtype=torch.int64)
-    labels = torch.full(shape, IGNORED, dtype=torch.int64)
-    for row, example in enumerate(examples):
-        length = len(example.input_ids)
-        input_ids[row, :length] = example.input_ids
-        mask[row, :length] = 1
-        labels[row, :length] = example.labels
-    return Batch(input_ids, mask, labels)

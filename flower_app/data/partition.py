@@ -10,14 +10,15 @@ from datasets import Dataset
 from flwr_datasets import partitioner as flower
 
 from conf.schema import DataConfig
-from flower_app.data.tables import DataError, quiet
+from flower_app.data.refusals import DataError, quiet
+from flower_app.data.rows import Rows
 
-_CLIENT = "__client__"
+_CLIENT, _ROW = "__client__", "__row__"
 
 
 def take_partition(
-    rows: Dataset, config: DataConfig, *, partition: int, partitions: int, seed: int
-) -> Dataset:
+    rows: Rows, config: DataConfig, *, partition: int, partitions: int, seed: int
+) -> Rows:
     """Return the rows of one client; over all clients, every row comes exactly once.
 
     Parameters
@@ -37,21 +38,31 @@ def take_partition(
     if partitions > len(rows):
         raise DataError(f"{len(rows)} documents cannot be divided among {partitions} clients")
     with quiet():
-        return _divided(rows, config, partition, partitions, seed)
+        keys = _keys(rows, config)
+        return rows.select(_divided(keys, config, partition, partitions, seed)[_ROW])
+
+
+def _keys(rows: Rows, config: DataConfig) -> Dataset:
+    """Return what decides who gets a row: its number and, where it counts, its value."""
+    keys: dict[str, list[int] | list[str]] = {_ROW: list(range(len(rows)))}
+    if config.partitioner in ("natural", "dirichlet"):
+        by = config.partition_by or "topic"
+        values = rows[by]
+        if any(value is None for value in values):
+            raise DataError(
+                f"data.partitioner={config.partitioner}: column {by!r} has rows without a value"
+            )
+        keys[by] = [str(value) for value in values]
+    return Dataset.from_dict(keys)
 
 
 def _divided(
     rows: Dataset, config: DataConfig, partition: int, partitions: int, seed: int
 ) -> Dataset:
-    what = f"data.partitioner={config.partitioner}"
     shuffled = rows.shuffle(seed=seed)
     by = config.partition_by or "topic"
-    if config.partitioner in ("natural", "dirichlet"):
-        values = shuffled[by]
-        if any(value is None for value in values):
-            raise DataError(f"{what}: column {by!r} has rows without a value")
-        if config.partitioner == "natural":
-            shuffled = _deal_values(shuffled, by, partitions, seed)
+    if config.partitioner == "natural":
+        shuffled = _deal_values(shuffled, by, partitions, seed)
     try:
         with warnings.catch_warnings():
             # flwr-datasets warns at every attempt of dirichlet and then raises.
@@ -61,8 +72,9 @@ def _divided(
             return maker.load_partition(partition)
     except ValueError:
         raise DataError(
-            f"{what} cannot divide {len(rows)} documents among {partitions} clients: "
-            "take fewer clients, more data, a larger data.alpha, or data.partitioner=iid"
+            f"data.partitioner={config.partitioner} cannot divide {len(rows)} documents among "
+            f"{partitions} clients: take fewer clients, more data, a larger data.alpha, or "
+            "data.partitioner=iid"
         ) from None
 
 
@@ -88,7 +100,7 @@ def _deal_values(rows: Dataset, by: str, partitions: int, seed: int) -> Dataset:
     There are more topics than clients, and flwr-datasets' own grouping fixes the size of the
     groups, not their number.
     """
-    values = sorted({str(value) for value in rows[by]})
+    values = sorted(set(rows[by]))
     if len(values) < partitions:
         raise DataError(
             f"data.partitioner=natural: column {by!r} has {len(values)} values, "
@@ -96,4 +108,4 @@ def _deal_values(rows: Dataset, by: str, partitions: int, seed: int) -> Dataset:
         )
     order = np.random.default_rng(seed).permutation(len(values))
     owner = {values[value]: place % partitions for place, value in enumerate(order)}
-    return rows.add_column(_CLIENT, [owner[str(value)] for value in rows[by]])  # type: ignore[call-arg]
+    return rows.add_column(_CLIENT, [owner[value] for value in rows[by]])  # type: ignore[call-arg]

@@ -6,50 +6,59 @@ are `DataError`s: they name paths, lines, columns, types and lengths, never what
 
 from __future__ import annotations
 
-import difflib
+import logging
 import pydoc_data.topics
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
+from typing import Any
 
 import datasets
 from datasets import Dataset
 
 from conf.schema import DataConfig
+from flower_app.data.files import read_text, suffix
+from flower_app.data.formats import UNUSED, no_column, recognise, wanted
+from flower_app.data.jsonl import read_json
+from flower_app.data.refusals import DataError, quiet, reason, shown_names
+from flower_app.data.rows import Rows
 from flower_app.data.tables import (
-    NAME,
-    DataError,
-    load_tables,
-    quiet,
-    read_text,
-    reason,
-    separator,
-    shown_names,
+    check_same_columns,
+    is_saved,
+    load_parquet,
+    load_saved,
+    read_csv,
 )
+
+logger = logging.getLogger(__name__)
 
 PASSAGE = 2000
 """Characters of a passage of running text, at least; long contexts get eight per token."""
 FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "txt"}
+_ABOUT = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")
+"""What a data set's own folder says of its rows."""
+_Reader = Callable[[Path, Collection[str]], Iterable[tuple[str, dict[str, Any], list[str]]]]
 
 
-def load_rows(config: DataConfig, data_path: str = "") -> Dataset:
+def load_rows(config: DataConfig, data_path: str = "") -> Rows:
     """Load all documents, one per row.
 
     Parameters
     ----------
     config : DataConfig
-        Names the source and its columns.
+        Names the source, and its format or columns.
     data_path : str
         A node's own file or folder, read instead of the configured source.
 
     Returns
     -------
-    Dataset
-        With the configured columns only. Running text (built-in, txt) has `text` and `topic` or
+    Rows
+        With the columns that are used only. Running text (built-in, txt) has `text` and `topic` or
         `file`, and one row per passage.
 
     Raises
     ------
     DataError
-        If the source is missing, empty or unreadable, or lacks a configured column.
+        If the source is missing, empty or unreadable, or its columns are not those of one format.
     """
     if data_path or config.source == "files":
         path = data_path or config.path
@@ -60,7 +69,7 @@ def load_rows(config: DataConfig, data_path: str = "") -> Dataset:
             )
         rows, where = _load_files(Path(path).expanduser(), config), path
     elif config.source == "hub":
-        rows, where = _load_hub(config), config.path
+        rows, where = _of_dataset(_load_hub(config)), config.path
     else:
         rows, where = _load_builtin(config), "the built-in text"
     if len(rows) == 0:
@@ -68,15 +77,27 @@ def load_rows(config: DataConfig, data_path: str = "") -> Dataset:
     return rows.select_columns(_columns(rows, config, where, partitioned=not data_path))
 
 
-def _load_builtin(config: DataConfig) -> Dataset:
+def _load_builtin(config: DataConfig) -> Rows:
     topics = pydoc_data.topics.topics
     return _running_text({name: topics[name] for name in sorted(topics)}, "topic", config)
 
 
-def _running_text(texts: dict[str, str], column: str, config: DataConfig) -> Dataset:
+def _running_text(texts: dict[str, str], column: str, config: DataConfig) -> Rows:
     size = max(PASSAGE, 8 * config.context)
-    rows = [(passage, name) for name, text in texts.items() for passage in passages(text, size)]
-    return Dataset.from_dict({"text": [row[0] for row in rows], column: [row[1] for row in rows]})
+    found = [
+        (f"{name}, passage {number}", {"text": passage, column: name})
+        for name, text in texts.items()
+        for number, passage in enumerate(passages(text, size), start=1)
+    ]
+    return _listed(found, ["text", column])
+
+
+def _listed(found: list[tuple[str, dict[str, Any]]], columns: Collection[str]) -> Rows:
+    return Rows([row for _, row in found], list(columns), lambda index: found[index][0])
+
+
+def _of_dataset(rows: Dataset, columns: Collection[str] = ()) -> Rows:
+    return Rows(rows, list(columns or rows.column_names), lambda index: f"row {index + 1}")
 
 
 def passages(text: str, size: int) -> list[str]:
@@ -102,40 +123,71 @@ def passages(text: str, size: int) -> list[str]:
     return found
 
 
-def _load_files(path: Path, config: DataConfig) -> Dataset:
+def _load_files(path: Path, config: DataConfig) -> Rows:
     if not path.exists():
         raise DataError(
             f"no data at {path.absolute()}: a relative path starts at the process's folder, which "
             "Flower chooses; give an absolute one"
         )
+    if path.is_dir() and is_saved(path):
+        return _of_dataset(load_saved(path, config.split))
+    kind, files = _find_files(path)
+    if kind == "txt":
+        root = path if path.is_dir() else path.parent
+        texts = {str(file.relative_to(root)): read_text(file) for file in files}
+        return _running_text(texts, "file", config)
+    if kind == "parquet":
+        rows, names = load_parquet(files, wanted(config))
+        return _of_dataset(rows, names)
+    return _read_files(kind, files, config)
+
+
+def _find_files(path: Path) -> tuple[str, list[Path]]:
+    """Return the files of the one format that is there, and the format."""
     files = [path]
     if path.is_dir():
         # Hidden files are editors' and systems' own: .ipynb_checkpoints, ._rows.csv.
         visible = (f for f in path.rglob("*") if "/." not in f"/{f.relative_to(path).as_posix()}")
-        files = sorted(file for file in visible if file.is_file())
-    found = {suffix: [f for f in files if f.suffix.lower() == suffix] for suffix in FORMATS}
-    kinds = {FORMATS[suffix] for suffix, those in found.items() if those}
+        files = sorted(file for file in visible if file.is_file() and file.name not in _ABOUT)
+    kinds = {FORMATS[suffix(file)] for file in files if suffix(file) in FORMATS}
     if len(kinds) != 1:
+        arrow = any(file.suffix == ".arrow" for file in files)
         raise DataError(
             f"{path.absolute()} must hold files of one of the formats "
             f"{', '.join(FORMATS)}, got {', '.join(sorted(kinds)) or 'none of them'}"
+            + (
+                "; give the folder that save_to_disk wrote, not one around it or in it"
+                if arrow
+                else ""
+            )
         )
-    kind, chosen = kinds.pop(), [f for those in found.values() for f in those]
-    chosen = sorted(file for file in chosen if file.stat().st_size)
+    chosen = sorted(file for file in files if suffix(file) in FORMATS and file.stat().st_size)
     if not chosen:
         raise DataError(f"{path.absolute()} is empty")
-    if kind == "txt":
-        root = path if path.is_dir() else path.parent
-        texts = {str(file.relative_to(root)): read_text(file) for file in chosen}
-        return _running_text(texts, "file", config)
-    return load_tables(kind, chosen)
+    return kinds.pop(), chosen
+
+
+def _read_files(kind: str, files: list[Path], config: DataConfig) -> Rows:
+    reader: _Reader = read_json if kind == "json" else read_csv
+    found: list[tuple[str, dict[str, Any]]] = []
+    names: dict[Path, dict[str, None]] = {}
+    """The columns of each file, in their order; its rows need not have all of them."""
+    for file in files:
+        for place, row, columns in reader(file, wanted(config)):
+            found.append((place, row))
+            names.setdefault(file, {}).update(dict.fromkeys(columns))
+    check_same_columns(list(names), list(names.values()))
+    return _listed(found, next(iter(names.values()), ()))
 
 
 def _load_hub(config: DataConfig) -> Dataset:
+    if is_saved(Path(config.path).expanduser()):
+        return load_saved(Path(config.path).expanduser(), config.split)
     try:
         with quiet():
             return datasets.load_dataset(config.path, config.name or None, split=config.split)
-    except Exception as error:  # noqa: BLE001 - its text may quote data
+    except Exception as error:
+        logger.warning("%s cannot be loaded", config.path, exc_info=True)
         raise DataError(
             f"data set {config.path!r} (data.name={config.name!r}, data.split={config.split!r}) "
             f"cannot be loaded: {_hub_reason(error)}"
@@ -156,25 +208,16 @@ def _hub_reason(error: Exception) -> str:
     return reason(error)
 
 
-def _columns(rows: Dataset, config: DataConfig, where: str, *, partitioned: bool) -> list[str]:
-    """Return the columns that the configuration names, or refuse one that is not there."""
-    wanted = {}
-    if config.messages_column:
-        wanted["messages_column"] = config.messages_column
-    elif config.prompt_column:
-        wanted["prompt_column"] = config.prompt_column
-        wanted["completion_column"] = config.completion_column
-    else:
-        wanted["text_column"] = config.text_column
+def _columns(rows: Rows, config: DataConfig, where: str, *, partitioned: bool) -> list[str]:
+    """Return the columns that are used, or refuse what is not there."""
+    there = rows.column_names
+    layout = recognise(config, there, where)
+    used = {*layout.columns.values(), *(set(there) & set(layout.optional))}
     if partitioned and config.partitioner in ("natural", "dirichlet"):
-        wanted["partition_by"] = config.partition_by or "topic"
-    for key, column in wanted.items():
-        if column not in rows.column_names:
-            likely = [name for name in rows.column_names if NAME.fullmatch(name)]
-            near = difflib.get_close_matches(column, likely, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else separator(rows.column_names)
-            raise DataError(
-                f"{where} has no column {column!r} (data.{key}); it has "
-                f"{shown_names(rows.column_names)}{hint}"
-            )
-    return sorted(set(wanted.values()))
+        by = config.partition_by or "topic"
+        if by not in there:
+            raise no_column("data.partition_by", by, there, where)
+        used.add(by)
+    if layout.kind in ("messages", "alpaca") and (odd := sorted(set(there) & set(UNUSED) - used)):
+        logger.warning("%s: not used, and not learned: column %s", where, shown_names(odd))
+    return sorted(used)

@@ -1,90 +1,97 @@
-"""Tables and texts from files, read strictly and refused without quoting what they hold."""
+"""Tables: CSV read strictly, as text; parquet and saved folders by `datasets`, with their types."""
 
 from __future__ import annotations
 
 import csv
-import json
+import logging
 import re
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import datasets
-from datasets import Dataset, Features, Value
+import pyarrow.parquet
+from datasets import Dataset
 
-# Library messages that may be passed on: as a whole, they leave no room for content.
-_SAFE = re.compile(
-    r"(Error tokenizing data\. C error: )?"
-    r"(Expected \d+ fields in line \d+, saw \d+|EOF inside string starting at row \d+)"
-    r"|No columns to parse from file"
-    r'|Instruction "train" corresponds to no data!'
-    r"|Parquet magic bytes not found in footer\. Either the file is corrupted or this is not a "
-    r"parquet file\."
-)
-# A CSV without a header has its first row for names, so only what looks like a name is shown.
-NAME = re.compile(r"[^\W\d][\w.-]{0,31}")
+from flower_app.data.files import read_lines
+from flower_app.data.refusals import DataError, quiet, reason, shown_names
 
+logger = logging.getLogger(__name__)
 
-class DataError(ValueError):
-    """Data that cannot be used, in words that quote none of it."""
+_FIELD = r'(?:"(?:[^"]++|"")*+"|[^",\r\n]*+)'
+_RECORD = re.compile(rf"{_FIELD}(?:,{_FIELD})*+\s*")
+"""A record whose quotes surround whole fields and are doubled within them."""
+_OPEN = re.compile(rf'(?:{_FIELD},)*+"(?:[^"]++|"")*+')
 
 
-def read_text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise DataError(f"{file} is not UTF-8 text, in line {line}") from None
+def read_csv(
+    path: Path, wanted: Collection[str]
+) -> Iterator[tuple[str, dict[str, str], list[str]]]:
+    """Yield every row of a CSV: its place, its wanted cells as written, the names of its columns.
 
-
-def load_tables(kind: str, files: list[Path]) -> Dataset:
-    options: dict[str, Any] = {}
-    try:
-        if kind == "csv":
-            headers = [_check_csv(file) for file in files]
-            _check_same_columns(files, headers)
-            # As text: pandas would turn 007 into 7 and the word NA into nothing.
-            options = {"features": Features({name: Value("string") for name in headers[0]}),
-                       "keep_default_na": False}  # fmt: skip
-        with quiet():
-            return datasets.load_dataset(
-                kind, data_files=[str(file) for file in files], split="train", **options
-            )
-    except DataError:
-        raise
-    except Exception as error:  # noqa: BLE001 - its text may quote data
-        names, why = ", ".join(map(str, files)), reason(error)
-        texts = [read_text(file) for file in files] if kind != "parquet" else []
-        if why.startswith('Instruction "train"'):
-            raise DataError(f"{names} holds no documents") from None
-        if kind == "json":
-            _check_same_columns(files, [*map(_find_bad_json, files, texts)])
-        raise DataError(f"{names} cannot be read as {kind}: {why}") from None
-
-
-def _check_csv(path: Path) -> list[str]:
-    """Return the names of the columns, as pandas gives them, if every row has as many fields.
-
-    pandas takes surplus fields for an index, which shifts the columns, and fills up missing ones.
+    Raises
+    ------
+    DataError
+        If columns would shift or quotes would get into a text: if a row has more or fewer fields
+        than the header, a name stands twice, or quotes are not those of RFC 4180.
     """
-    csv.field_size_limit(2**31 - 1)  # a text may be longer than the 131072 characters of csv
     header: list[str] = []
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader, line = csv.reader(file), 1
-        for row in reader:
-            if len(row) > 1 or "".join(row).strip():
-                header = header or row
-                if len(row) != len(header):
-                    fields = "1 field" if len(row) == 1 else f"{len(row)} fields"
-                    raise DataError(
-                        f"{path}, line {line} has {fields}, the header {len(header)}"
-                        + (separator(header) or "; quote commas within a field, close all quotes")
-                    )
-            line = reader.line_num + 1
-    if double := sorted({name for name in header if name and header.count(name) > 1}):
+    for line, row, raw in _records(path):
+        place = f"{path}, line {line}"
+        if not header:
+            header = _header(path, row)
+            _check_quotes(raw, place)
+            continue
+        if len(row) != len(header):
+            fields = "1 field" if len(row) == 1 else f"{len(row)} fields"
+            raise DataError(
+                f"{place} has {fields}, the header {len(header)}"
+                + (separator(header) or "; quote commas within a field, close all quotes")
+                + _backslash(raw)
+            )
+        _check_quotes(raw, place)
+        cells = dict(zip(header, row, strict=True))
+        yield place, {name: cells[name] for name in wanted if name in cells}, header
+
+
+def _records(path: Path) -> Iterator[tuple[int, list[str], str]]:
+    """Yield the number of its first line, the fields, and the text of every record."""
+    csv.field_size_limit(2**31 - 1)  # a text may be longer than the 131072 characters of csv
+    seen: list[str] = []
+
+    def lines() -> Iterator[str]:
+        for line in read_lines(path, newline=""):
+            seen.append(line)
+            yield line
+
+    reader, first = csv.reader(lines()), 1
+    for row in reader:
+        if len(row) > 1 or "".join(row).strip():
+            yield first, row, "".join(seen)
+        seen.clear()
+        first = reader.line_num + 1
+
+
+def _header(path: Path, row: list[str]) -> list[str]:
+    if double := sorted({name for name in row if name and row.count(name) > 1}):
         raise DataError(f"{path} has several columns of one name: {shown_names(double)}")
-    return [name or f"Unnamed: {index}" for index, name in enumerate(header)]
+    return [name or f"Unnamed: {index}" for index, name in enumerate(row)]
+
+
+def _check_quotes(raw: str, place: str) -> None:
+    if '"' not in raw or _RECORD.fullmatch(raw):
+        return
+    if _OPEN.fullmatch(raw):
+        raise DataError(f"{place}: EOF inside string: a quote is not closed{_backslash(raw)}")
+    raise DataError(
+        f"{place} has a quote inside a field: put the whole field in quotes and double those "
+        f"within{_backslash(raw)}"
+    )
+
+
+def _backslash(raw: str) -> str:
+    if '\\"' not in raw:
+        return ""
+    return ' (a backslash does not escape a quote here: write "" for \\")'
 
 
 def separator(columns: list[str]) -> str:
@@ -93,7 +100,7 @@ def separator(columns: list[str]) -> str:
     return f"; is the separator {found[0]!r}? only commas are read" if found else ""
 
 
-def _check_same_columns(files: list[Path], columns: Sequence[Collection[str]]) -> None:
+def check_same_columns(files: Sequence[Path], columns: Sequence[Collection[str]]) -> None:
     for path, names in zip(files, columns, strict=True):
         if differing := set(columns[0]) ^ set(names):
             raise DataError(
@@ -102,69 +109,48 @@ def _check_same_columns(files: list[Path], columns: Sequence[Collection[str]]) -
             )
 
 
-def reason(error: Exception) -> str:
-    """Return why a library failed, in words that cannot hold data: its own if they are known."""
-    cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
-    if isinstance(cause, OSError) and cause.errno and cause.strerror:
-        return cause.strerror
-    words = str(cause).strip()
-    return words if _SAFE.fullmatch(words) else type(cause).__name__
-
-
-def _find_bad_json(path: Path, text: str) -> set[str]:
-    """Raise DataError at the first place that is not JSON, or no object; return all keys."""
-    keys: set[str] = set()
-    if path.suffix.lower() == ".json":
-        try:
-            value = json.loads(text)
-        except json.JSONDecodeError as error:
-            if error.msg != "Extra data":
-                where = f"{path}, line {error.lineno}, column {error.colno}"
-                raise DataError(f"{where} is not JSON: {_words(error)}") from None
-        else:
-            for number, row in enumerate(value if isinstance(value, list) else [value], start=1):
-                if not isinstance(row, dict):
-                    kind = type(row).__name__
-                    raise DataError(f"{path}, entry {number} is not a JSON object, got {kind}")
-                keys.update(row)
-            return keys
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(
-                f"{path}, line {number} is not JSON: {_words(error)} at character {error.colno} "
-                f"of {len(line)}"
-            ) from None
-        if not isinstance(value, dict):
-            kind = type(value).__name__
-            raise DataError(f"{path}, line {number} is not a JSON object, got {kind}")
-        keys.update(value)
-    return keys
-
-
-def _words(error: json.JSONDecodeError) -> str:
-    # After a colon, or in quotes, it may show a character of the text.
-    return re.split(r"[:'\"]", error.msg)[0].strip().removesuffix(" at")
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keep `datasets`' progress bars out of the run's log."""
-    silent = datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
+def load_parquet(files: Sequence[Path], wanted: Collection[str]) -> tuple[Dataset, list[str]]:
+    """Return the wanted columns of parquet files, and the names of all."""
+    names = ", ".join(map(str, files))
     try:
-        yield
-    finally:
-        if not silent:
-            datasets.enable_progress_bars()
+        found = [pyarrow.parquet.read_schema(file).names for file in files]
+        check_same_columns(files, [set(each) & set(wanted) for each in found])
+        columns = [name for name in found[0] if name in wanted] or found[0][:1]
+        with quiet():
+            rows = datasets.load_dataset(
+                "parquet", data_files=[str(file) for file in files], split="train", columns=columns
+            )
+    except DataError:
+        raise
+    except Exception as error:
+        logger.warning("%s cannot be read", names, exc_info=True)
+        why = reason(error)
+        if why.startswith('Instruction "train"'):
+            raise DataError(f"{names} holds no documents") from None
+        raise DataError(f"{names} cannot be read as parquet: {why}") from None
+    return rows, found[0]
 
 
-def shown_names(columns: list[str]) -> str:
-    """List the columns; those that do not look like names are counted."""
-    shown = [name for name in columns if NAME.fullmatch(name)]
-    if odd := len(columns) - len(shown):
-        shown.append(f"{odd} whose {'name' if odd == 1 else 'names'} may be data (not shown)")
-    return ", ".join(shown)
+def is_saved(path: Path) -> bool:
+    """Whether `save_to_disk` of `datasets` wrote the folder."""
+    return any((path / name).is_file() for name in ("state.json", "dataset_dict.json"))
+
+
+def load_saved(path: Path, split: str) -> Dataset:
+    """Return what `save_to_disk` wrote; of several splits, the one that data.split names."""
+    try:
+        with quiet():
+            found = datasets.load_from_disk(str(path))
+    except Exception as error:
+        logger.warning("%s cannot be read", path, exc_info=True)
+        raise DataError(
+            f"{path.absolute()}, a folder of save_to_disk, cannot be read: {reason(error)}"
+        ) from None
+    if isinstance(found, Dataset):
+        return found
+    if split not in found:
+        raise DataError(
+            f"{path.absolute()}, a folder of save_to_disk, has no split {split!r} (data.split); it "
+            f"has {shown_names(sorted(found))}"
+        )
+    return found[split]

@@ -1,91 +1,38 @@
-"""From texts to token ids and labels: plain text, prompt and completion, chat messages.
+"""From rows to token ids: plain text, prompt and completion; conversations are `chat`'s.
 
-Labels stand at the position of their own token (the loss shifts them); -100 does not count.
+A document begins as the tokenizer begins a text, and ends with one end token, learned once:
+
+    plain text              [start] text [end]
+    prompt and completion   [start] prompt | completion [end]      learned after |
+
+The start is what the tokenizer puts there by itself (a BOS, a [CLS], nothing), unless the text
+spells it already; the end is its end-of-text token, or what it ends a text with if it has none,
+unless the text ends with it already.
 """
 
 from __future__ import annotations
 
-import itertools
-import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+import json
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from typing import Any
 
-import torch
-from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from conf.schema import DataConfig, ModelConfig
-from flower_app.data.tables import DataError
+from conf.schema import DataConfig
+from flower_app.data.chat import encode_chat
+from flower_app.data.examples import IGNORED, Encoded, Example, cut
+from flower_app.data.formats import BESIDE, alpaca_prompt, layout_of
+from flower_app.data.refusals import DataError
+from flower_app.data.tokenizer import load_tokenizer
 
-IGNORED = -100
-_ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+__all__ = [
+    "IGNORED", "Encoded", "Example", "cut", "encode", "encode_chat", "encode_prompt",
+    "encode_text", "load_tokenizer",
+]  # fmt: skip
 
-
-@dataclass(frozen=True, eq=False)
-class Example:
-    """One sequence of T tokens, with T >= 2 and at least one label that counts after the shift."""
-
-    input_ids: torch.Tensor
-    """(T,) int64."""
-    labels: torch.Tensor
-    """(T,) int64: the token's own id, or -100 where it is not learned. Not shifted."""
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """The token ids of one document and which of them are learned."""
-
-    ids: list[int]
-    learned: list[bool]
-    whole: bool
-    """A prompt or a chat is one example; only plain text may be cut into several."""
-
-
-def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a model.
-
-    `bytes` is ByT5's: <pad>, </s>, <unk>, then one token for each UTF-8 byte (byte + 3): 259.
-    A tokenizer without a padding token pads with its end-of-text token: padding is masked by
-    length, so the vocabulary and the results do not change.
-
-    Raises
-    ------
-    ValueError
-        If none is found, or it has neither a padding nor an end-of-text token.
-    """
-    if model.tokenizer == "bytes":
-        # Text that spells </s> or <pad> stays text.
-        return ByT5Tokenizer(extra_ids=0, split_special_tokens=True)
-    name = model.tokenizer or model.path
-    if not name or name.startswith("last:"):
-        raise ValueError(
-            f"no tokenizer: model.tokenizer={model.tokenizer!r} and model.path={model.path!r}; "
-            "set model.tokenizer to a folder, a hub id or bytes"
-        )
-    path = Path(name).expanduser()
-    if name.startswith(("/", "~", ".")) and not path.exists():
-        kind = "file" if path.suffix == ".gguf" else "folder"
-        raise ValueError(
-            f"no tokenizer: no {kind} {path.absolute()}; set model.tokenizer to a folder or hub id "
-            "that has one, or to bytes"
-        )
-    try:
-        if path.suffix == ".gguf":
-            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-        else:
-            tokenizer = AutoTokenizer.from_pretrained(path if path.exists() else name)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(
-            f"no tokenizer could be loaded from {name!r} ({reason}); set model.tokenizer to a "
-            "folder or hub id that has one, or to bytes"
-        ) from error
-    if tokenizer.pad_token_id is None:
-        if tokenizer.eos_token_id is None:
-            raise ValueError(f"the tokenizer of {name!r} has neither a pad nor an eos token")
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
+_LEADS = (".", "\n", ")", "a", "0", "。", ":")
+"""What a completion is tokenized behind, where a tokenizer treats the beginning of a text apart."""
 
 
 def encode(
@@ -98,190 +45,129 @@ def encode(
     DataError
         If a column holds something else than text, or messages cannot be rendered.
     """
-    if config.messages_column:
-        messages = row[config.messages_column]
-        return encode_chat(messages, tokenizer) if messages else None
-    if config.prompt_column:
-        prompt = _text(row, config.prompt_column)
-        completion = _text(row, config.completion_column)
-        return encode_prompt(prompt, completion, tokenizer) if completion.strip() else None
-    text = _text(row, config.text_column)
-    if not text.strip():
+    layout = layout_of(config, tuple(row))
+    columns = list(layout.columns.values())
+    if layout.kind == "messages":
+        messages = row[columns[0]]
+        beside = {name: _listed(row.get(name), name) for name in BESIDE}
+        return encode_chat(messages, tokenizer, **beside) if messages else None
+    texts = [_text(row, column) for column in columns]
+    if not texts[-1].strip():
         return None
-    ids = _with_end(_ids(text, tokenizer), tokenizer)
+    if layout.kind == "text":
+        return encode_text(texts[0], tokenizer)
+    if layout.kind == "alpaca":
+        texts[0] = alpaca_prompt(texts[0], _text(row, "input"))
+    return encode_prompt(texts[0], texts[1], tokenizer)
+
+
+def encode_text(text: str, tokenizer: PreTrainedTokenizerBase) -> Encoded:
+    """Encode plain text; every token is learned."""
+    start, end = _ends(tokenizer, tokenizer.eos_token_id)
+    ids = _ended(_started(_bare(text, tokenizer), start), end)
     return Encoded(ids, [True] * len(ids), whole=False)
 
 
 def encode_prompt(prompt: str, completion: str, tokenizer: PreTrainedTokenizerBase) -> Encoded:
-    """Encode prompt and completion apart, as generation meets them; only the completion is learned.
+    """Encode prompt and completion, joined as they are; only the completion is learned.
 
-    They are joined as they are: a separator belongs into the data.
+    The ids begin with those of the prompt alone, as generation meets it, and decode to the joined
+    text. Should no tokens of the completion do both (a tokenizer that joins words over the border
+    and cannot be told not to), the joined text counts, and tokens that reach into the completion
+    are learned.
     """
-    before = _ids(prompt, tokenizer) if prompt else _start(tokenizer)
-    after = _with_end(tokenizer(completion, add_special_tokens=False)["input_ids"], tokenizer)
+    start, end = _ends(tokenizer, tokenizer.eos_token_id)
+    before = _bare(prompt, tokenizer) if prompt else []
+    joined = _bare(prompt + completion, tokenizer)
+    after = next(_continuations(before, joined, completion, tokenizer), None)
+    if after is None:
+        border = _border(before, joined, prompt, completion, tokenizer)
+        before, after = joined[:border], joined[border:]
+    if start and (before or joined)[:1] != start[:1]:
+        before = [*start, *before]
+    after = _ended(after, end)
     return Encoded(before + after, [False] * len(before) + [True] * len(after), whole=True)
 
 
-def encode_chat(messages: Any, tokenizer: PreTrainedTokenizerBase) -> Encoded:
-    """Render chat messages with the tokenizer's template; only assistant turns are learned.
-
-    A template with `{% generation %}` marks them itself. With any other, a turn is what rendering
-    one message more appends to the conversation so far with its generation prompt; the markers
-    that end the turn are learned too.
-
-    Parameters
-    ----------
-    messages : list of dict
-        Each with `role` and `content`.
-
-    Raises
-    ------
-    DataError
-        If there is no template, the messages do not suit it, or it rewrites earlier turns.
-    """
-    if not tokenizer.chat_template:
-        raise DataError(
-            "data.messages_column needs a tokenizer with a chat template, and this one has none: "
-            "take an instruct model's tokenizer, or data.prompt_column and data.completion_column"
-        )
-    if not isinstance(messages, Sequence) or isinstance(messages, str):
-        raise DataError(
-            f"chat messages must be a list of {{role, content}}, got {type(messages).__name__}"
-        )
-    for number, turn in enumerate(messages, start=1):
-        if not isinstance(turn, Mapping) or "role" not in turn:
-            what = "no role" if isinstance(turn, Mapping) else f"a {type(turn).__name__}"
-            raise DataError(
-                "chat messages must be a list of {role, content}, got one with "
-                f"{what} (message {number} of {len(messages)})"
-            )
-    # Arrow gives every message the union of all keys, absent ones as None.
-    turns = [{key: value for key, value in turn.items() if value is not None} for turn in messages]
-    template = tokenizer.get_chat_template()
-    if "generation %}" in template and tokenizer.is_fast:
-        rendered = _render(turns, tokenizer, tokenize=True, return_assistant_tokens_mask=True)
-        return Encoded(
-            list(rendered["input_ids"]), [bool(m) for m in rendered["assistant_masks"]], whole=True
-        )
-    text, spans = _assistant_spans(turns, tokenizer)
-    return _encode_spans(text, spans, tokenizer)
+def _continuations(
+    before: list[int], joined: list[int], completion: str, tokenizer: PreTrainedTokenizerBase
+) -> Iterator[list[int]]:
+    """Yield tokens of the completion that follow those of the prompt and spell the joined text."""
+    if joined[: len(before)] == before:
+        yield joined[len(before) :]
+    text = _decoded(joined, tokenizer)
+    for lead in ("", *_LEADS):
+        ahead = _bare(lead, tokenizer) if lead else []
+        ids = _bare(lead + completion, tokenizer)
+        after = ids[len(ahead) :]
+        if ids[: len(ahead)] == ahead and _decoded(before + after, tokenizer) == text:
+            yield after
 
 
-def cut(encoded: Encoded, config: DataConfig, where: str) -> list[Example]:
-    """Return the examples of at most `config.context` tokens of one document.
-
-    Windows follow one another without overlap. Those in which nothing is learned (one token, or
-    only prompt tokens) are left out, so the list may be empty.
-
-    Raises
-    ------
-    DataError
-        If the document is longer than the context and `config.overlong` is `refuse`.
-    """
-    size = config.context
-    if len(encoded.ids) > size and config.overlong == "refuse":
-        raise DataError(
-            f"{where} has {len(encoded.ids)} tokens, more than data.context={size}, and "
-            "data.overlong=refuse: raise the context, or let texts be cut with "
-            "data.overlong=chunk or truncate"
-        )
-    one = encoded.whole or config.overlong == "truncate"
-    starts = [0] if one else range(0, len(encoded.ids), size)
-    windows = [
-        (encoded.ids[start : start + size], encoded.learned[start : start + size])
-        for start in starts
-    ]
-    return [_example(ids, learned) for ids, learned in windows if any(learned[1:])]
+def _border(
+    before: list[int],
+    joined: list[int],
+    prompt: str,
+    completion: str,
+    tokenizer: PreTrainedTokenizerBase,
+) -> int:
+    """Return how many tokens of the joined text do not reach into the completion."""
+    if not tokenizer.is_fast:
+        return next((i for i, (a, b) in enumerate(zip(before, joined)) if a != b), 0)  # noqa: B905
+    coded = tokenizer(prompt + completion, add_special_tokens=False, return_offsets_mapping=True)
+    return sum(last <= len(prompt) for _, last in coded["offset_mapping"])
 
 
-def _example(ids: list[int], learned: list[bool]) -> Example:
-    input_ids = torch.tensor(ids, dtype=torch.int64)
-    labels = input_ids.masked_fill(~torch.tensor(learned), IGNORED)
-    return Example(input_ids, labels)
+@lru_cache(maxsize=8)
+def _ends(tokenizer: PreTrainedTokenizerBase, eos: int | None) -> tuple[list[int], list[int]]:
+    """Return the tokens before and after a text."""
+    full, bare = list(tokenizer("a")["input_ids"]), _bare("a", tokenizer)
+    own = [] if eos is None else [eos]
+    at = (
+        next((i for i in range(len(full)) if full[i : i + len(bare)] == bare), 0)
+        if bare
+        else (len(full) - (full[-1:] == own))
+    )
+    return full[:at], own or full[at + len(bare) :]
+
+
+def _started(ids: list[int], start: list[int]) -> list[int]:
+    return [*start, *ids] if start and ids[:1] != start[:1] else ids
+
+
+def _ended(ids: list[int], end: list[int]) -> list[int]:
+    return [*ids, *end] if end and ids[-1:] != end[-1:] else ids
+
+
+def _bare(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _decoded(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
 def _text(row: Mapping[str, Any], column: str) -> str:
-    value = row[column]
+    value = row.get(column)
     if value is None:
         return ""
+    if isinstance(value, bool):
+        return "true" if value else "false"
     if isinstance(value, str | int | float):
         return str(value)
-    raise DataError(f"column {column!r} must hold text, got {type(value).__name__}")
+    hint = "; for conversations, set data.format=messages" if isinstance(value, list) else ""
+    raise DataError(f"column {column!r} must hold text, got {type(value).__name__}{hint}")
 
 
-def _ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the ids of a text's beginning: with the tokenizer's start token, without its end."""
-    ids = list(tokenizer(text, add_special_tokens=True)["input_ids"])
-    return ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
-
-
-def _start(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    return _ids("", tokenizer)
-
-
-def _with_end(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    return ids if tokenizer.eos_token_id is None else [*ids, tokenizer.eos_token_id]
-
-
-def _render(turns: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, **options: Any) -> Any:
-    try:
-        return tokenizer.apply_chat_template(turns, **options)
-    except Exception as error:  # noqa: BLE001 - its text may quote data
-        roles = [turn["role"] if turn.get("role") in _ROLES else "(other)" for turn in turns]
-        raise DataError(
-            f"the chat template refuses a conversation with the roles {roles}: "
-            f"{_template_reason(error, tokenizer)}"
-        ) from None
-
-
-def _template_reason(error: Exception, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return the error's words if they stand in the template, where no message gets into them."""
-    words = str(error)
-    literal = rf"raise_exception\(\s*(['\"]){re.escape(words)}\1\s*\)"
-    found = re.search(literal, tokenizer.get_chat_template())
-    return words if words and found else type(error).__name__
-
-
-def _assistant_spans(
-    turns: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase
-) -> tuple[str, list[tuple[int, int]]]:
-    """Return the rendered conversation and the character ranges of its assistant turns."""
-    text: str = _render(turns, tokenizer, tokenize=False)
-    spans = []
-    for index, turn in enumerate(turns):
-        if turn["role"] != "assistant":
-            continue
-        before = ""
-        if index:
-            before = _render(turns[:index], tokenizer, tokenize=False, add_generation_prompt=True)
-        upto = _render(turns[: index + 1], tokenizer, tokenize=False)
-        if not (text.startswith(upto) and upto.startswith(before)):
-            raise DataError(
-                "the chat template rewrites earlier turns, so that what the assistant said cannot "
-                f"be told from the rest (turn {index + 1} of {len(turns)}): give the tokenizer a "
-                "template with {% generation %} marks, or end each conversation at its first answer"
-            )
-        spans.append((len(before), len(upto)))
-    return text, spans
-
-
-def _encode_spans(
-    text: str, spans: list[tuple[int, int]], tokenizer: PreTrainedTokenizerBase
-) -> Encoded:
-    """Encode a rendered conversation; tokens that begin inside a span are learned."""
-    if tokenizer.is_fast:
-        coded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        learned = [
-            any(start <= first < end for start, end in spans)
-            for first, _ in coded["offset_mapping"]
-        ]
-        return Encoded(list(coded["input_ids"]), learned, whole=True)
-    # A slow tokenizer gives no offsets: what lies between two borders is encoded on its own.
-    borders = sorted({0, len(text), *(border for span in spans for border in span)})
-    ids: list[int] = []
-    learned = []
-    for start, end in itertools.pairwise(borders):
-        piece = tokenizer(text[start:end], add_special_tokens=False)["input_ids"]
-        ids += piece
-        learned += [any(first <= start < last for first, last in spans)] * len(piece)
-    return Encoded(ids, learned, whole=True)
+def _listed(value: Any, column: str) -> list[dict[str, Any]] | None:
+    """Return the objects of a column beside the messages: a list, or a list as JSON text."""
+    if isinstance(value, str) and value.strip():
+        try:
+            value = json.loads(value)
+        except ValueError:
+            raise DataError(f"column {column!r} is neither a list nor JSON text") from None
+    if not value:
+        return None
+    if not isinstance(value, list) or not all(isinstance(each, dict) for each in value):
+        raise DataError(f"column {column!r} must be a list of objects, got {type(value).__name__}")
+    return value

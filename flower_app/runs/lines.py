@@ -20,6 +20,12 @@ def step_line(record: Mapping[str, Any], rounds: int) -> str:
     )
 
 
+def adapted_line(shares: Mapping[str, float]) -> str:
+    """Return the line that tells which share of each part's weights has an adapter."""
+    told = ", ".join(f"{share:.0%} of the {role}" for role, share in shares.items())
+    return f"weights with LoRA adapters: {told}"
+
+
 def round_line(record: Mapping[str, Any], rounds: int) -> str:
     """Return the line of a round, as in the journal; its rate counts evaluation too."""
     parts = [f"round {record['round']}/{rounds}" if record["round"] else "before training"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from flower_app.runs.folders import (
 )
 from flower_app.runs.instants import instant, now
 from flower_app.runs.journal import as_record, cut_back, dumps, replace_whole, require_round
+from flower_app.runs.lines import adapted_line
 from flower_app.runs.plots import plot_loss
 from flower_app.runs.resume import Point
 from flower_app.runs.sinks import console, journal
@@ -74,6 +75,7 @@ class Recorder:
         self._lock = threading.Lock()
         self._rounds: list[dict[str, Any]] = []
         self._resumed: list[int] = []
+        self._adapted: dict[str, float] = {}
         self._point = point
         self.started, self._before = (point.started, point.seconds) if point else (now(), 0.0)
         self._clock = time.monotonic()
@@ -106,6 +108,12 @@ class Recorder:
         self._point = None
         self._open()
         self._track()
+
+    def adapted(self, shares: Mapping[str, float]) -> None:
+        """Say which share of each part has an adapter, in [0, 1]; the summary tells it too."""
+        self._adapted = dict(shares)
+        if shares:
+            self.say(adapted_line(shares))
 
     def __call__(self, event: Event) -> None:
         """Record what the strategy tells."""
@@ -202,6 +210,7 @@ class Recorder:
             **summarize(self.config, self._rounds, self.seconds),
             "started": instant(self.started).isoformat(),
             "finished": now(),
+            **({"adapted": self._adapted} if self._adapted else {}),
             **({"resumed": self._resumed} if self._resumed else {}),
         }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +86,7 @@ def _point(
         raise ValueError(
             f"{found.folder} holds a configuration that is no more: {error}"
         ) from error
-    before, notes = follow_model(before, run)
+    before, notes = follow_model(_where_it_is(before, run), run)
     config = override(before, overrides)
     notes += _check_changes(before, config)
     if found.torch != torch.__version__:
@@ -107,6 +107,12 @@ def _point(
         state=found.state,
         lock=lock,
     )
+
+
+def _where_it_is(config: Config, run: Path) -> Config:
+    """The configuration with the folder that the run lies in now, if it names one."""
+    output = config.output
+    return replace(config, output=replace(output, folder=output.folder and str(run.parent)))
 
 
 def _find(resume: str) -> tuple[Path, int | None]:

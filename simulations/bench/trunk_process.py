@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from conf.schema import LinkConfig, TrainConfig
 from models import Cut, split
 from models.tiny import tiny_config
+from simulations.equality.fold import fold
 from simulations.launch.peak import peak_bytes
 from strategies.engine.engine import TrunkEngine
 from strategies.engine.session import Session
@@ -179,7 +180,7 @@ class _Server:
 
     def close_round(self, weights: dict[str, float]) -> None:
         self.service.end_round()
-        self.engine.close_round(weights)
+        fold(self.engine, weights)
 
     def state(self) -> State:
         memory = psutil.Process().memory_full_info()

@@ -14,19 +14,19 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
-from unittest import mock
 
 import torch
 from flwr.app import Message
+from flwr.clientapp import ClientApp
 from torch import Tensor
 
 from conf.load import load_config
 from conf.schema import Config
-from flower_app import server_app
-from flower_app.client import site
+from flower_app.client_app import make_app
 from flower_app.runs.recorder import Recorder
 from flower_app.runs.resume import take_up
 from flower_app.server_app import run_experiment
@@ -148,8 +148,8 @@ def _differences(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> list[st
 class _Grid(InProcessGrid):
     """A grid that a dead trunk no longer asks, and on which a dead client does not answer."""
 
-    def __init__(self, trunk_is_dead: Callable[[], bool]) -> None:
-        super().__init__(CLIENTS, at_once=True)
+    def __init__(self, app: ClientApp, trunk_is_dead: Callable[[], bool]) -> None:
+        super().__init__(CLIENTS, at_once=True, app=app)
         self._dead = trunk_is_dead
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
@@ -166,10 +166,8 @@ class _Grid(InProcessGrid):
 class _Link(GrpcLink):
     """A client's link whose frames meet faults, and in whose use the client may die."""
 
-    run: _Run
-
-    def __init__(self, ticket: Any, node_key: bytes, **settings: Any) -> None:
-        self._calls = itertools.count()
+    def __init__(self, run: _Run, ticket: Any, node_key: bytes, **settings: Any) -> None:
+        self.run, self._calls = run, itertools.count()
         name = f"{self.run.plan.seed} {ticket.session} {len(self.run.links)}"
         self.faults = Faults(draw_schedule(name, frames=40, rate=self.run.plan.rate), delay=0.3)
         self.session = ticket.session
@@ -207,12 +205,13 @@ class _Run:
         self._steps, self._dead = 0, False
         self._service: TrunkService | None = None
         self._lock = threading.Lock()
+        self._app = make_app(partial(_Link, self))
 
     def tensors(self) -> dict[str, Tensor]:
         """The model's tensors at its end."""
         place = Path(tempfile.mkdtemp(dir=self._folder))
         try:
-            with self._patched():
+            with as_flower_runs_it(), _quiet("strategies"), _quiet("flower_app"):
                 return self._tensors(_config(place, self.plan))
         finally:
             shutil.rmtree(place)
@@ -234,9 +233,9 @@ class _Run:
 
     def _tensors(self, config: Config) -> dict[str, Tensor]:
         recorder = Recorder(config, say=lambda line: None)
-        grid = _Grid(lambda: self._dead)
+        grid = _Grid(self._app, lambda: self._dead)
         try:
-            folder = run_experiment(config, grid, recorder)
+            folder = run_experiment(config, grid, recorder, serve=self._service_class())
         except Killed:
             self._bury(recorder, grid)
             folder = self._resume(recorder)
@@ -261,7 +260,8 @@ class _Run:
             point = take_up(str(recorder.folder))
             config = point.config
         again = Recorder(config, say=lambda line: None, point=point)
-        folder = run_experiment(config, _Grid(lambda: False), again, point)
+        grid = _Grid(self._app, lambda: False)
+        folder = run_experiment(config, grid, again, point, serve=self._service_class())
         again.finish(folder)
         return folder
 
@@ -277,8 +277,8 @@ class _Run:
             assert self._service is not None
             self._service._server.stop(None)  # at once, and nobody is told
 
-    @contextlib.contextmanager
-    def _patched(self) -> Iterator[None]:
+    def _service_class(self) -> type[TrunkService]:
+        """A service that this run can let die."""
         run = self
 
         class Service(TrunkService):
@@ -293,15 +293,7 @@ class _Run:
                 self.on_step = on_step
                 return super().start()
 
-        link = type("Link", (_Link,), {"run": self})
-        with (
-            as_flower_runs_it(),
-            mock.patch.object(server_app, "TrunkService", Service),
-            mock.patch.object(site, "GrpcLink", link),
-            _quiet("strategies"),
-            _quiet("flower_app"),
-        ):
-            yield
+        return Service
 
 
 @contextlib.contextmanager

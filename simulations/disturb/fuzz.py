@@ -24,12 +24,12 @@ from typing import Any
 import psutil
 import torch
 
-from simulations.disturb.inputs import LIMIT, Inputs
+from simulations.disturb.inputs import DTYPES, LIMIT, Inputs
 from simulations.disturb.sessions import OFTEN, Sessions, Wrong, check_words
 from simulations.launch.peak import peak_bytes
 from strategies.errors import TrunkError
 from strategies.transport import trunk_pb2 as pb
-from strategies.transport.codec.tensors import WIRE_DTYPES, decode
+from strategies.transport.codec.tensors import decode
 from strategies.transport.frames import read_client_frame, read_server_frame, refuse_failure
 
 SEQUENCE = 20
@@ -193,7 +193,7 @@ class Decoder:
 
     def __init__(self, chance: random.Random) -> None:
         self._chance = chance
-        self._dtype = chance.choice(list(WIRE_DTYPES.values()))
+        self._dtype = chance.choice(list(DTYPES.values()))
         self._inputs = Inputs(chance, hidden=HIDDEN, dtype=self._dtype)
         self._last = b""
 

@@ -29,6 +29,8 @@ NUMBERS = (
     *(float("nan"), float("inf"), float("-inf")),
 )
 """Also for 32-bit fields, which round what they cannot hold."""
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+"""Of the codecs that ship with Graft."""
 POISON = (float("nan"), float("inf"), float("-inf"), 3.4e38, -3.4e38, 1e-45, 1e20)
 
 

@@ -16,12 +16,12 @@ from transformers import AutoModelForCausalLM
 from conf.schema import TrainConfig
 from models import Cut, split
 from models.tiny import tiny_config
-from simulations.disturb.inputs import LIMIT, NUMBERS, Inputs
+from simulations.disturb.inputs import DTYPES, LIMIT, NUMBERS, Inputs
+from simulations.equality.fold import fold
 from strategies.engine.engine import TrunkEngine
-from strategies.engine.policies.merged import Merged
 from strategies.errors import TrunkError
 from strategies.transport import trunk_pb2 as pb
-from strategies.transport.codec.tensors import WIRE_DTYPES, decode
+from strategies.transport.codec.tensors import decode
 from strategies.transport.conversation import Conversation
 from strategies.transport.frames import read_client_frame, read_server_frame
 
@@ -126,7 +126,7 @@ class Sessions:
             optimizer=chance.choice(("adamw", "sgd")),
             prox=0.1 if self.kind.strategy == "splitfed-v1" and chance.random() < 0.3 else 0.0,
         )
-        self._dtype = WIRE_DTYPES[self.kind.dtype]
+        self._dtype = DTYPES[self.kind.dtype]
         hidden: int = self._trunk.hidden_size  # type: ignore[assignment]
         self.engine = TrunkEngine(
             self._trunk,
@@ -135,11 +135,10 @@ class Sessions:
             timeout=0.5,
             max_sequences=4,
             max_tokens=16,
+            max_graphs=GRAPHS,
             max_in_flight=IN_FLIGHT,
         )
-        self.engine.max_graphs = GRAPHS
         if self.kind.sync == "step":
-            assert isinstance(self.engine.policy, Merged)
             self.engine.policy.start_ends({n: torch.zeros(s) for n, s in END_SHAPES.items()})
         self.engine.open_round(1, 1, training=self.kind.training, cohort=1)
         self._inputs = Inputs(chance, hidden=hidden, dtype=self._dtype, ends=list(END_SHAPES))
@@ -153,7 +152,7 @@ class Sessions:
         self._opened += 1
         steps = STEPS if self.kind.training else 0
         self._session = self.engine.open(key, client=key, steps=steps)
-        self._talk = Conversation(key, self._session, self._dtype, lambda report: None, LIMIT)
+        self._talk = Conversation(key, self._session, self.kind.dtype, lambda report: None, LIMIT)
         self._at, self._dead = Position(), False
 
     def draw(self) -> bytes:
@@ -267,7 +266,7 @@ class Sessions:
     def end(self) -> None:
         """Close the round; `Wrong` if the trunk, with what was trained, is not finite."""
         self._end_session()
-        self.engine.close_round(self._trained)
+        fold(self.engine, self._trained)
         for name, value in self._trunk.state_dict().items():
             if not torch.isfinite(value).all():
                 raise Wrong(f"the trunk's {name} is not finite")

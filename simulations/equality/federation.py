@@ -40,7 +40,6 @@ from simulations.equality.reference import Steps, train_whole
 from strategies.aggregate.joint import JointModel
 from strategies.aggregate.lora import A_NAME, B_NAME
 from strategies.engine.engine import TrunkEngine
-from strategies.engine.policies.merged import Merged
 from strategies.records import from_arrays
 from strategies.rounds.answers import Answer
 from strategies.rounds.roster import Profile
@@ -104,7 +103,7 @@ class Federation:
             trunk, hidden_size=trunk.hidden_size, train=config.train, seed=config.seed
         )
         self._joint = JointModel(self._engine, config)
-        if isinstance(self._engine.policy, Merged) and config.train.sync == "step":
+        if config.train.sync == "step":
             first = client_state(*self.ends(0))
             self._joint.start(first)
             self._engine.policy.start_ends(first)

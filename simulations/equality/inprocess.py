@@ -5,22 +5,20 @@ from __future__ import annotations
 import itertools
 import logging
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 from flwr.app import Context, Message, RecordDict
+from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 from safetensors.torch import load_file
 from torch import Tensor
 
 from conf.schema import Config
-from flower_app.client import site
-from flower_app.client.ends import Ends
-from flower_app.client_app import app
+from flower_app import client_app
 from flower_app.runs.recorder import Recorder
 from flower_app.server_app import run_experiment
 
@@ -35,9 +33,12 @@ class InProcessGrid(Grid):
     at_once : bool
         Clients work in threads of their own, as `merged` needs it over the stream. Otherwise in
         turn: with messages they share what a process keeps from one message to the next.
+    app : ClientApp
+        Answers the messages.
     """
 
-    def __init__(self, clients: int, *, at_once: bool) -> None:
+    def __init__(self, clients: int, *, at_once: bool, app: ClientApp = client_app.app) -> None:
+        self._app = app
         self._clients, self._at_once, self._ids = clients, at_once, itertools.count(1)
         self._states: dict[int, RecordDict] = {}
         self._replies: dict[str, Message] = {}
@@ -70,7 +71,7 @@ class InProcessGrid(Grid):
         node = message.metadata.dst_node_id
         state = self._states.setdefault(node, RecordDict())
         config: dict[str, Any] = {"partition-id": node - 1, "num-partitions": self._clients}
-        reply = app(message, Context(1, node, config, state, {}))
+        reply = self._app(message, Context(1, node, config, state, {}))
         self._replies[message.metadata.message_id] = reply
 
     def create_message(self, *args: Any, **kwargs: Any) -> Message:
@@ -132,31 +133,11 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
 @contextmanager
 def as_flower_runs_it() -> Iterator[None]:
     """The identity that Flower gives an app's process, and its log without news."""
+    TaskIdentity.run_id = TaskIdentity.node_id = TaskIdentity.task_id = 1
     logger = logging.getLogger("flwr")
     level = logger.level
     logger.setLevel(logging.ERROR)
-    alone, seeded = threading.Lock(), Ends._seeded
-
-    def one_by_one(build: Callable[[Config], Any]) -> Callable[[Config], Any]:
-        # To build a model sets what belongs to the process: random numbers, default types.
-        def locked(config: Config) -> Any:
-            with alone:
-                return build(config)
-
-        return locked
-
-    @contextmanager
-    def seeded_alone(*place: Any) -> Iterator[None]:
-        # So does a client's forward pass, which has a process of its own anywhere else.
-        with alone, seeded(*place):
-            yield
-
     try:
-        with (
-            mock.patch.multiple(TaskIdentity, _run_id=1, _node_id=1, _task_id=1),
-            mock.patch.object(site, "build_client", one_by_one(site.build_client)),
-            mock.patch.object(Ends, "_seeded", seeded_alone),
-        ):
-            yield
+        yield
     finally:
         logger.setLevel(level)

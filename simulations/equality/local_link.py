@@ -7,7 +7,8 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from strategies.engine.session import Session, StepResult
+from strategies.engine.lane import StepResult
+from strategies.engine.session import Session
 from strategies.transport.link import StepCounters
 
 

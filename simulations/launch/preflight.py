@@ -7,7 +7,7 @@ from pathlib import Path
 
 from conf.load import load_config
 from conf.rules import ConfigError, split_address
-from conf.schema import Config, DataConfig, FederationConfig, LinkConfig, ModelConfig, RuntimeConfig
+from conf.schema import Config, DataConfig, FederationConfig, LinkConfig, RuntimeConfig
 from flower_app.runs.folders import make_parent, runs_folder
 from simulations.launch.machine import MEBIBYTE, is_free
 
@@ -56,15 +56,14 @@ def check_config(config: Config, clients: int = 0) -> Config:
 
 def _check_contents(config: Config, clients: int) -> Config:
     """Check what it takes torch to read: not for a misspelt key."""
-    from flower_app.build import resolve_model
+    from flower_app.build import num_blocks, resolve_model
     from flower_app.check import check_names
     from models import Cut
 
     check_names(config)
-    _check_exists("model.path", config.model.path)
     _check_exists("model.tokenizer", config.model.tokenizer)
     config = resolve_model(config)
-    blocks = _count_blocks(config.model)
+    blocks = num_blocks(config)
     if blocks is not None:
         Cut(bottom=config.cut.bottom, top=config.cut.top).ranges(blocks)
     _check_devices(config.runtime)
@@ -95,22 +94,13 @@ def _check_data(data: DataConfig) -> None:
             "own are a deployment's (docs/deployment.md)",
             key="data.path",
         )
-    path = Path(data.path).expanduser()
-    if not path.is_absolute():
-        raise ConfigError(
-            f"data.path is the relative path '{data.path}', and Flower does not run the app in "
-            f"this folder; give an absolute path, such as {path.absolute()}",
-            key="data.path",
-        )
-    _check_exists("data.path", data.path)
-    _check_readable("data.path", path)
+    _check_file("data.path", Path(data.path).expanduser())
 
 
 def _check_link(link: LinkConfig) -> None:
     for name in ("certificate", "key"):
         if value := getattr(link, name):
-            _check_exists(f"link.{name}", value, given="/")
-            _check_readable(f"link.{name}", Path(value).expanduser())
+            _check_file(f"link.{name}", Path(value))
     host, port = split_address(link.bind)
     if port and not is_free(host, port):
         raise ConfigError(
@@ -150,16 +140,22 @@ def _check_documents(config: Config, clients: int) -> None:
         take_partition(load_rows(data), data, partition=0, partitions=clients, seed=config.seed)
 
 
-def _check_exists(
-    key: str, value: str, given: tuple[str, ...] | str = ("/", "~", "./", "../")
-) -> None:
+def _check_exists(key: str, value: str) -> None:
     """Refuse what is written as a path and is not there; other names are the hub's to judge."""
     path = Path(value).expanduser()
-    if value and value.startswith(given) and not path.exists():
+    if value.startswith(("/", "~", "./", "../")) and not path.exists():
         raise ConfigError(f"{key} {path} does not exist", key=key)
 
 
-def _check_readable(key: str, path: Path) -> None:
+def _check_file(key: str, path: Path) -> None:
+    if not path.is_absolute():
+        raise ConfigError(
+            f"{key} is the relative path '{path}', and Flower does not run the app in this "
+            f"folder; give an absolute path, such as {path.absolute()}",
+            key=key,
+        )
+    if not path.exists():
+        raise ConfigError(f"{key} {path} does not exist", key=key)
     if not os.access(path, os.R_OK | (os.X_OK if path.is_dir() else 0)):
         raise ConfigError(f"{key} {path} cannot be read by this user", key=key)
 
@@ -167,14 +163,3 @@ def _check_readable(key: str, path: Path) -> None:
 def _size(path: Path) -> int:
     files = path.rglob("*") if path.is_dir() else [path]
     return sum(file.stat().st_size for file in files if file.is_file())
-
-
-def _count_blocks(model: ModelConfig) -> int | None:
-    """Return the blocks of a model; None if only reading its weights would tell."""
-    from models.whole import make_config, read_config
-
-    if model.path.endswith(".gguf"):
-        return None
-    whole = make_config(model.scratch) if model.scratch else read_config(model.path)
-    blocks = getattr(whole.get_text_config(decoder=True), "num_hidden_layers", None)
-    return blocks if isinstance(blocks, int) else None

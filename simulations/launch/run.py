@@ -135,8 +135,10 @@ def _cpus(say: Callable[[str], None]) -> int:
 
 def _federation(config: Config, clients: int, cpus: int) -> str:
     """Value of `--federation-config`: how many clients, and all at once if the run needs that."""
+    from strategies.engine.policies.registry import find_policy  # with torch, which takes a while
+
     count = f"num-supernodes={clients}" if clients else ""
-    together = config.train.strategy == "merged" or config.train.turns == "ordered"
+    together = find_policy(config.train.strategy).needs_all_at_once(config.train)
     if together and config.link.transport == "stream":
         how = f"client-resources-num-cpus=1 init-args-num-cpus={clients or FLOWERS_CLIENTS}"
     else:  # Flower gives a client two CPUs, and ends a run where there is one

@@ -17,11 +17,11 @@ from conf.schema import TrainConfig
 from flower_app.client import streamed
 from flower_app.client.place import Place
 from models import Cut, Part, client_state, load_client_state, split
+from simulations.equality.fold import fold
 from simulations.equality.local_link import LocalLink
 from simulations.equality.reference import Steps, centralised_round, fed_avg_round, plain_optimizer
 from strategies.aggregate.means import weighted_mean
 from strategies.engine.engine import TrunkEngine
-from strategies.engine.policies.merged import Merged
 
 Cohort = Sequence[Steps]
 Round = Callable[[Cohort, int], None]
@@ -98,7 +98,7 @@ class Federation:
         trunk = self._parts.trunk
         self._engine = TrunkEngine(trunk, hidden_size=trunk.hidden_size, train=train)
         self._ends = [_ends(model, cut) for _ in range(clients)]
-        if isinstance(self._engine.policy, Merged) and train.sync == "step":
+        if train.sync == "step":
             self._engine.policy.start_ends(self._state())
 
     def round(self, cohort: Cohort, number: int) -> None:
@@ -112,7 +112,7 @@ class Federation:
                 LocalLink(engine.open(str(client), client=f"client-{client}", steps=len(steps)))
             )
         tokens = self._run(cohort, links, number)
-        engine.close_round({str(client): count for client, count in enumerate(tokens)})
+        fold(engine, {str(client): count for client, count in enumerate(tokens)})
         mean = weighted_mean([client_state(*ends) for ends in self._ends], tokens)
         load_client_state(self._parts.bottom, self._parts.top, mean)
 

@@ -15,8 +15,6 @@ from models.residuals import RESIDUAL, residual_weights
 from strategies.aggregate.lora import form_but_rank
 from strategies.aggregate.state import Contribution, GlobalState
 from strategies.engine.engine import TrunkEngine
-from strategies.engine.policies.merged import Merged
-from strategies.engine.policies.registry import SplitFedV1
 from strategies.records import to_arrays
 from strategies.rounds.answers import Answer
 from strategies.rounds.roster import Profile
@@ -43,7 +41,7 @@ class JointModel:
     def start(self, ends: Mapping[str, Tensor]) -> None:
         """Set the clients' first tensors, where averaging needs to know them."""
         # Where there is one trunk, no client contributes to it.
-        replicated = isinstance(self._engine.policy, SplitFedV1)
+        replicated = self._engine.policy.replicates
         self._state.start({**ends, **(self._trunk_state() if replicated else {})})
         self._arrays.clear()
 
@@ -102,10 +100,9 @@ class JointModel:
     def update(self, number: int, contributions: Sequence[Contribution]) -> float | None:
         """Average a round, and give the trunk its part; returns the error of averaging adapters."""
         report = self._state.update(number, contributions)
-        policy = self._engine.policy
-        if isinstance(policy, Merged) and policy.ends is not None:
+        if common := self._engine.policy.ends():
             # What the last step left; a client that ended before it holds something older.
-            self._state.start(policy.ends.state())
+            self._state.start(common)
         self._arrays.clear()
         own = self._trunk_state()
         kept = self._state.tensors(

@@ -9,9 +9,12 @@ from torch import Tensor, nn
 
 from strategies.errors import TrunkError
 
+LARGEST = 2.0**40
+"""Most that an activation, a gradient or a norm may be where clients' numbers are added up."""
+
 
 class InFlight:
-    """How many bytes of activations may wait for their step, over all sessions.
+    """How many bytes may wait for the end of their step, over all sessions.
 
     Parameters
     ----------
@@ -74,6 +77,15 @@ def check_finite(tensor: Tensor, what: str) -> None:
         raise TrunkError(
             f"{what} holds values that are not finite; lower train.lr, set train.clip, or use "
             "train.precision=fp32",
+            kind="not-finite",
+        )
+
+
+def check_bounded(tensor: Tensor, what: str) -> None:
+    """Refuse numbers that would drown those of other clients where they meet."""
+    if float(tensor.abs().max()) > LARGEST:
+        raise TrunkError(
+            f"{what} holds values beyond {LARGEST:.3g}; lower train.lr, or set train.clip",
             kind="not-finite",
         )
 

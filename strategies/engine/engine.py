@@ -8,29 +8,25 @@ from __future__ import annotations
 import copy
 import math
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from conf.schema import TrainConfig
 from models import Cut, load_trainable_state, trainable_state
-from strategies.engine.checks import InFlight
-from strategies.engine.policies.merged import Merged
-from strategies.engine.policies.registry import Policy, SplitFedV1, SplitFedV2
-from strategies.engine.session import MAX_GRAPHS, Round, Session
+from strategies.engine.bench import Bench
+from strategies.engine.member import Member, Round
+from strategies.engine.policies.registry import find_policy
+from strategies.engine.session import Session
 from strategies.errors import TrunkError
-from strategies.optim import derive_seed
 
-POLICIES: dict[str, Callable[[nn.Module, TrainConfig], Policy]] = {
-    "splitfed-v1": SplitFedV1,
-    "splitfed-v2": SplitFedV2,
-    "merged": Merged,
-}
-"""What `train.strategy` may name."""
+MAX_GRAPHS = 8
+"""Micro-batches of one session whose graphs may wait for their backward at once."""
+
+MAX_STEPS = 2**20
+"""Optimizer steps that a session may announce."""
 
 FRAME_OVERHEAD = 2**14
 """More bytes than a frame holds besides its tensors' elements."""
@@ -54,8 +50,15 @@ class TrunkEngine:
         Seconds a session may wait for its turn (`splitfed-v2`).
     max_sequences, max_tokens : int
         Largest B and T that are accepted: attention takes memory that grows with the square of T.
+    max_graphs : int
+        Micro-batches of one session whose graphs may wait at once; 0: all of a step.
     max_in_flight : int
-        Most bytes of activations whose step is not taken yet, over all sessions.
+        Most bytes of activations and replies whose step is not over yet, over all sessions.
+
+    Raises
+    ------
+    ConfigError
+        If no policy has the name that `train.strategy` gives.
 
     Notes
     -----
@@ -72,23 +75,27 @@ class TrunkEngine:
         timeout: float = 120.0,
         max_sequences: int = 2**16,
         max_tokens: int = 2**16,
+        max_graphs: int = MAX_GRAPHS,
         max_in_flight: int = 2**32,
     ) -> None:
-        self.in_flight = InFlight(max_in_flight)
-        self.max_sequences, self.max_tokens = max_sequences, max_tokens
         self.trunk, self.hidden_size, self.train = trunk, hidden_size, train
-        self.seed, self.timeout = seed, timeout
-        self.max_graphs = MAX_GRAPHS
-        # A drawn batch may fall to one client as a whole.
-        drawn = math.ceil(train.global_batch / train.batch_size)
-        self.max_micro_batches = max(train.accumulate, drawn)
-        self.policy = POLICIES[train.strategy](trunk, train)
-        self.device = next(trunk.parameters()).device
+        self.bench = Bench(
+            next(trunk.parameters()).device,
+            hidden_size=hidden_size,
+            train=train,
+            seed=seed,
+            timeout=timeout,
+            max_sequences=max_sequences,
+            max_tokens=max_tokens,
+            max_graphs=max_graphs,
+            max_in_flight=max_in_flight,
+        )
+        self.in_flight = self.bench.in_flight
+        self.policy = find_policy(train.strategy)(trunk, train, self.bench)
         self._round: Round | None = None
         self._kept: dict[str, Any] | None = None
         self._sessions: dict[str, Session] = {}
         self._lock = threading.Lock()
-        self._random = threading.Lock()
 
     def open_round(
         self, number: int, rounds: int, *, training: bool, cohort: int = 0, revocable: bool = False
@@ -135,12 +142,21 @@ class TrunkEngine:
                 raise TrunkError("no round is open: the session came too late", kind="closed")
             if key in self._sessions:
                 raise TrunkError(f"session '{key}' was opened before: a ticket serves once")
-            if self._round.training and steps < 1:
-                raise TrunkError(f"a training session needs at least 1 step, got {steps}")
-            lane = self.policy.open(key, training=self._round.training, cut=cut)
-            session = Session(self, lane, self._round, client=client, steps=steps)
+            if self._round.training:
+                self._check_steps(steps)
+            member = Member(client=client, steps=steps, round=self._round)
+            session = Session(self.policy.open(key, member, cut), self.bench)
             self._sessions[key] = session
             return session
+
+    def _check_steps(self, steps: int) -> None:
+        """The schedule is stretched over what is announced, under `merged` for everybody."""
+        if steps < 1:
+            raise TrunkError(f"a training session needs at least 1 step, got {steps}")
+        most = self.train.local_steps if not self.train.global_batch else 0
+        if steps > (most or MAX_STEPS):
+            why = f"train.local_steps={most} allows {most}" if most else f"at most {MAX_STEPS} may"
+            raise TrunkError(f"a session announces {steps} optimizer steps; {why}")
 
     def collect(self, keys: Iterable[str]) -> tuple[dict[str, dict[str, Tensor]], dict[str, float]]:
         """End the round without folding anything into the trunk.
@@ -155,14 +171,13 @@ class TrunkEngine:
         """
         self._close_sessions()
         replicas, statistics = self.policy.states(keys), self.policy.statistics()
-        self.policy.forget()
-        self.trunk.eval()
+        self.close_round()
         return replicas, statistics
 
-    def close_round(self, weights: Mapping[str, float]) -> None:
-        """End the round: close all sessions and fold those named, by weight, into the trunk."""
+    def close_round(self) -> None:
+        """End the round: close all sessions, and forget what they trained apart from the trunk."""
         self._close_sessions()
-        self.policy.close_round(weights)
+        self.policy.forget()
         self.trunk.eval()
 
     def _close_sessions(self) -> None:
@@ -177,7 +192,7 @@ class TrunkEngine:
         if self._kept is None:
             raise RuntimeError("this round was not opened as revocable")
         kept, self._kept = self._kept, None
-        self.close_round({})
+        self.close_round()
         self.load_state_dict(kept)
 
     def state_dict(self) -> dict[str, Any]:
@@ -205,16 +220,7 @@ class TrunkEngine:
         session = self._sessions.get(key)
         return session.tokens if session else 0
 
-    def largest_frame(self, itemsize: int) -> int:
+    def largest_frame(self, itemsize: float) -> int:
         """Bytes of the largest frame with activations of so many bytes an element, and its mask."""
-        elements = self.max_sequences * self.max_tokens
-        return elements * self.hidden_size * itemsize + elements // 8 + FRAME_OVERHEAD
-
-    @contextmanager
-    def random(self, *parts: object) -> Iterator[None]:
-        """Seed dropout from the run's seed and `parts`, whatever other sessions draw meanwhile."""
-        devices = [self.device] if self.device.type == "cuda" else []
-        # torch has one generator for dropout in the process, so seeded forwards go one by one.
-        with self._random, torch.random.fork_rng(devices):
-            torch.manual_seed(derive_seed(self.seed, *parts))
-            yield
+        elements = self.bench.max_sequences * self.bench.max_tokens
+        return math.ceil(elements * self.hidden_size * itemsize) + elements // 8 + FRAME_OVERHEAD

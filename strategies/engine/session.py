@@ -1,4 +1,4 @@
-"""One client's work on the trunk during a round: forwards, backwards and steps, in order.
+"""One client's work on the trunk during a round: forwards, backwards and steps, in order and once.
 
 Shapes: B sequences, T tokens, D hidden size.
 """
@@ -9,86 +9,38 @@ import math
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
-from strategies.engine.checks import check_finite, check_shapes, has_dropout, norm_error
-from strategies.engine.policies.group import GATHER_SHARE
-from strategies.engine.policies.registry import Lane
+from strategies.engine.bench import Bench
+from strategies.engine.checks import check_finite, norm_error
+from strategies.engine.lane import Lane, StepResult
 from strategies.errors import TrunkError
-from strategies.optim import (
-    Progress,
-    add_proximal,
-    autocast,
-    clipped_step,
-    learning_rate,
-    square_norm,
-)
-
-if TYPE_CHECKING:
-    from strategies.engine.engine import TrunkEngine
-
-MAX_GRAPHS = 8
-"""Micro-batches of one session whose graphs may wait for their backward at once."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Round:
-    """The round that is open: number (0 is the evaluation before training), and what it is for."""
-
-    number: int
-    rounds: int
-    training: bool
-    cohort: int = 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepResult:
-    """One optimizer step: gradient norm over all parts before clipping, and learning rate."""
-
-    step: int
-    grad_norm: float
-    lr: float
-    state: Mapping[str, Tensor] = field(default_factory=dict)
-    """With `train.sync=step`, the clients' common tensors after the step."""
-
-
-@dataclass(eq=False)
-class _Pending:
-    """A forward that waits for its backward."""
-
-    h_in_BTD: Tensor
-    h_out_BTD: Tensor
 
 
 class Session:
-    """One client's forwards, backwards and steps during one round. Opened by `TrunkEngine.open`."""
+    """One client's forwards, backwards and steps during one round. Opened by `TrunkEngine.open`.
 
-    def __init__(
-        self, engine: TrunkEngine, lane: Lane, round: Round, *, client: str, steps: int
-    ) -> None:
-        self._engine, self._lane, self.round = engine, lane, round
-        self.client, self.steps = client, steps
+    What comes again is refused as `stale`: whoever sends frames keeps the replies, and sends those
+    again (`Conversation`).
+    """
+
+    def __init__(self, lane: Lane, bench: Bench) -> None:
+        self._lane, self._bench = lane, bench
+        self.member = member = lane.member
+        self.client, self.steps, self.round = member.client, member.steps, member.round
         self.applied = 0
         self.tokens = 0
-        self._pending: dict[int, _Pending] = {}
-        self._gradients: dict[tuple[int, int], Tensor] = {}
-        self._result: StepResult | None = None
-        self._square_norm: float | None = None
+        self.moves = 0
+        """Grows with everything that a frame moves."""
+        self._pending: dict[int, tuple[int, ...]] = {}
+        self._gone_back: set[int] = set()
+        self._ready = False
         self._learnable = 0
         self._held_bytes = 0
-        self._declared = 0
         self._closed = False
         # The round may end (in Flower's thread) while this session works (in its stream's thread).
         self._busy = threading.Lock()
-        self._dropout = round.training and has_dropout(lane.module)
-        if lane.group is not None:
-            lane.group.join(self, cohort=round.cohort, patience=engine.timeout * GATHER_SHARE)
-        if lane.turn is not None:
-            lane.turn.join(self, cohort=round.cohort, patience=engine.timeout * GATHER_SHARE)
 
     def compute(self, step: int, micro: int, h_BTD: Tensor, mask_BT: Tensor | None) -> Tensor:
         """Run the trunk forward on one micro-batch.
@@ -97,7 +49,6 @@ class Session:
         ----------
         step, micro : int
             The optimizer step, from 0, and the micro-batch within it, from 0. In evaluation any.
-            One that waits for its backward is answered again, and runs once.
         h_BTD : Tensor
             The bottom's output, floating point.
         mask_BT : Tensor or None
@@ -112,56 +63,46 @@ class Session:
         ------
         TrunkError
             A wrong shape, a step out of order, too much in flight, a closed session. Of kind
-            `stale`, if it is of a step that lies behind: it came again.
+            `stale`, if it came before.
         """
-        self._check_open()
+        self.check_open()
         self.check_shapes(tuple(h_BTD.shape), None if mask_BT is None else tuple(mask_BT.shape))
         if not h_BTD.is_floating_point():
             raise TrunkError(f"activations must be floating point, got {h_BTD.dtype}", kind="shape")
         check_finite(h_BTD, f"the tensor of activations of step {step}")
-        h_BTD = h_BTD.to(self._engine.device)
-        mask_BT = None if mask_BT is None else mask_BT.to(self._engine.device)
+        h_BTD = h_BTD.to(self._bench.device)
+        mask_BT = None if mask_BT is None else mask_BT.to(self._bench.device)
         if not self.round.training:
-            with torch.no_grad():
-                return self._forward(h_BTD, mask_BT)
+            return self._lane.forward(step, micro, h_BTD, mask_BT)
         self._check_step(step)
-        if self._lane.turn is not None:
-            self._lane.turn.take(self, self._engine.timeout)
+        self._lane.begin()
         with self._working():
-            return self._compute(step, micro, h_BTD, mask_BT)
+            self._check_compute(step, micro)
+            self._hold(h_BTD.nbytes)
+            h_out_BTD = self._lane.forward(step, micro, h_BTD, mask_BT)
+            self._pending[micro] = tuple(h_BTD.shape)
+            # No step can learn from more tokens than it holds: a client's weight is its tokens.
+            held = h_BTD.shape[0] * h_BTD.shape[1] if mask_BT is None else int(mask_BT.sum())
+            self._learnable += held
+            self.moves += 1
+            return h_out_BTD
 
-    def _compute(self, step: int, micro: int, h_BTD: Tensor, mask_BT: Tensor | None) -> Tensor:
-        if micro in self._pending:  # its reply was lost
-            return self._pending[micro].h_out_BTD.detach()
-        if (step, micro) in self._gradients:
-            raise TrunkError(f"step {step}, micro-batch {micro} has gone back", kind="stale")
-        if micro >= (most := self._engine.max_micro_batches):
+    def _check_compute(self, step: int, micro: int) -> None:
+        if micro in self._pending or micro in self._gone_back:
+            raise TrunkError(f"step {step}, micro-batch {micro} came before", kind="stale")
+        if micro >= (most := self._bench.max_micro_batches):
             raise TrunkError(
                 f"micro-batch {micro} came; train.accumulate="
-                f"{self._engine.train.accumulate} allows 0 to {most - 1}",
+                f"{self._bench.train.accumulate} allows 0 to {most - 1}",
                 kind="order",
             )
-        if len(self._pending) >= self._engine.max_graphs:
+        if len(self._pending) >= self._bench.max_graphs:
             raise TrunkError(
                 f"{len(self._pending)} micro-batches already wait for their backward; "
-                f"at most {self._engine.max_graphs} may"
+                f"at most {self._bench.max_graphs} may"
             )
-        if self._square_norm is not None:
+        if self._ready:
             raise TrunkError(f"step {step} had its last micro-batch: apply it", kind="order")
-        self._engine.in_flight.take(h_BTD.nbytes)
-        self._held_bytes += h_BTD.nbytes
-        if self._lane.group is not None:
-            h_in_BTD = h_BTD
-            h_out_BTD = self._lane.group.forward(self, h_BTD, mask_BT)
-        else:
-            # A fresh leaf: the gradient with respect to it is what the client waits for.
-            h_in_BTD = h_BTD.detach().requires_grad_()
-            h_out_BTD = self.run(h_in_BTD, mask_BT, self.client, step, micro, "trunk")
-        self._pending[micro] = _Pending(h_in_BTD, h_out_BTD)
-        # No step can learn from more tokens than it holds: a client's weight is its tokens.
-        held = h_BTD.shape[0] * h_BTD.shape[1] if mask_BT is None else int(mask_BT.sum())
-        self._learnable += held
-        return h_out_BTD.detach()
 
     def backward(
         self, step: int, micro: int, grad_BTD: Tensor, *, last: bool, tokens: int = 0
@@ -189,69 +130,37 @@ class Session:
             the gradient of the whole cohort's loss.
         """
         with self._working():
-            return self._backward(step, micro, grad_BTD, last, tokens)
+            self._check_backward(step, micro, grad_BTD, last)
+            answer = self._lane.backward(step, micro, grad_BTD, last=last, tokens=tokens)
+            del self._pending[micro]
+            self._gone_back.add(micro)
+            self._ready = last
+            self.moves += 1
+            return answer
 
-    def _backward(
-        self, step: int, micro: int, grad_BTD: Tensor, last: bool, tokens: int
-    ) -> tuple[Tensor, float]:
+    def _check_backward(self, step: int, micro: int, grad_BTD: Tensor, last: bool) -> None:
         if not self.round.training:
             raise TrunkError("this session evaluates: it has no backward", kind="order")
         self._check_step(step)
-        if (step, micro) in self._gradients:  # its reply was lost
-            return self._gradients[step, micro], self._square_norm or 0.0
-        pending = self._pending.get(micro)
-        if pending is None:
+        if micro in self._gone_back:
+            raise TrunkError(f"step {step}, micro-batch {micro} has gone back", kind="stale")
+        if micro not in self._pending:
             raise TrunkError(
                 f"step {step}, micro-batch {micro} has no forward to go back through", kind="order"
             )
-        if grad_BTD.shape != pending.h_out_BTD.shape:
+        if grad_BTD.shape != self._pending[micro]:
             raise TrunkError(
                 f"gradient has shape {tuple(grad_BTD.shape)}, its activations had "
-                f"{tuple(pending.h_out_BTD.shape)}",
+                f"{self._pending[micro]}",
                 kind="shape",
             )
         check_finite(grad_BTD, f"the gradient of step {step}")
-        if self._lane.group is not None:
-            # The group keeps them as they went forward, whatever their numbers are.
-            if micro != (due := next(iter(self._pending))):
-                raise TrunkError(
-                    f"micro-batch {micro} goes back before {due}; merged needs them in the order "
-                    "of their forwards",
-                    kind="order",
-                )
-            if not 0 < tokens <= self._most_tokens():
-                raise TrunkError(f"step {step}: a gradient over {tokens} tokens cannot be weighed")
-            grad_in, square = self._lane.group.backward(self, grad_BTD, tokens, last=last)
-            self._declared = tokens
-            del self._pending[micro]
-        else:
-            del self._pending[micro]
-            grad_in, square = _back_through(pending, grad_BTD), 0.0
-        self._gradients[step, micro] = grad_in
-        if last:
-            if self._pending:
-                raise TrunkError(
-                    f"step {step}: micro-batches {sorted(self._pending)} still wait for their "
-                    "backward, so this one is not the last",
-                    kind="order",
-                )
-            if self._lane.anchor is not None:
-                add_proximal(self._lane.parameters, self._lane.anchor, self._engine.train.prox)
-            merged = self._lane.group is not None
-            self._square_norm = square if merged else square_norm(self._lane.parameters)
-        return grad_in, self._square_norm or 0.0
-
-    def get_gradients(self, step: int, micro: int) -> tuple[Tensor, float]:
-        """The result of a `backward` again, until the next step is applied. Changes nothing."""
-        self._check_open()
-        try:
-            return self._gradients[step, micro], self._square_norm or 0.0
-        except KeyError:
+        if last and (others := sorted(self._pending.keys() - {micro})):
             raise TrunkError(
-                f"no gradient of step {step}, micro-batch {micro} is kept: step {self.applied} is "
-                "the current one",
-                kind="missing",
-            ) from None
+                f"step {step}: micro-batches {others} still wait for their backward, so this one "
+                "is not the last",
+                kind="order",
+            )
 
     def apply(
         self,
@@ -261,8 +170,7 @@ class Session:
         tokens: int,
         gradients: Mapping[str, Tensor] | None = None,
     ) -> StepResult:
-        """Clip by the norm over all parts and take the optimizer step; a repeated call repeats the
-        result only.
+        """Clip by the norm over all parts and take the optimizer step.
 
         Parameters
         ----------
@@ -277,20 +185,13 @@ class Session:
             With `train.sync=step`, the gradients of bottom and top by global name.
         """
         with self._working():
-            if self._result is not None and step == self._result.step:
-                return self._result
             self._check_apply(step, client_square_norm, tokens)
-            if self._lane.group is not None:
-                norm, lr, state = self._lane.group.step(
-                    self, client_square_norm, tokens, gradients or {}
-                )
-                self._result = StepResult(step=step, grad_norm=norm, lr=lr, state=state)
-            else:
-                self._result = self._apply(step, client_square_norm)
+            result = self._lane.step(step, client_square_norm, tokens, gradients or {})
             self._finish_step()
             self.applied += 1
             self.tokens += tokens
-            return self._result
+            self.moves += 1
+            return result
 
     def _check_apply(self, step: int, client_square_norm: float, tokens: int) -> None:
         self._check_step(step)
@@ -298,91 +199,62 @@ class Session:
             raise TrunkError(f"a square norm cannot be {client_square_norm}")
         if not math.isfinite(client_square_norm):
             raise norm_error(step, client_square_norm)
-        if self._lane.group is not None and tokens == 0 and not self._learnable:
+        if self._lane.takes_empty_steps and tokens == 0 and not self._learnable:
             return
-        if self._square_norm is None:
+        if not self._ready:
             raise TrunkError(f"step {step} has not had its last backward", kind="order")
         if not 0 < tokens <= self._learnable:
             raise TrunkError(
                 f"step {step} reports {tokens} tokens; its micro-batches held {self._learnable}"
             )
-        if self._lane.group is not None and tokens != self._declared:
-            raise TrunkError(
-                f"step {step} ends with {tokens} tokens, it began with {self._declared}"
-            )
 
-    def _apply(self, step: int, client_square_norm: float) -> StepResult:
-        assert self._square_norm is not None
-        norm = math.sqrt(self._square_norm + client_square_norm)
-        if not math.isfinite(norm):
-            raise norm_error(step, norm)
-        progress = Progress(
-            round=self.round.number, rounds=self.round.rounds, step=step, steps=self.steps
-        )
-        lr = learning_rate(self._engine.train, progress, trunk=True)
-        clipped_step(self._lane.optimizer, lr=lr, norm=norm, clip=self._engine.train.clip)
-        return StepResult(step=step, grad_norm=norm, lr=lr)
+    def hold(self, count: int) -> None:
+        """Count bytes that are kept for this session until its step is over, or until it closes."""
+        with self._working():
+            self._hold(count)
+
+    def release(self, count: int) -> None:
+        """Count bytes less that were kept, if they still are."""
+        with self._busy:
+            count = min(count, self._held_bytes)
+            self._held_bytes -= count
+            self._bench.in_flight.give_back(count)
+
+    def _hold(self, count: int) -> None:
+        self._bench.in_flight.take(count)
+        self._held_bytes += count
 
     def leave(self) -> None:
         """Say at once that this session does no more, though its thread may still be at work."""
         self._closed = True
-        if self._lane.group is not None:
-            self._lane.group.leave(self)
-        if self._lane.turn is not None:
-            self._lane.turn.leave(self)
+        self._lane.leave()
 
     def close(self) -> None:
-        """Drop what is in flight and give back the turn. The replica of the applied steps waits for
-        the end of the round. A second call does nothing."""
+        """Drop what is in flight. What was trained waits for the end of the round. A second call
+        does nothing."""
         self.leave()
         with self._busy:
-            if self._lane.turn is not None and self._lane.turn.held_by(self):
-                for parameter in self._lane.parameters:
-                    parameter.grad = None
+            self._lane.close()
             self._finish_step()
-            self._lane.optimizer = None  # a replica waits for the round's end without its moments
+
+    def _finish_step(self) -> None:
+        self._lane.drop()
+        self._pending.clear()
+        self._gone_back.clear()
+        self._ready, self._learnable = False, 0
+        self._bench.in_flight.give_back(self._held_bytes)
+        self._held_bytes = 0
 
     @contextmanager
     def _working(self) -> Iterator[None]:
         with self._busy:
-            if self._closed and self._lane.turn is not None:
-                self._lane.turn.release(self)
-            self._check_open()
+            if self._closed:  # perhaps while this thread waited for what it now holds
+                self._lane.drop()
+            self.check_open()
             yield
 
-    @property
-    def progress(self) -> tuple[int, ...]:
-        """Changes with everything that a frame moves."""
-        return self.applied, len(self._pending), len(self._gradients), int(self._closed)
-
-    def _finish_step(self) -> None:
-        self._declared = 0
-        self._pending.clear()
-        self._engine.in_flight.give_back(self._held_bytes)
-        self._held_bytes = 0
-        self._gradients.clear()
-        self._square_norm = None
-        self._learnable = 0
-        if self._lane.turn is not None:
-            self._lane.turn.release(self)
-
-    def run(self, h_BTD: Tensor, mask_BT: Tensor | None, *seeds: object) -> Tensor:
-        """The trunk's forward; its dropout depends on the round and `seeds`."""
-        if not self._dropout:
-            return self._forward(h_BTD, mask_BT)
-        with self._engine.random(self.round.number, *seeds):
-            return self._forward(h_BTD, mask_BT)
-
-    def _forward(self, h_BTD: Tensor, mask_BT: Tensor | None) -> Tensor:
-        with autocast(self._engine.device, self._engine.train.precision):
-            return self._lane.module(h_BTD, mask_BT)
-
-    def _most_tokens(self) -> int:
-        """More tokens than a step's micro-batches can hold are a lie."""
-        engine = self._engine
-        return engine.max_micro_batches * engine.max_sequences * engine.max_tokens
-
-    def _check_open(self) -> None:
+    def check_open(self) -> None:
+        """`TrunkError` once this session does no more."""
         if self._closed:
             raise TrunkError("the session is closed: its round has ended", kind="closed")
 
@@ -398,26 +270,8 @@ class Session:
 
     def check_shapes(self, shape: tuple[int, ...], mask_shape: tuple[int, ...] | None) -> None:
         """Refuse a shape before anything is made of it: activations (B, T, D) and mask (B, T)."""
-        engine = self._engine
-        check_shapes(shape, mask_shape, engine.hidden_size, engine.max_sequences, engine.max_tokens)
+        self._bench.check_shapes(shape, mask_shape)
 
     def check_ends(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Refuse gradients of the ends by name and shape, before any is read."""
-        group = self._lane.group
-        if group is not None and group.ends is not None and shapes:
-            group.ends.check_shapes(shapes)
-        elif shapes:
-            raise TrunkError(
-                f"gradients of {len(shapes)} of the ends' tensors came; without train.sync=step "
-                "they stay with their client",
-                kind="shape",
-            )
-
-
-def _back_through(pending: _Pending, grad_BTD: Tensor) -> Tensor:
-    grad_out = grad_BTD.to(pending.h_out_BTD.device, pending.h_out_BTD.dtype)
-    torch.autograd.backward(pending.h_out_BTD, grad_out)
-    grad_in = pending.h_in_BTD.grad
-    if grad_in is None:
-        raise TrunkError("no gradient reached the trunk's input; is this part differentiable?")
-    return grad_in
+        self._lane.check_ends(shapes)

@@ -25,7 +25,6 @@ from models import Cut
 from strategies.aggregate.joint import JointModel
 from strategies.aggregate.state import Contribution
 from strategies.engine.engine import TrunkEngine
-from strategies.engine.policies.merged import Merged
 from strategies.events import Observer, StepDone
 from strategies.mail import exchange
 from strategies.records import ARRAYS, CONFIG, KEY_LOST, TICKET
@@ -245,7 +244,7 @@ class SplitFed(Strategy):
         if self._cohort.profiles:
             answers, turnout = self._cohort.collect(replies), self._cohort.turnout
             self.service.end_round()
-            self.engine.close_round({})
+            self.engine.close_round()
             if not answers:
                 raise RuntimeError(
                     f"no client finished evaluation in round {server_round}: {turnout.reasons()}"
@@ -403,8 +402,7 @@ class SplitFed(Strategy):
         present.sort(key=lambda profile: ((profile.bottom, profile.top) != usual, profile.client))
         ends = self.roster.first_tensors(grid, present, self.model)
         self.joint.start(ends)
-        if isinstance(self.engine.policy, Merged) and self.config.train.sync == "step":
-            self.engine.policy.start_ends(ends)
+        self.engine.policy.start_ends(ends)
 
     def _train_error(self, answer: Answer) -> str:
         """Why an answer cannot be averaged: its tokens are its weight."""
@@ -434,7 +432,7 @@ class SplitFed(Strategy):
         else:
             text = f"no client finished training in round {number}: {turnout.reasons()}"
         if tally.attempt > federation.retries:
-            self.engine.close_round({})
+            self.engine.close_round()
             again = f" (attempt {tally.attempt} of {tally.attempt})" if federation.retries else ""
             raise RuntimeError(f"{text}{again}")
         self.engine.abandon_round()

@@ -13,14 +13,15 @@ import torch
 from strategies.engine.session import Session
 from strategies.errors import TrunkError
 from strategies.transport import trunk_pb2 as pb
+from strategies.transport.codec.registry import crossings
 from strategies.transport.codec.tensors import (
     decode,
     decode_named,
-    encode,
     encode_named,
     shape_of,
 )
 from strategies.transport.frames import failure_of, read_client_frame, server_frame
+from strategies.transport.kept import KeptReplies
 
 PATIENCE = 0.2
 """Seconds between two looks whether a frame that waits is still wanted."""
@@ -58,8 +59,8 @@ class Conversation:
         The session's name on the server.
     session : Session
         What the frames drive.
-    dtype : torch.dtype
-        Of activations and gradients on the wire.
+    codec : str
+        Of activations and gradients, as `link.dtype` names it.
     on_step : callable
         Called with a `StepReport` after each step.
     limit : int
@@ -67,22 +68,23 @@ class Conversation:
 
     Notes
     -----
-    A frame that comes again is answered again and done once, so that a client may repeat whatever
-    was not answered. One thread at a time is served: a stream that broke may still be at work when
-    the next one begins.
+    A frame that comes again is answered with the same bytes and done once, so that a client may
+    repeat whatever was not answered. One thread at a time is served: a stream that broke may still
+    be at work when the next one begins.
     """
 
     def __init__(
         self,
         key: str,
         session: Session,
-        dtype: torch.dtype,
+        codec: str,
         on_step: Callable[[StepReport], None],
         limit: int,
     ) -> None:
         self.key, self.session = key, session
-        self._dtype, self._on_step, self._limit = dtype, on_step, limit
+        self._codecs, self._on_step, self._limit = crossings(codec, key), on_step, limit
         self._serving = threading.Lock()
+        self._kept = KeptReplies(session)
         self._damaged = self._repeats = 0
         # What has moved, and the trunk's own time, since the last step.
         self._bytes_up = self._bytes_down = 0
@@ -110,22 +112,23 @@ class Conversation:
                 return b""
         try:
             self._bytes_up += len(raw)
-            started, before = time.perf_counter(), self.session.progress
+            started, before = time.perf_counter(), self.session.moves
             reply = self._reply_or_failure(raw, started)
             self._seconds += time.perf_counter() - started
             self._check_progress(before)
-            return self.frame(**reply)
+            self._bytes_down += len(reply)
+            return reply
         finally:
             self._serving.release()
 
-    def _check_progress(self, before: tuple[int, ...]) -> None:
+    def _check_progress(self, before: int) -> None:
         """A client that only repeats itself must not hold a turn, or others up, for ever."""
-        moved = self.session.progress != before or not self.session.round.training
+        moved = self.session.moves != before or not self.session.round.training
         self._repeats = 0 if moved else self._repeats + 1
         if self._repeats > MAX_REPEATS:
             raise TrunkError(f"{MAX_REPEATS} frames in a row moved nothing", kind="order")
 
-    def _reply_or_failure(self, raw: bytes, started: float) -> dict[str, Any]:
+    def _reply_or_failure(self, raw: bytes, started: float) -> bytes:
         if len(raw) > self._limit:
             raise TrunkError(
                 f"a frame of {len(raw)} bytes came, at most {self._limit} are accepted; raise "
@@ -136,7 +139,11 @@ class Conversation:
         try:
             frame = read_client_frame(raw)
             self._damaged = 0
-            return self._reply(frame, started)
+            reply = self._kept.again(frame, raw)
+            if reply is None:
+                reply = server_frame(**self._reply(frame, started))
+                self._kept.keep(frame, raw, reply)
+            return reply
         except TrunkError as error:
             if not error.passes:
                 raise
@@ -144,7 +151,7 @@ class Conversation:
             if self._damaged > MAX_DAMAGED:
                 raise TrunkError(f"{MAX_DAMAGED} frames in a row: {error}", kind="order") from error
             asked = frame.get_gradients
-            return {"failure": failure_of(error, asked.step, asked.micro)}
+            return server_frame(failure=failure_of(error, asked.step, asked.micro))
 
     def frame(self, **body: object) -> bytes:
         """A frame to the client, counted."""
@@ -158,8 +165,6 @@ class Conversation:
             return {"activations": self._compute(frame.compute, started)}
         if body == "backward":
             return {"gradients": self._backward(frame.backward, started)}
-        if body == "get_gradients":
-            return {"gradients": self._again(frame.get_gradients, started)}
         if body == "apply":
             return {"applied": self._apply(frame.apply)}
         self.closed, self.left = not frame.close.early, frame.close.early
@@ -173,7 +178,7 @@ class Conversation:
             shape_of(frame.activations, "activations"),
             shape_of(frame.mask, "mask") if masked else None,
         )
-        h_BTD = decode(frame.activations, "activations", self._dtype)
+        h_BTD = self._codecs.h1.decode(frame.activations, "activations")
         mask_BT = decode(frame.mask, "mask") if masked else None
         if mask_BT is not None and mask_BT.dtype != torch.bool:
             raise TrunkError(f"the mask must be BOOL, got {mask_BT.dtype}", kind="codec")
@@ -182,7 +187,7 @@ class Conversation:
         return pb.Activations(
             step=frame.step,
             micro=frame.micro,
-            activations=encode(h_BTD, self._dtype),
+            activations=self._codecs.h2.encode(h_BTD, frame.step, frame.micro),
             seconds=time.perf_counter() - started,
         )
 
@@ -191,29 +196,19 @@ class Conversation:
         grad_BTD, square = self.session.backward(
             frame.step,
             frame.micro,
-            decode(frame.gradient, "gradient", self._dtype),
+            self._codecs.grad_h2.decode(frame.gradient, "gradient"),
             last=frame.last,
             tokens=frame.tokens,
         )
-        return self._gradients(frame, grad_BTD, square, started)
-
-    def _again(self, frame: pb.GetGradients, started: float) -> pb.Gradients:
-        grad_BTD, square = self.session.get_gradients(frame.step, frame.micro)
-        return self._gradients(frame, grad_BTD, square, started)
-
-    def _gradients(
-        self, frame: pb.Backward | pb.GetGradients, grad: torch.Tensor, square: float, start: float
-    ) -> pb.Gradients:
         return pb.Gradients(
             step=frame.step,
             micro=frame.micro,
-            gradient=encode(grad, self._dtype),
+            gradient=self._codecs.grad_h1.encode(grad_BTD, frame.step, frame.micro),
             square_norm=square,
-            seconds=time.perf_counter() - start,
+            seconds=time.perf_counter() - started,
         )
 
     def _apply(self, frame: pb.Apply) -> pb.Applied:
-        before = self.session.applied
         shapes = {each.name: shape_of(each.tensor, f"'{each.name}'") for each in frame.gradients}
         if len(shapes) != len(frame.gradients):
             # One that hides behind another of its name would be read unchecked.
@@ -227,8 +222,7 @@ class Conversation:
             gradients=decode_named(frame.gradients),
         )
         seconds = time.perf_counter() - started
-        # A step that came twice is reported once, one without an example of this client not at all.
-        if self.session.applied > before and frame.tokens:
+        if frame.tokens:  # else the step had no example of this client
             self._on_step(
                 StepReport(
                     key=self.key,

@@ -16,14 +16,13 @@ from torch import Tensor
 
 from conf.schema import LinkConfig
 from strategies.engine.checks import check_finite, norm_error
-from strategies.engine.session import StepResult
+from strategies.engine.lane import StepResult
 from strategies.errors import TrunkError
 from strategies.transport import trunk_pb2 as pb
+from strategies.transport.codec.codec import Codec
+from strategies.transport.codec.registry import crossings
 from strategies.transport.codec.tensors import (
-    WIRE_DTYPES,
-    decode,
     decode_named,
-    encode,
     encode_mask,
     encode_named,
     shape_of,
@@ -111,11 +110,13 @@ class Framed:
     Parameters
     ----------
     config : LinkConfig
-        Type of activations and gradients on the wire.
+        Names the codec of activations and gradients.
+    session : str
+        Its name on the server.
     """
 
-    def __init__(self, config: LinkConfig) -> None:
-        self._dtype = WIRE_DTYPES[config.dtype]
+    def __init__(self, config: LinkConfig, session: str) -> None:
+        self._codecs = crossings(config.dtype, session)
 
     def send(self, request: Request) -> None:
         """Let a frame go."""
@@ -123,7 +124,8 @@ class Framed:
 
     def compute(self, step: int, micro: int, h_BTD: Tensor, mask_BT: Tensor | None) -> None:
         """Send activations (B, T, D) through the trunk; see `Session.compute`."""
-        frame = pb.Compute(step=step, micro=micro, activations=encode(h_BTD, self._dtype))
+        activations = self._codecs.h1.encode(h_BTD, step, micro)
+        frame = pb.Compute(step=step, micro=micro, activations=activations)
         if mask_BT is not None:
             frame.mask.CopyFrom(encode_mask(mask_BT))
         raw = client_frame(compute=frame)
@@ -133,7 +135,7 @@ class Framed:
         self, step: int, micro: int, grad_BTD: Tensor, *, last: bool, tokens: int = 0
     ) -> None:
         """Send dL/dh2 back through the trunk; see `Session.backward`."""
-        gradient = encode(grad_BTD, self._dtype)
+        gradient = self._codecs.grad_h2.encode(grad_BTD, step, micro)
         frame = pb.Backward(step=step, micro=micro, gradient=gradient, last=last, tokens=tokens)
         raw = client_frame(backward=frame)
         self.send(Request(raw, "gradients", step, micro, tuple(grad_BTD.shape)))
@@ -148,14 +150,15 @@ class Framed:
 
     def read_activations(self, reply: pb.Activations, shape: tuple[int, ...]) -> Tensor:
         """h2 (B, T, D), of the wire's dtype; `TrunkError` for another shape, or if not finite."""
-        return self._read(reply.activations, f"the trunk's output of step {reply.step}", shape)
+        what = f"the trunk's output of step {reply.step}"
+        return _read(self._codecs.h2, reply.activations, what, shape)
 
     def read_gradients(self, reply: pb.Gradients, shape: tuple[int, ...]) -> tuple[Tensor, float]:
         """dL/dh1, checked like h2, and the squared norm of the trunk's gradient."""
         what = f"the trunk's gradient of step {reply.step}"
         if reply.square_norm < 0:
             raise TrunkError(f"{what} came with a square norm of {reply.square_norm:g}")
-        return self._read(reply.gradient, what, shape), reply.square_norm
+        return _read(self._codecs.grad_h1, reply.gradient, what, shape), reply.square_norm
 
     def read_applied(self, reply: pb.Applied) -> StepResult:
         """The trunk's step, with the ends' tensors after it under `train.sync=step`."""
@@ -166,9 +169,10 @@ class Framed:
             raise norm_error(reply.step, reply.grad_norm)
         return StepResult(step=reply.step, grad_norm=reply.grad_norm, lr=reply.lr, state=state)
 
-    def _read(self, message: pb.Tensor, what: str, shape: tuple[int, ...]) -> Tensor:
-        if (came := shape_of(message, what)) != shape:
-            raise TrunkError(f"{what} came with shape {came}, sent was {shape}", kind="shape")
-        tensor = decode(message, what, self._dtype)
-        check_finite(tensor, what)
-        return tensor
+
+def _read(codec: Codec, message: pb.Tensor, what: str, shape: tuple[int, ...]) -> Tensor:
+    if (came := shape_of(message, what)) != shape:
+        raise TrunkError(f"{what} came with shape {came}, sent was {shape}", kind="shape")
+    tensor = codec.decode(message, what)
+    check_finite(tensor, what)
+    return tensor

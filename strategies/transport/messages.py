@@ -24,7 +24,6 @@ from strategies.engine.engine import TrunkEngine
 from strategies.errors import TrunkError
 from strategies.mail import LONGEST_PAUSE, never, push, unanswered
 from strategies.records import ARRAYS, CONFIG, FRAMES, TICKET
-from strategies.transport.codec.tensors import WIRE_DTYPES
 from strategies.transport.conversation import Conversation, StepReport
 from strategies.transport.tickets import Guest, Ticket
 
@@ -97,7 +96,7 @@ class Lockstep:
     address = "Flower's messages"
 
     def __init__(self, engine: TrunkEngine, link: LinkConfig) -> None:
-        self._engine, self._dtype = engine, WIRE_DTYPES[link.dtype]
+        self._engine, self._codec = engine, link.dtype
         self._patience = link.timeout
         self.on_step: Callable[[StepReport], None] = lambda report: None
         self._guests: dict[str, Guest] = {}
@@ -117,7 +116,7 @@ class Lockstep:
         if guest is None:
             raise TrunkError("the session came too late: its round has ended", kind="closed")
         session = self._engine.open(key, client=guest.client, steps=steps, cut=guest.cut)
-        return Conversation(key, session, self._dtype, self._report, limit=self._limit)
+        return Conversation(key, session, self._codec, self._report, limit=self._limit)
 
     def end_round(self) -> None:
         """Nobody admitted to the round may begin now."""

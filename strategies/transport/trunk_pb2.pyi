@@ -40,20 +40,22 @@ class Envelope(_message.Message):
     def __init__(self, checksum: _Optional[int] = ..., body: _Optional[bytes] = ...) -> None: ...
 
 class Tensor(_message.Message):
-    __slots__ = ("version", "dtype", "shape", "codec", "scale", "data")
+    __slots__ = ("version", "dtype", "shape", "codec", "scale", "data", "codec_name")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     SHAPE_FIELD_NUMBER: _ClassVar[int]
     CODEC_FIELD_NUMBER: _ClassVar[int]
     SCALE_FIELD_NUMBER: _ClassVar[int]
     DATA_FIELD_NUMBER: _ClassVar[int]
+    CODEC_NAME_FIELD_NUMBER: _ClassVar[int]
     version: int
     dtype: DType
     shape: _containers.RepeatedScalarFieldContainer[int]
     codec: Codec
     scale: float
     data: bytes
-    def __init__(self, version: _Optional[int] = ..., dtype: _Optional[_Union[DType, str]] = ..., shape: _Optional[_Iterable[int]] = ..., codec: _Optional[_Union[Codec, str]] = ..., scale: _Optional[float] = ..., data: _Optional[bytes] = ...) -> None: ...
+    codec_name: str
+    def __init__(self, version: _Optional[int] = ..., dtype: _Optional[_Union[DType, str]] = ..., shape: _Optional[_Iterable[int]] = ..., codec: _Optional[_Union[Codec, str]] = ..., scale: _Optional[float] = ..., data: _Optional[bytes] = ..., codec_name: _Optional[str] = ...) -> None: ...
 
 class NamedTensor(_message.Message):
     __slots__ = ("name", "tensor")

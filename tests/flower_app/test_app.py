@@ -257,7 +257,7 @@ def test_a_failing_export_loses_nothing(tmp_path: Path, monkeypatch: pytest.Monk
     def full_disk(*args: Any, **kwargs: Any) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("flower_app.build.save_full", full_disk)
+    monkeypatch.setattr("flower_app.export.save_full", full_disk)
 
     with pytest.raises(RuntimeError, match="no space left on device.*trained.safetensors"):
         run(tiny_config(tmp_path, "train.rounds=1"), InProcessGrid(clients=2))

@@ -14,9 +14,9 @@ from simulations.launch.preflight import check_run
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("train.strategy=fedavg", r"one of splitfed-v1, splitfed-v2, merged.*, got 'fedavg'$"),
+        ("train.strategy=fedavg", r"one of merged, splitfed-v1, splitfed-v2.*, got 'fedavg'$"),
         ("train.strategy=merge", r"one of .*, got 'merge'; did you mean 'merged'\?"),
-        ("link.dtype=int8", r"one of fp32, fp16, bf16.*, got 'int8'"),
+        ("link.dtype=int8", r"one of bf16, fp16, fp32, got 'int8'"),
         ("aggregation.lora=exakt tuning.trunk=lora", r"one of factors, .*; did you mean 'exact'\?"),
     ],
 )

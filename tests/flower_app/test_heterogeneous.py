@@ -20,12 +20,12 @@ from flower_app.build import (
     build_client,
     build_trunk,
     describe,
-    export_model,
     num_blocks,
     take_residuals,
 )
 from flower_app.client.node import own_config
 from flower_app.client.site import Site
+from flower_app.export import export_model
 from models import (
     Cut,
     build_scratch,

@@ -16,6 +16,7 @@ from flower_app.client.step import Outcome
 from flower_app.data.client import Batch
 from models import Cut, split
 from models.tiny import VOCAB, tiny_config
+from simulations.equality.fold import fold
 from simulations.equality.local_link import LocalLink
 from simulations.equality.reference import fed_avg_round, train_whole
 from strategies.engine.engine import TrunkEngine
@@ -154,7 +155,7 @@ def train_split(
     engine.open_round(1, 1, training=True)
     link = LocalLink(engine.open("one", client="client-0", steps=len(steps)))
     outcome = streamed.train(parts.bottom, parts.top, link, steps, len(steps), train, place())
-    engine.close_round({"one": outcome.tokens})
+    fold(engine, {"one": outcome.tokens})
     return outcome
 
 

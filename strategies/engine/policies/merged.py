@@ -1,122 +1,73 @@
-"""The `merged` policy: one trunk, and one step for all sessions of the cohort."""
+"""The `merged` policy: one trunk, and one step for all sessions of the cohort.
+
+Shapes: B sequences, T tokens, D hidden size.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from conf.schema import TrainConfig
-from models import Cut, load_trainable_state
-from strategies.engine.checks import check_finite
+from strategies.engine.bench import Bench
+from strategies.engine.checks import LARGEST, check_bounded
+from strategies.engine.lane import Lane, StepResult
+from strategies.engine.member import Member
+from strategies.engine.policies.common_ends import Ends
 from strategies.engine.policies.group import Group
-from strategies.engine.policies.registry import Lane, refuse_cut
+from strategies.engine.policy import Policy
 from strategies.errors import TrunkError
-from strategies.optim import build_optimizer, square_norm, trainable
+from strategies.optim import build_optimizer, trainable
 
 
-class Ends:
-    """The clients' bottom and top, which under `train.sync=step` take one common step.
-
-    Parameters
-    ----------
-    state : mapping
-        Their trainable tensors by global name, floating point.
-    train : TrainConfig
-        Optimizer settings. The optimizer lives as long as the run.
-    """
-
-    def __init__(self, state: Mapping[str, Tensor], train: TrainConfig) -> None:
-        self.parameters = {name: nn.Parameter(value.clone()) for name, value in state.items()}
-        self.optimizer = build_optimizer(list(self.parameters.values()), train)
-
-    def set_gradients(self, gradients: Sequence[tuple[int, Mapping[str, Tensor]]]) -> float:
-        """Take the mean of the clients' gradients, weighted by tokens; returns its squared norm."""
-        total = sum(tokens for tokens, _ in gradients)
-        for name, parameter in self.parameters.items():
-            mean = torch.zeros_like(parameter, dtype=torch.float64)
-            for tokens, own in gradients:
-                if tokens:
-                    mean.add_(own[name].to(mean), alpha=tokens / total)
-            parameter.grad = mean.to(parameter.dtype)
-        return square_norm(self.parameters.values())
-
-    def check(self, gradients: Mapping[str, Tensor]) -> None:
-        """Refuse gradients that are not of exactly these tensors."""
-        self.check_shapes({name: tuple(gradient.shape) for name, gradient in gradients.items()})
-        for name, gradient in gradients.items():
-            check_finite(gradient, f"the gradient of '{name}'")
-
-    def check_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Refuse other names or shapes than those of these tensors."""
-        odd = sorted(self.parameters.keys() ^ shapes.keys())
-        odd = odd or [n for n, shape in shapes.items() if shape != self.parameters[n].shape]
-        if odd:
-            raise TrunkError(
-                f"the gradients differ from the clients' common tensors in {odd[:3]}", kind="shape"
-            )
-
-    def state(self) -> dict[str, Tensor]:
-        """The tensors after the last step."""
-        return {name: parameter.detach() for name, parameter in self.parameters.items()}
-
-
-class Merged:
+class Merged(Policy):
     """One trunk, and one step for the whole cohort.
 
     The concatenation of the clients' smashed activations is that of Jeon & Kim 2020, *Privacy-
-    Sensitive Parallel Split Learning* (ICOIN), with the gradient of the global mean loss.
-
-    Parameters
-    ----------
-    trunk : nn.Module
-        Moves with every step; its optimizer lives as long as the run.
-    train : TrainConfig
-        Optimizer settings, and `sync`.
+    Sensitive Parallel Split Learning* (ICOIN), with the gradient of the global mean loss. The
+    trunk's optimizer lives as long as the run.
     """
 
-    def __init__(self, trunk: nn.Module, train: TrainConfig) -> None:
-        self.trunk, self._train = trunk, train
+    name = "merged"
+
+    def __init__(self, trunk: nn.Module, train: TrainConfig, bench: Bench) -> None:
+        super().__init__(trunk, train, bench)
         self._parameters = trainable(trunk)
         self._optimizer = build_optimizer(self._parameters, train)
-        self.ends: Ends | None = None
+        self.common: Ends | None = None
         self._group: Group | None = None
+
+    @classmethod
+    def needs_all_at_once(cls, train: TrainConfig) -> bool:
+        """Every step is the whole cohort's."""
+        return True
 
     def start_ends(self, state: Mapping[str, Tensor]) -> None:
         """Set the clients' common tensors, which `train.sync=step` moves."""
-        self.ends = Ends(state, self._train)
+        if self.train.sync == "step":
+            self.common = Ends(state, self.train)
 
-    def open(self, key: str, *, training: bool, cut: Cut | None = None) -> Lane:
-        """The shared trunk and the round's group; without the group for evaluation."""
-        refuse_cut(self.trunk, cut, "merged")
-        if not training:
-            return Lane(self.trunk)
-        if self._train.sync == "step" and self.ends is None:
+    def ends(self) -> dict[str, Tensor]:
+        """The clients' common tensors as the last step left them."""
+        return self.common.state() if self.common is not None else {}
+
+    def lane(self, member: Member) -> Lane:
+        """The shared trunk in the round's group."""
+        if self.train.sync == "step" and self.common is None:
             raise RuntimeError("train.sync=step: give the clients' first tensors to start_ends")
         if self._group is None:
-            self._group = Group(self._optimizer, self._parameters, self._train, self.ends)
-        return Lane(self.trunk, None, None, self._parameters, group=self._group)
-
-    def states(self, keys: Iterable[str]) -> dict[str, dict[str, Tensor]]:
-        """Nothing for any session: there is one trunk."""
-        return {key: {} for key in keys}
-
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        """Copy `state` into the trunk; an empty one changes nothing."""
-        if state:
-            load_trainable_state(self.trunk, state)
+            self._group = Group(
+                self.trunk, self._parameters, self._optimizer, self.common, self.bench
+            )
+        return _GroupLane(self.trunk, member, self.bench, self._group, self._parameters)
 
     def forget(self) -> None:
         """Drop the group, and what was under way in it."""
         self._group = None
         for parameter in self._parameters:
             parameter.grad = None
-
-    def close_round(self, weights: Mapping[str, float]) -> None:
-        """Nothing to fold: every step has moved the one trunk already."""
-        self.forget()
 
     def miss(self) -> None:
         """One client of the cohort will not come."""
@@ -131,18 +82,98 @@ class Merged:
     def state_dict(self) -> dict[str, Any]:
         """Both optimizers, and the clients' common tensors."""
         own = {"optimizer": self._optimizer and self._optimizer.state_dict(), "ends": None}
-        if self.ends is not None:
-            optimizer = self.ends.optimizer
-            own["ends"] = (self.ends.state(), optimizer and optimizer.state_dict())
+        if self.common is not None:
+            optimizer = self.common.optimizer
+            own["ends"] = (self.common.state(), optimizer and optimizer.state_dict())
         return own
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go back to a `state_dict`."""
         if self._optimizer is not None:
             self._optimizer.load_state_dict(state["optimizer"])
-        self.ends = None
+        self.common = None
         if state["ends"] is not None:
             tensors, optimizer = state["ends"]
-            self.ends = Ends(tensors, self._train)
-            if self.ends.optimizer is not None:
-                self.ends.optimizer.load_state_dict(optimizer)
+            self.common = Ends(tensors, self.train)
+            if self.common.optimizer is not None:
+                self.common.optimizer.load_state_dict(optimizer)
+
+
+class _GroupLane(Lane):
+    """A member's way into its group: what would spoil the common step is refused here, to it alone,
+    before it meets the others' numbers."""
+
+    takes_empty_steps = True
+
+    def __init__(
+        self,
+        trunk: nn.Module,
+        member: Member,
+        bench: Bench,
+        group: Group,
+        parameters: list[nn.Parameter],
+    ) -> None:
+        super().__init__(trunk, member, bench)
+        self.parameters, self._group = parameters, group
+        self._due: list[int] = []
+        self._declared = 0
+        group.join(member)
+
+    def forward(self, step: int, micro: int, h_BTD: Tensor, mask_BT: Tensor | None) -> Tensor:
+        check_bounded(h_BTD, f"the tensor of activations of step {step}")
+        h_out_BTD = self._group.forward(self.member, h_BTD, mask_BT)
+        self._due.append(micro)
+        return h_out_BTD
+
+    def backward(
+        self, step: int, micro: int, grad_BTD: Tensor, *, last: bool, tokens: int
+    ) -> tuple[Tensor, float]:
+        if micro != (due := self._due[0]):
+            raise TrunkError(
+                f"micro-batch {micro} goes back before {due}; merged needs them in the order of "
+                "their forwards",
+                kind="order",
+            )
+        if not 0 < tokens <= self.bench.most_tokens:
+            raise TrunkError(f"step {step}: a gradient over {tokens} tokens cannot be weighed")
+        if self._declared and tokens != self._declared:
+            raise TrunkError(
+                f"micro-batch {micro} of step {step} comes with {tokens} tokens, the step began "
+                f"with {self._declared}"
+            )
+        check_bounded(grad_BTD, f"the gradient of step {step}")
+        answer = self._group.backward(self.member, grad_BTD, tokens, last=last)
+        self._declared = tokens
+        del self._due[0]
+        return answer
+
+    def step(
+        self, step: int, square: float, tokens: int, gradients: Mapping[str, Tensor]
+    ) -> StepResult:
+        if tokens != self._declared:
+            raise TrunkError(
+                f"step {step} ends with {tokens} tokens, it began with {self._declared}"
+            )
+        if square > LARGEST**2:
+            raise TrunkError(
+                f"the square norm {square:.3g} of step {step} is beyond {LARGEST**2:.3g}; lower "
+                "train.lr, or set train.clip",
+                kind="not-finite",
+            )
+        if self._group.ends is not None and tokens:
+            self._group.ends.check(gradients)
+        norm, lr, state = self._group.step(self.member, square, tokens, gradients)
+        return StepResult(step=step, grad_norm=norm, lr=lr, state=state)
+
+    def check_ends(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        if self._group.ends is not None and shapes:
+            self._group.ends.check_shapes(shapes)
+        else:
+            super().check_ends(shapes)
+
+    def drop(self) -> None:
+        self._due.clear()
+        self._declared = 0
+
+    def leave(self) -> None:
+        self._group.leave(self.member)

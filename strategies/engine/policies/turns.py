@@ -6,14 +6,9 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable
-from typing import TYPE_CHECKING
 
-from conf.schema import TrainConfig
+from strategies.engine.member import Member
 from strategies.errors import TrunkError
-
-if TYPE_CHECKING:
-    from strategies.engine.session import Session
 
 logger = logging.getLogger(__name__)
 
@@ -21,24 +16,24 @@ logger = logging.getLogger(__name__)
 class Turn:
     """The exclusive right to use a shared trunk from the forward pass to the optimizer step.
 
-    A session may take a turn it already holds, and may release one it does not hold.
+    A member may take a turn it already holds, and may release one it does not hold.
     """
 
     def __init__(self) -> None:
         self._free = threading.Condition()
-        self._holder: Session | None = None
-        self._queue: list[Session] = []
+        self._holder: Member | None = None
+        self._queue: list[Member] = []
 
-    def join(self, member: Session, *, cohort: int, patience: float) -> None:
-        """Say that a session of a cohort will ask for turns."""
+    def join(self, member: Member, *, cohort: int, patience: float) -> None:
+        """Say that a member of a cohort will ask for turns."""
 
-    def leave(self, member: Session) -> None:
+    def leave(self, member: Member) -> None:
         """Say that it will ask for no more; a turn that it holds stays its own until released."""
 
     def miss(self) -> None:
-        """Expect one session less."""
+        """Expect one member less."""
 
-    def take(self, holder: Session, timeout: float) -> None:
+    def take(self, holder: Member, timeout: float) -> None:
         """Wait for the turn; `TrunkError` after `timeout` seconds."""
         with self._free:
             if self._holder is holder:
@@ -54,11 +49,11 @@ class Turn:
                 raise _none_within(timeout)
             self._holder = holder
 
-    def held_by(self, holder: Session) -> bool:
+    def held_by(self, holder: Member) -> bool:
         """Whether `holder` has the turn."""
         return self._holder is holder
 
-    def release(self, holder: Session) -> None:
+    def release(self, holder: Member) -> None:
         """Give the turn to whoever waits, if `holder` has it."""
         with self._free:
             if self._holder is holder:
@@ -69,19 +64,19 @@ class Turn:
 class OrderedTurn(Turn):
     """Turns that do not depend on who is quicker.
 
-    Of the sessions that have steps to take, the next turn is that of the one with the fewest taken,
+    Of the members that have steps to take, the next turn is that of the one with the fewest taken,
     by name where they are equal. So the first turn waits until the whole cohort has come, and every
-    turn until its session asks for it. One object serves one round.
+    turn until its member asks for it. One object serves one round.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self._taken: dict[Session, int] = {}
+        self._taken: dict[Member, int] = {}
         self._cohort = self._joined = 0
         self._patience = 0.0
         self._deadline: float | None = None
 
-    def join(self, member: Session, *, cohort: int, patience: float) -> None:
+    def join(self, member: Member, *, cohort: int, patience: float) -> None:
         """Take part."""
         with self._free:
             if not self._joined:
@@ -90,19 +85,19 @@ class OrderedTurn(Turn):
             self._taken[member] = 0
             self._free.notify_all()
 
-    def leave(self, member: Session) -> None:
+    def leave(self, member: Member) -> None:
         """Take part no longer: nobody waits for it."""
         with self._free:
             self._taken.pop(member, None)
             self._free.notify_all()
 
     def miss(self) -> None:
-        """Expect one session less."""
+        """Expect one member less."""
         with self._free:
             self._cohort -= 1
             self._free.notify_all()
 
-    def take(self, holder: Session, timeout: float) -> None:
+    def take(self, holder: Member, timeout: float) -> None:
         """Wait for the turn; `TrunkError` after `timeout` seconds, or if the session has ended."""
         end = time.monotonic() + timeout
         with self._free:
@@ -119,14 +114,14 @@ class OrderedTurn(Turn):
                     # The deadline of gathering is one of the things to wake up for.
                     self._free.wait(min(left, max(0.0, self._deadline - time.monotonic()) or left))
 
-    def release(self, holder: Session) -> None:
+    def release(self, holder: Member) -> None:
         """Give the turn to whose it is next, if `holder` has it: a step of its own is done."""
         with self._free:
             if self._holder is holder and holder in self._taken:
                 self._taken[holder] += 1
         super().release(holder)
 
-    def _next(self) -> Session | None:
+    def _next(self) -> Member | None:
         due = [(n, member) for member, n in self._taken.items() if n < member.steps]
         return min(due, key=lambda entry: (entry[0], entry[1].client), default=(0, None))[1]
 
@@ -146,11 +141,6 @@ class OrderedTurn(Turn):
             *(self._joined, self._cohort, self._patience, self._cohort),
         )
         return True
-
-
-def turns(train: TrainConfig) -> Callable[[], Turn]:
-    """What makes a round's turns, as `train.turns` says."""
-    return OrderedTurn if train.turns == "ordered" else Turn
 
 
 def _none_within(timeout: float) -> TrunkError:

@@ -30,7 +30,6 @@ _CODECS = {
     pb.BFLOAT16: (pb.RAW,),
     pb.BOOL: (pb.BITS,),
 }
-WIRE_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def encode(tensor: Tensor, dtype: torch.dtype) -> pb.Tensor:
@@ -90,16 +89,12 @@ def decode(message: pb.Tensor, what: str, agreed: torch.dtype | None = None) -> 
     TrunkError
         For another version, an unknown dtype or codec, or a shape that does not fit the data.
     """
-    if message.version != WIRE_VERSION:
-        raise TrunkError(
-            f"{what}: wire version {message.version} came, version {WIRE_VERSION} is spoken here; "
-            "run the same release of Graft on both sides",
-            kind="version",
-        )
+    check_version(message, what)
     dtype = _DTYPES.get(message.dtype)
-    if dtype is None or message.codec not in _CODECS[message.dtype]:
+    if dtype is None or message.codec not in _CODECS[message.dtype] or message.codec_name:
         raise TrunkError(
-            f"{what}: dtype {message.dtype} with codec {message.codec} is not known here",
+            f"{what}: dtype {message.dtype} with codec {message.codec} "
+            f"{message.codec_name[:40]!r} is not known here",
             kind="codec",
         )
     if agreed is not None and dtype != agreed:
@@ -138,6 +133,16 @@ def encode_named(tensors: Mapping[str, Tensor]) -> list[pb.NamedTensor]:
 def decode_named(messages: Iterable[pb.NamedTensor]) -> dict[str, Tensor]:
     """Rebuild `encode_named`; a scalar or an empty tensor is refused like any odd shape."""
     return {message.name: decode(message.tensor, f"'{message.name}'") for message in messages}
+
+
+def check_version(message: pb.Tensor, what: str) -> None:
+    """Refuse another wire version's tensor."""
+    if message.version != WIRE_VERSION:
+        raise TrunkError(
+            f"{what}: wire version {message.version} came, version {WIRE_VERSION} is spoken here; "
+            "run the same release of Graft on both sides",
+            kind="version",
+        )
 
 
 def shape_of(message: pb.Tensor, what: str) -> tuple[int, ...]:

@@ -11,7 +11,8 @@ import grpc
 from torch import Tensor
 
 from conf.schema import LinkConfig
-from strategies.engine.session import StepResult
+from strategies.deadlines import repeat
+from strategies.engine.lane import StepResult
 from strategies.errors import TrunkError
 from strategies.transport import trunk_pb2 as pb
 from strategies.transport.frames import client_frame, read_server_frame
@@ -22,9 +23,6 @@ from strategies.transport.tickets import Ticket
 
 FIRST_CONNECTION_SECONDS = 30.0
 """For a session's first stream, which may need the trunk to be copied."""
-
-REPEAT_SHARE = 1 / 8
-"""Of `link.timeout`: after how long without an answer a question is asked again."""
 
 
 class GrpcLink(Framed):
@@ -63,7 +61,7 @@ class GrpcLink(Framed):
         config: LinkConfig,
         interceptors: Sequence[grpc.StreamStreamClientInterceptor] = (),
     ) -> None:
-        super().__init__(config)
+        super().__init__(config, ticket.session)
         self._address, self._config = ticket.address, config
         self._asked: list[Request] = []
         self._limit = int(config.max_frame_mb * 2**20)
@@ -157,7 +155,7 @@ class GrpcLink(Framed):
                     kind="timeout",
                 )
             try:
-                frame = self._receive(min(left, timeout * REPEAT_SHARE))
+                frame = self._receive(min(left, repeat(timeout)))
             except TrunkError as error:
                 if error.kind in (BROKEN, FULL):
                     breaks += 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from strategies.deadlines import keepalive
+
 METHOD = "/graft.Trunk/Session"
 
 SESSION_KEY, TOKEN_KEY = "graft-session", "graft-token"
@@ -11,10 +13,6 @@ connection, from 1, and the optimizer steps the session plans."""
 
 MAX_STREAMS = 256
 """Streams that a trunk serves at once; each takes a thread while it is open."""
-
-KEEPALIVE_SHARE = 1 / 6
-"""Of `link.grace`: how often a quiet connection is tried, and how long it may take to answer, so
-that one that leads nowhere is known for broken well within the grace."""
 
 HANDSHAKE_SECONDS = 10
 """For TLS and HTTP/2 at the beginning of a connection."""
@@ -57,7 +55,7 @@ def client_options(limit: int, grace: float) -> Options:
 
 
 def _keepalive(grace: float) -> Options:
-    interval = max(1000, int(grace * KEEPALIVE_SHARE * 1000))
+    interval = int(keepalive(grace) * 1000)
     return [
         ("grpc.keepalive_time_ms", interval),
         ("grpc.keepalive_timeout_ms", interval),

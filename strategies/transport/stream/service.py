@@ -14,12 +14,13 @@ from pathlib import Path
 import grpc
 
 from conf.schema import LinkConfig
+from strategies.deadlines import silence
 from strategies.engine.engine import TrunkEngine
 from strategies.errors import TrunkError
 from strategies.transport import tickets
 from strategies.transport import trunk_pb2 as pb
 from strategies.transport.certificates import check_certificate, is_loopback, self_signed
-from strategies.transport.codec.tensors import WIRE_DTYPES
+from strategies.transport.codec.registry import find_codec
 from strategies.transport.conversation import Conversation, StepReport
 from strategies.transport.frames import failure_of, server_frame
 from strategies.transport.stream.options import (
@@ -33,10 +34,6 @@ from strategies.transport.stream.options import (
 from strategies.transport.tickets import Guest, Ticket
 
 logger = logging.getLogger(__name__)
-
-IDLE_SHARE, TURN_SHARE = 0.5, 0.75
-"""Of `link.timeout`, which a client waits for a reply: how long the trunk waits for a client's next
-frame, and for a turn. In this order, so that a dead client's turn is free before others give up."""
 
 
 @dataclass(eq=False)
@@ -96,14 +93,14 @@ class TrunkService:
         on_step: Callable[[StepReport], None] = lambda report: None,
     ) -> None:
         self._engine, self._link, self.on_step = engine, link, on_step
-        self._dtype = WIRE_DTYPES[link.dtype]
+        codec = find_codec(link.dtype)
         self._private_key = tickets.new_key()
         self._seats: dict[str, _Seat] = {}
         self._lock = threading.Lock()
         self._stopped = threading.Event()
         self._limit = int(link.max_frame_mb * 2**20)
         if engine.train.sync != "step":  # then frames hold activations and gradients only
-            self._limit = min(self._limit, engine.largest_frame(self._dtype.itemsize))
+            self._limit = min(self._limit, engine.largest_frame(codec.most_bytes))
         self._server = grpc.server(
             ThreadPoolExecutor(MAX_STREAMS, thread_name_prefix="graft-session"),
             options=server_options(self._limit, link.grace),
@@ -266,7 +263,7 @@ class TrunkService:
                     guest.key, client=guest.client, steps=int(steps), cut=guest.cut
                 )
                 seat.talk = Conversation(
-                    guest.key, session, self._dtype, self.on_step, limit=self._limit
+                    guest.key, session, self._link.dtype, self.on_step, limit=self._limit
                 )
             return seat.talk
 
@@ -316,11 +313,11 @@ class TrunkService:
 
     def _end_lost_sessions(self) -> None:
         """A client that fell silent or stays away must not hold a turn, a replica or a thread."""
-        silence, absence = self._link.timeout * IDLE_SHARE, self._link.grace
-        while not self._stopped.wait(min(1.0, silence / 4, absence / 4)):
-            self._look_for_lost(silence, absence)
+        quiet, absence = silence(self._link.timeout), self._link.grace
+        while not self._stopped.wait(min(1.0, quiet / 4, absence / 4)):
+            self._look_for_lost(quiet, absence)
 
-    def _look_for_lost(self, silence: float, absence: float) -> None:
+    def _look_for_lost(self, quiet: float, absence: float) -> None:
         """Apart from the loop, whose names would hold the last seat, replica and all."""
         now = time.monotonic()
         with self._lock:
@@ -331,7 +328,7 @@ class TrunkService:
                 and not (seat.over or seat.talk.closed)
             ]  # fmt: skip
         for seat, stream, seconds in waiting:
-            if seconds <= (absence if stream is None else silence):
+            if seconds <= (absence if stream is None else quiet):
                 continue
             how = "stayed away" if stream is None else "was silent"
             logger.warning(

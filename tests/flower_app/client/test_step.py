@@ -72,7 +72,7 @@ def trained(ahead: int, *, over_wire: bool) -> torch.nn.Module:
             step.apply(square)
             step.applied(link.applied())
         link.close()
-    engine.close_round({"a": 1.0})
+    engine.close_round()
     return model
 
 
@@ -113,7 +113,7 @@ class Told(Framed):
     """Keeps what is sent; what is read was made up."""
 
     def __init__(self) -> None:
-        super().__init__(link_config())
+        super().__init__(link_config(), "a")
         self.sent: list[Request] = []
 
     def send(self, request: Request) -> None:

@@ -11,7 +11,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import ByT5Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from conf.schema import DataConfig, ModelConfig
-from flower_app.data.text import IGNORED, Encoded, Example, load_tokenizer
+from flower_app.data.examples import IGNORED, Encoded, Example
+from flower_app.data.tokenizer import load_tokenizer
 
 CHAT = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}"

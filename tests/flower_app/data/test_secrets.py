@@ -154,7 +154,7 @@ def test_what_nobody_foresaw_is_told_by_its_type(
             raise kind(f"cannot take {SECRET}") from error
 
     path = write_jsonl(tmp_path / "own.jsonl", [{"text": "x"}])
-    for module, name in ((data, "encode"), (tables.datasets, "load_dataset")):
+    for module, name in ((data, "encode"), (sources, "read_json")):
         with monkeypatch.context() as patched:
             patched.setattr(module, name, fail)
             assert refusal(load(path)).split(": ")[-1].startswith("RuntimeError")

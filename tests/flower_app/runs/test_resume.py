@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import socket
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,10 @@ import torch
 from flwr.supercore.task_identity import TaskIdentity
 from safetensors.torch import load_file
 
+from conf.load import load_config
 from conf.schema import Config
 from flower_app.build import resolve_model
-from flower_app.runs.folders import folders
+from flower_app.runs.folders import find_last_run, folders
 from flower_app.runs.plots import plot_loss
 from flower_app.runs.recorder import Recorder
 from flower_app.runs.resume import look_up, take_up
@@ -324,3 +326,43 @@ def test_a_model_that_has_changed_since_is_refused(tmp_path: Path) -> None:
             InProcessGrid(2),
             point,
         )
+
+
+def test_a_run_goes_on_where_it_was_moved_to_with_the_run_it_builds_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    # Prepare: adapters on the model of another run, killed; then all runs are somewhere else.
+    old, new = tmp_path / "old" / "runs", tmp_path / "new" / "home" / "runs"
+    short = f"output.folder={old} train.rounds=2 train.local_steps=1"
+    base = run(configured(tmp_path, f"{short} train.rounds=1"), InProcessGrid(2))
+    lora = f"{short} {LORA} model.path={base / 'model'} model.scratch={{}} model.tokenizer="
+    smooth = run(configured(tmp_path, lora), InProcessGrid(2))
+    broken = run(configured(tmp_path, lora), killing(InProcessGrid(2), 2))
+    new.parent.mkdir(parents=True)
+    shutil.move(old, new)
+
+    # Execute
+    resume(new / broken.name, InProcessGrid(2))
+
+    # Assert
+    assert_equal_runs(new / broken.name, new / smooth.name)
+    assert f"is read from {new / base.name / 'model'}" in caplog.text
+    assert load_config(str(new / broken.name / "config.yaml")).output.folder == str(new)
+    assert not old.exists()
+    again = load_config(str(new / smooth.name / "config.yaml"))
+    assert again.model.path == str(new / base.name / "model")
+    assert find_last_run("demo", new) == new / broken.name / "model"
+    assert plot_loss(new / smooth.name) == new / smooth.name / "loss.png"
+
+
+def test_a_run_goes_on_where_it_was_moved_to_alone(tmp_path: Path) -> None:
+    short = "train.rounds=2 train.local_steps=1"
+    broken = run(configured(tmp_path, short), killing(InProcessGrid(2), 2))
+    smooth = run(configured(tmp_path, short), InProcessGrid(2))
+    moved = tmp_path / "another name"
+    shutil.move(broken, moved)
+
+    resume(moved, InProcessGrid(2))
+
+    assert_equal_runs(moved, smooth)
+    assert json.loads((moved / "summary.json").read_text())["model"] == "model"

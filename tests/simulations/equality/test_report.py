@@ -18,8 +18,10 @@ from simulations.equality.claims import CLAIMS
 from simulations.equality.federation import Gap
 from simulations.equality.report import EquivalenceReport, run_equivalence
 from simulations.equality.trial import Claim, NotTriedError
-from strategies.engine.policies.merged import Group
-from strategies.engine.session import Session
+from strategies.engine.bench import Bench
+from strategies.engine.lane import Lane, OwnLane
+from strategies.engine.member import Member
+from strategies.engine.policies.group import Group
 from tests.models.helpers import saved
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -56,25 +58,22 @@ def test_every_row_stands() -> None:
     check_all_equal(run_equivalence(), CLAIMS, models=2)
 
 
-def identity(self: Session, step: int, micro: int, grad: Tensor, last: bool, tokens: int) -> Any:
+def identity(self: Lane, step: int, micro: int, grad: Tensor, *, last: bool, tokens: int) -> Any:
     """A backward that hands the gradient through, and leaves the trunk as it is."""
-    self._pending.pop(micro)
-    if last:
-        self._square_norm = 0.0
     return grad, 0.0
 
 
 def unweighted(backward: Callable[..., Any]) -> Callable[..., Any]:
     """Every client's gradient counts as one with as many tokens as the others'."""
 
-    def wrong(self: Group, member: Session, grad: Tensor, tokens: int, *, last: bool) -> Any:
+    def wrong(self: Group, member: Member, grad: Tensor, tokens: int, *, last: bool) -> Any:
         return backward(self, member, grad, 16, last=last)
 
     return wrong
 
 
 def test_an_identity_backward_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Session, "_backward", identity)
+    monkeypatch.setattr(OwnLane, "backward", identity)
     claims = [*chosen("one client = unsplit"), *chosen("splitfed-v1 =")]
     assert verdicts(claims) == ["NOT EQUAL"] * 5
 
@@ -85,8 +84,10 @@ def test_a_dropped_token_weight_fails(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_dropped_mask_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    forward = Session._forward
-    monkeypatch.setattr(Session, "_forward", lambda self, h, mask: forward(self, h, None))
+    forward = Bench.forward
+    monkeypatch.setattr(
+        Bench, "forward", lambda self, module, h, mask: forward(self, module, h, None)
+    )
     assert verdicts(chosen("one client = unsplit", optimizer="sgd")) == ["NOT EQUAL"]
 
 
@@ -99,7 +100,7 @@ def test_a_mean_without_weights_fails(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_proximal_term_left_out_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("strategies.engine.session.add_proximal", lambda *args: None)
+    monkeypatch.setattr("strategies.engine.lane.add_proximal", lambda *args: None)
     assert verdicts(chosen("FedProx")) == ["NOT EQUAL"]
 
 
@@ -161,7 +162,7 @@ def test_the_command_ends_as_the_table_says(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(equivalence, "CLAIMS", chosen("one client", optimizer="sgd"))
 
     good = CliRunner().invoke(cli.app, ["parity", "--all", "--json"])
-    monkeypatch.setattr(Session, "_backward", identity)
+    monkeypatch.setattr(OwnLane, "backward", identity)
     bad = CliRunner().invoke(cli.app, ["parity", "--all"])
 
     assert good.exit_code == 0

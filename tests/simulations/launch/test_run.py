@@ -142,6 +142,7 @@ def test_wrong_configuration_starts_nothing(monkeypatch: pytest.MonkeyPatch) -> 
             "link.tls=on link.certificate=/no/c link.key=/no/k",
             "link.certificate /no/c does",
         ),
+        ("demo", "link.tls=on link.certificate=c link.key=k", "certificate is the relative path"),
         ("demo", "link.bind=192.0.2.1:9393", "link.bind=192.0.2.1:9393: another program has"),
         ("deployment", "data.path=/dev/null", "/dev/null"),
     ],

@@ -32,7 +32,8 @@ from simulations.equality.local_link import LocalLink
 from strategies.aggregate.means import weighted_mean
 from strategies.aggregate.state import Contribution, GlobalState
 from strategies.engine.engine import TrunkEngine
-from strategies.engine.policies.registry import SplitFedV1, SplitFedV2
+from strategies.engine.member import Member, Round
+from strategies.engine.policy import Policy
 from strategies.errors import TrunkError
 from tests.strategies.helpers import (
     engine_for,
@@ -154,12 +155,20 @@ def test_a_mean_over_one_place_alone_is_caught(mode: str, place: str) -> None:
     assert largest_difference(model, whole) > STRAYED
 
 
+def policy_of(trunk: Part, train: TrainConfig) -> Policy:
+    return engine_for(trunk, train).policy
+
+
+def member(*, training: bool = True) -> Member:
+    return Member(client="a", steps=1, round=Round(number=1, rounds=1, training=training))
+
+
 def test_a_replica_holds_the_blocks_between_the_ends_alone() -> None:
     trunk = split(tuned_model("lora"), FEWEST).trunk
-    policy = SplitFedV1(trunk, settings("adamw"))
+    policy = policy_of(trunk, settings("adamw"))
     shared = {id(p) for p in trunk.parameters()}
 
-    lane = policy.open("one", training=True, cut=Cut(2, 1))
+    lane = policy.open("one", member(), Cut(2, 1))
 
     state = policy.states(["one"])["one"]
     assert {name.split(".")[2] for name in state} == {"2", "3"}
@@ -187,8 +196,8 @@ def test_evaluation_runs_the_trunk_itself_between_the_ends() -> None:
 
 def test_what_was_averaged_is_loaded_strictly_and_lanes_are_forgotten() -> None:
     trunk = split(tuned_model("full"), FEWEST).trunk
-    policy = SplitFedV1(trunk, settings("sgd"))
-    policy.open("one", training=True, cut=Cut(2, 1))
+    policy = policy_of(trunk, settings("sgd"))
+    policy.open("one", member(), Cut(2, 1))
     state = {name: tensor + 1.0 for name, tensor in trainable_state(trunk).items()}
     name = next(iter(state))
     for wrong, words in (
@@ -215,17 +224,17 @@ def test_what_was_averaged_is_loaded_strictly_and_lanes_are_forgotten() -> None:
     ],
 )
 def test_a_cut_that_the_trunk_cannot_serve_is_refused(cut: Cut, words: str, training: bool) -> None:
-    policy = SplitFedV1(split(tuned_model("full"), FEWEST).trunk, settings("sgd"))
+    policy = policy_of(split(tuned_model("full"), FEWEST).trunk, settings("sgd"))
     with pytest.raises(TrunkError, match=words):
-        policy.open("one", training=training, cut=cut)
+        policy.open("one", member(training=training), cut)
 
 
 def test_one_trunk_for_all_has_one_cut_for_all() -> None:
     trunk = split(tuned_model("full"), FEWEST).trunk
-    policy = SplitFedV2(trunk, settings("sgd", strategy="splitfed-v2"))
+    policy = policy_of(trunk, settings("sgd", strategy="splitfed-v2"))
     with pytest.raises(TrunkError, match="Use train.strategy=splitfed-v1, or take cut-bottom"):
-        policy.open("one", training=True, cut=Cut(2, 1))
-    assert policy.open("two", training=True, cut=FEWEST).module is trunk
+        policy.open("one", member(), Cut(2, 1))
+    assert policy.open("two", member(), FEWEST).module is trunk
     assert policy.states(["two"]) == {"two": {}}
 
 
@@ -282,7 +291,7 @@ def test_mixed_cuts_and_ranks_meet_in_one_model() -> None:
 
         state.update(round, given)
         engine.policy.forget()
-        engine.close_round({})
+        engine.close_round()
 
         for number, (cut, rank) in enumerate(zip(CUTS, ranks, strict=True)):
             sent = state.tensors(lambda n, c=cut: in_ends(n, cut=c, **form), rank)

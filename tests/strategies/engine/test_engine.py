@@ -9,19 +9,21 @@ import torch
 
 from conf.schema import TrainConfig
 from models import split
-from strategies.engine.checks import InFlight
-from strategies.engine.engine import TrunkEngine
-from strategies.engine.session import MAX_GRAPHS, Session
+from simulations.equality.fold import fold
+from strategies.engine.bench import Bench
+from strategies.engine.engine import MAX_GRAPHS, TrunkEngine
+from strategies.engine.session import Session
 from strategies.errors import TrunkError
 from tests.strategies.helpers import CUT, HIDDEN, H, engine_for, tiny_model
 
 
-def make_engine(**train: object) -> TrunkEngine:
+def make_engine(*, max_in_flight: int = 2**32, **train: object) -> TrunkEngine:
     trunk = split(tiny_model(), CUT).trunk
     return engine_for(
         trunk,
         TrainConfig(**{"optimizer": "sgd", "lr": 0.1, "accumulate": 20, **train}),
         timeout=0.3,
+        max_in_flight=max_in_flight,
     )  # type: ignore[arg-type]
 
 
@@ -39,34 +41,6 @@ def step(session: Session, number: int, h: torch.Tensor = H) -> None:
 
 def weights(module: torch.nn.Module) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for p in module.parameters()])
-
-
-def test_a_step_that_comes_twice_is_applied_once() -> None:
-    engine = make_engine()
-    session = open_one(engine)
-    step(session, 0)
-    before = weights(session._lane.module)
-
-    again = session.apply(0, client_square_norm=0.0, tokens=8)
-
-    assert again.step == 0
-    assert (session.applied, session.tokens) == (1, 8)
-    assert torch.equal(weights(session._lane.module), before)
-
-
-def test_the_gradient_can_be_fetched_again_until_the_step() -> None:
-    session = open_one(make_engine())
-    session.compute(0, 0, H, None)
-    grad, square = session.backward(0, 0, torch.ones_like(H), last=True)
-
-    for _ in range(2):
-        again, again_square = session.get_gradients(0, 0)
-        assert torch.equal(again, grad)
-        assert again_square == square > 0
-
-    session.apply(0, client_square_norm=0.0, tokens=1)
-    with pytest.raises(TrunkError, match="no gradient of step 0"):
-        session.get_gradients(0, 0)
 
 
 @pytest.mark.parametrize(
@@ -90,58 +64,40 @@ def test_what_is_out_of_order_or_shape_is_refused(call, word: str) -> None:  # t
     step(session, 0)  # and nothing is lost
 
 
-def test_what_comes_again_is_answered_again_and_runs_once(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Row 17: its reply was lost. Gradients do not add up twice, and dropout is not drawn anew."""
+def test_what_comes_again_is_stale_and_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Row 17, as the session sees it: replies are kept by who sends them, and work is done once."""
     runs = []
-    run = Session.run
-    monkeypatch.setattr(Session, "run", lambda self, *a: runs.append(1) or run(self, *a))
+    forward = Bench.forward
+    monkeypatch.setattr(Bench, "forward", lambda self, *a: runs.append(1) or forward(self, *a))
     engine = make_engine()
     session, twin = open_one(engine, "a"), open_one(engine, "b")
     step(twin, 0)
     runs.clear()
-
-    outputs = [session.compute(0, 0, H, None) for _ in range(3)]
-    assert all(torch.equal(output, outputs[0]) for output in outputs)
-    with pytest.raises(TrunkError, match="gradient has shape"):
-        session.backward(0, 0, H[:1], last=True)
-    gradients = [session.backward(0, 0, torch.ones_like(H), last=True) for _ in range(3)]
-    assert all(torch.equal(g, gradients[0][0]) and n == gradients[0][1] for g, n in gradients)
-    session.apply(0, client_square_norm=0.0, tokens=8)
+    ones = torch.ones_like(H)
+    frames = (
+        lambda: session.compute(0, 0, H, None),
+        lambda: session.backward(0, 0, ones, last=True),
+        lambda: session.apply(0, client_square_norm=0.0, tokens=8),
+    )
+    for number, send in enumerate(frames):
+        send()
+        before = weights(session._lane.module)
+        for again in frames[: number + 1]:
+            with pytest.raises(TrunkError, match="came before|has gone back|came again") as stale:
+                again()
+            assert stale.value.kind == "stale"
+            assert stale.value.passes
+        assert torch.equal(weights(session._lane.module), before)
 
     assert runs == [1]
+    assert (session.applied, session.tokens) == (1, 8)
     assert torch.equal(weights(session._lane.module), weights(twin._lane.module))
-
-
-def test_what_comes_after_its_step_is_stale_and_changes_nothing() -> None:
-    session = open_one(make_engine())
-    session.compute(0, 0, H, None)
-    session.backward(0, 0, torch.ones_like(H), last=True)
-    with pytest.raises(TrunkError, match="has gone back") as stale:
-        session.compute(0, 0, H, None)
-    assert stale.value.passes
-    session.apply(0, client_square_norm=0.0, tokens=8)
-    before = weights(session._lane.module)
-    late = (
-        lambda: session.compute(0, 0, H, None),
-        lambda: session.backward(0, 0, H, last=True),
-    )
-    for call in late:
-        with pytest.raises(TrunkError, match="step 0 came again, step 1 is the current") as stale:
-            call()
-        assert stale.value.kind == "stale"
     step(session, 1)
-    with pytest.raises(TrunkError, match="step 0 came again"):
-        session.apply(0, client_square_norm=0.0, tokens=8)
-
     assert session.applied == 2
-    assert not torch.equal(weights(session._lane.module), before)
 
 
 def test_bytes_in_flight_are_bounded_and_given_back() -> None:
-    engine = make_engine()
-    engine.in_flight = InFlight(3 * H.nbytes)
+    engine = make_engine(max_in_flight=3 * H.nbytes)
     one, other = open_one(engine, "a"), open_one(engine, "b")
     one.compute(0, 0, H, None)
     one.compute(0, 1, H, None)
@@ -223,7 +179,7 @@ def test_a_session_cannot_be_opened_outside_a_round_or_twice() -> None:
         engine.open("a", steps=1)
     with pytest.raises(TrunkError, match="at least 1 step"):
         engine.open("b", steps=0)
-    engine.close_round({})
+    engine.close_round()
     with pytest.raises(TrunkError, match="its round has ended"):
         session.compute(0, 0, H, None)
 
@@ -236,7 +192,7 @@ def test_a_replica_that_is_not_named_leaves_no_trace() -> None:
     step(open_one(engine, "drops"), 0, H * 3)
     alone = weights(engine._sessions["stays"]._lane.module)
 
-    engine.close_round({"stays": 10.0})
+    fold(engine, {"stays": 10.0})
 
     assert torch.equal(weights(engine.trunk), alone)
     assert not torch.equal(weights(engine.trunk), start)
@@ -329,7 +285,7 @@ def test_dropout_is_on_in_training_and_off_in_evaluation(rate: str) -> None:
         engine.open_round(1, 1, training=training)
         session = engine.open("a", client="a", steps=1)
         results[training] = [session.compute(0, micro, H, None) for micro in range(2)]
-        engine.close_round({})
+        engine.close_round()
 
     assert not torch.equal(*results[True])
     assert torch.equal(*results[False])

@@ -12,9 +12,11 @@ from conf.schema import LoraSettings, TrainConfig
 from flower_app.client import streamed
 from flower_app.client.step import Outcome
 from models import client_state, load_client_state, split, tune_whole
+from simulations.equality.fold import fold
 from simulations.equality.local_link import LocalLink
 from strategies.aggregate.means import weighted_mean
-from strategies.engine.session import Session
+from strategies.engine.bench import Bench
+from strategies.engine.lane import OwnLane
 from strategies.transport.link import Link
 from tests.strategies.helpers import (
     CUT,
@@ -69,11 +71,9 @@ def test_one_client_reproduces_unsplit_training(
 
 def test_an_identity_backward_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     def identity(self, step, micro, grad_BTD, last, tokens):  # type: ignore[no-untyped-def]
-        self._pending.pop(micro)
-        self._square_norm = 0.0
         return grad_BTD, 0.0
 
-    monkeypatch.setattr(Session, "_backward", identity)
+    monkeypatch.setattr(OwnLane, "backward", identity)
     model, steps, train = tiny_model(), random_steps(3, seed=1), settings(optimizer="sgd", lr=0.5)
     whole = twin(model)
 
@@ -84,8 +84,10 @@ def test_an_identity_backward_is_caught(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_a_dropped_mask_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    forward = Session._forward
-    monkeypatch.setattr(Session, "_forward", lambda self, h, mask: forward(self, h, None))
+    forward = Bench.forward
+    monkeypatch.setattr(
+        Bench, "forward", lambda self, module, h, mask: forward(self, module, h, None)
+    )
     model = tiny_model("gpt2")
     steps = random_steps(3, seed=1, padding="left")
     whole, train = twin(model), settings(optimizer="sgd", lr=0.5)
@@ -110,7 +112,7 @@ def split_round(model, cohort, train, round, rounds, order, link_of=None):  # ty
         outcome = streamed.train(own.bottom, own.top, link, steps, len(steps), train, here)
         answers[client] = (client_state(own.bottom, own.top), outcome.tokens)
     ordered = [answers[client] for client in sorted(answers)]
-    engine.close_round({str(c): answers[c][1] for c in sorted(answers)})
+    fold(engine, {str(c): answers[c][1] for c in sorted(answers)})
     mean = weighted_mean([state for state, _ in ordered], [tokens for _, tokens in ordered])
     load_client_state(parts.bottom, parts.top, mean)
 

@@ -12,6 +12,7 @@ from conf.schema import TrainConfig
 from flower_app.client import streamed
 from models import split
 from simulations.equality.local_link import LocalLink
+from strategies.engine.bench import Bench
 from strategies.engine.session import Session
 from strategies.errors import TrunkError
 from strategies.transport import trunk_pb2 as pb
@@ -142,9 +143,10 @@ def test_micro_batches_are_bounded_by_accumulate() -> None:
 
 
 def test_limits_are_checked_before_anything_is_unpacked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        "strategies.transport.conversation.decode", lambda *args: pytest.fail("memory was taken")
-    )
+    for reader in ("conversation.decode", "codec.raw.Raw.decode"):
+        monkeypatch.setattr(
+            f"strategies.transport.{reader}", lambda *args: pytest.fail("memory was taken")
+        )
     engine, _ = open_session(TrainConfig(), max_sequences=4, max_tokens=16)
     cases = {
         "at most train.batch_size=4 sequences of data.context=16": torch.zeros(2, 17, HIDDEN),
@@ -192,18 +194,18 @@ def test_a_failing_backward_leaves_no_gradient_on_the_shared_trunk(
 def test_the_end_of_a_round_waits_for_a_session_at_work(monkeypatch: pytest.MonkeyPatch) -> None:
     """Else its late gradients would meet the next round."""
     engine, session = open_session(TrainConfig(strategy="splitfed-v2"))
-    forward, started, go_on = Session._forward, threading.Event(), threading.Event()
+    forward, started, go_on = Bench.forward, threading.Event(), threading.Event()
 
-    def slow(self: Session, *args: Any) -> torch.Tensor:
+    def slow(self: Bench, *args: Any) -> torch.Tensor:
         started.set()
         assert go_on.wait(10)
         return forward(self, *args)
 
-    monkeypatch.setattr(Session, "_forward", slow)
+    monkeypatch.setattr(Bench, "forward", slow)
     working = threading.Thread(target=session.compute, args=(0, 0, H, None))
     working.start()
     assert started.wait(10)
-    closing = threading.Thread(target=engine.close_round, args=({},))
+    closing = threading.Thread(target=engine.close_round)
     closing.start()
     closing.join(0.2)
     still_waiting = closing.is_alive()
@@ -213,4 +215,4 @@ def test_the_end_of_a_round_waits_for_a_session_at_work(monkeypatch: pytest.Monk
 
     assert still_waiting
     assert not session._pending
-    assert not engine.policy._turn.held_by(session)  # type: ignore[attr-defined]
+    assert not engine.policy._turn.held_by(session.member)  # type: ignore[attr-defined]

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from conf.schema import TrainConfig
 from simulations.disturb.sessions import OneLayer
 from strategies.engine.engine import TrunkEngine
-from strategies.engine.policies.merged import Merged
 from strategies.errors import LONGEST_MESSAGE, TrunkError
 from strategies.transport import trunk_pb2 as pb
 from strategies.transport.codec.tensors import encode
@@ -36,7 +35,6 @@ def open_merged(sync: str = "round") -> TrunkEngine:
     torch.manual_seed(0)
     engine = TrunkEngine(OneLayer(HIDDEN), hidden_size=HIDDEN, train=train, timeout=5.0)
     if sync == "step":
-        assert isinstance(engine.policy, Merged)
         engine.policy.start_ends({"top.w": torch.zeros(3, 2)})
     engine.open_round(1, 1, training=True, cohort=1)
     return engine
@@ -92,7 +90,7 @@ def test_merged_goes_back_twice_through_a_batch_that_two_come_to_at_different_ti
             return [each.result(10) for each in [pool.submit(one), pool.submit(other)]]
 
         both(lambda: a.compute(0, 1, common, None), lambda: b.compute(0, 0, common, None))
-        both(
+        earlier = both(
             lambda: a.backward(0, 0, one, last=False, tokens=12),
             lambda: b.backward(0, 0, one, last=False, tokens=12),
         )
@@ -109,7 +107,7 @@ def test_merged_goes_back_twice_through_a_batch_that_two_come_to_at_different_ti
     again.compute(0, 1, torch.cat([common, own]), None)
     _, square = again.backward(0, 1, torch.cat([one, one]) / 2, last=True, tokens=24)
     assert results[0][1] == results[1][1] == pytest.approx(square, rel=1e-5)
-    assert torch.equal(results[0][0], b.get_gradients(0, 0)[0])
+    assert torch.equal(results[0][0], earlier[1][0])
 
 
 @pytest.mark.parametrize("square", [-1.0, float("nan"), float("inf")])
@@ -124,7 +122,7 @@ def test_a_merged_step_without_an_example_takes_no_impossible_norm(square: float
 def test_a_refusal_quotes_little_of_what_was_sent() -> None:
     engine = open_merged("step")
     session = engine.open("a", client="a", steps=1)
-    talk = Conversation("a", session, torch.float32, lambda report: None, 2**20)
+    talk = Conversation("a", session, "fp32", lambda report: None, 2**20)
     named = pb.NamedTensor(name="n" * 10**5, tensor=encode(torch.ones(3, 2), torch.float32))
     with pytest.raises(TrunkError) as caught:
         talk.answer(client_frame(apply=pb.Apply(gradients=[named])))
@@ -144,7 +142,7 @@ def test_a_failure_is_told_in_words_whatever_it_says(message: str) -> None:
 def test_no_tensor_hides_behind_another_of_its_name() -> None:
     """The shape of the last was checked, and every one was unpacked."""
     session = open_merged("step").open("a", client="a", steps=1)
-    talk = Conversation("a", session, torch.float32, lambda report: None, 2**20)
+    talk = Conversation("a", session, "fp32", lambda report: None, 2**20)
     hidden = pb.Tensor(version=3, dtype=pb.BOOL, codec=pb.BITS, shape=[2**20], data=bytes(2**17))
     named = [
         pb.NamedTensor(name="top.w", tensor=hidden),
@@ -154,7 +152,7 @@ def test_no_tensor_hides_behind_another_of_its_name() -> None:
         talk.answer(client_frame(apply=pb.Apply(gradients=named)))
 
 
-@pytest.mark.parametrize("value", [1.0, 3e38])
+@pytest.mark.parametrize("value", [1.0, 1e12])
 def test_merged_drops_what_a_client_left_behind_in_a_step_that_nobody_ended(value: float) -> None:
     """It was applied by the next step, though it was never weighed, normed or clipped: the trunk
     that all clients share was lost."""

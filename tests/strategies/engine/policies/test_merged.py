@@ -24,7 +24,7 @@ from simulations.equality.local_link import LocalLink
 from simulations.equality.reference import centralised_round, plain_optimizer
 from strategies.aggregate.means import weighted_mean
 from strategies.engine.engine import TrunkEngine
-from strategies.engine.policies.group import MAX_PADDING, buckets
+from strategies.engine.policies.batches import MAX_PADDING, buckets
 from strategies.engine.policies.merged import Merged
 from strategies.engine.session import Session
 from strategies.errors import TrunkError
@@ -88,7 +88,7 @@ class Federation:
 
         with ThreadPoolExecutor(len(cohort)) as pool:
             tokens = list(pool.map(work, range(len(cohort))))
-        self.engine.close_round({})
+        self.engine.close_round()
         states = [client_state(own.bottom, own.top) for own in self.ends]
         mean = weighted_mean(states, tokens)
         for own in (*self.ends, self.parts):
@@ -228,9 +228,8 @@ def test_clients_with_fewer_steps_leave_and_the_rest_go_on() -> None:
     assert largest_difference(trunk, reference.trunk) < 1e-5
     policy = federation.engine.policy
     assert isinstance(policy, Merged)
-    assert policy.ends is not None
     want = client_state(reference.bottom, reference.top)
-    ends = policy.ends.state()
+    ends = policy.ends()
     assert max(float((ends[name] - want[name]).abs().max()) for name in want) < 1e-5
 
 
@@ -262,7 +261,7 @@ def test_the_end_of_the_round_frees_a_waiting_session_with_words() -> None:
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(one.compute, 0, 0, H, None)
         time.sleep(0.1)
-        engine.close_round({})
+        engine.close_round()
         with pytest.raises(TrunkError, match="the session has ended"):
             waiting.result(timeout=5)
 
@@ -365,8 +364,8 @@ def test_a_revoked_round_leaves_nothing() -> None:
             session = revoked.engine.open("x", client="x", steps=1)
             session.compute(0, 0, H, None)
             session.backward(0, 0, H, last=True, tokens=8)
-            ends = revoked.engine.policy.ends  # type: ignore[attr-defined]
-            gradients = {n: torch.ones_like(p) for n, p in ends.parameters.items()}
+            ends = revoked.engine.policy.ends()
+            gradients = {n: torch.ones_like(p) for n, p in ends.items()}
             session.apply(0, client_square_norm=1.0, tokens=8, gradients=gradients)
             assert largest_difference(once, twice) > 0
             revoked.engine.abandon_round()
@@ -398,7 +397,7 @@ def test_over_grpc_it_is_the_same(one_thread: None) -> None:
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(work, range(2)))
         assert time.monotonic() - started < 10
-    federation.engine.close_round({})
+    federation.engine.close_round()
     state = client_state(federation.ends[0].bottom, federation.ends[0].top)
     load_client_state(federation.parts.bottom, federation.parts.top, state)
 

@@ -89,7 +89,7 @@ def train(
 
     with ThreadPoolExecutor(len(counts)) as pool:
         outcomes = list(pool.map(work, range(len(counts))))
-    engine.close_round({})
+    engine.close_round()
     states = [client_state(one.bottom, one.top) for one in ends]
     trunk = {str(i): p.detach() for i, p in enumerate(trainable(whole.trunk))}
     return [trunk, *states], outcomes
@@ -132,7 +132,7 @@ def test_a_client_that_dies_holds_nobody_up() -> None:
         gone.close()
         waiting.result(5)
     stays.close()
-    engine.close_round({})
+    engine.close_round()
 
 
 def test_who_never_comes_is_waited_for_a_while_and_named(
@@ -158,7 +158,7 @@ def test_who_will_not_come_is_not_waited_for() -> None:
         assert not waiting.done()
         engine.miss()
         waiting.result(5)
-    engine.close_round({})
+    engine.close_round()
 
 
 def test_every_round_begins_with_its_whole_cohort() -> None:
@@ -173,7 +173,7 @@ def test_every_round_begins_with_its_whole_cohort() -> None:
         with pytest.raises(TrunkError, match="no turn at the shared trunk within 0.5 s"):
             engine._sessions["b"].compute(0, 0, h, None)
         engine._sessions["a"].compute(0, 0, h, None)
-        engine.close_round({})
+        engine.close_round()
 
 
 @pytest.mark.parametrize("strategy", ["splitfed-v1", "merged"])

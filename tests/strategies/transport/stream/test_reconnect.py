@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -17,9 +18,11 @@ from conf.schema import TrainConfig
 from flower_app.client import streamed
 from models import split
 from simulations.disturb.faults import DOWN, KINDS, UP, Faults, Schedule, draw_schedule
+from simulations.equality.fold import fold
 from simulations.equality.local_link import LocalLink
 from strategies.errors import TrunkError
 from strategies.transport import trunk_pb2 as pb
+from strategies.transport.codec.registry import find_codec
 from strategies.transport.codec.tensors import encode
 from strategies.transport.frames import client_frame, read_client_frame
 from strategies.transport.stream.channel import Stream
@@ -73,7 +76,7 @@ def trained(schedule: Schedule | None) -> tuple[torch.nn.Module, list[float], in
             assert sum(faults.met.values()) == len(schedule), "a fault was not met"
             streams = link.connections  # type: ignore[attr-defined]
             assert service.sessions() == 0
-    engine.close_round({"a": 1.0})
+    fold(engine, {"a": 1.0})
     return model, outcome.losses, streams
 
 
@@ -157,8 +160,10 @@ def test_frames_sent_again_are_the_same_bytes_whatever_the_codec(
     """Two are under way as the stream breaks, and no two encodings of a tensor are alike."""
     sent: list[bytes] = []
     send = Stream.send
+    codec = find_codec("fp32")
+    usual = codec.encode
     monkeypatch.setattr(
-        "strategies.transport.link.encode", lambda h, dtype: encode(h + torch.rand(()), dtype)
+        codec, "encode", lambda self, h, *place: usual(self, h + torch.rand(()), *place)
     )
     monkeypatch.setattr(Stream, "send", lambda self, raw: (sent.append(raw), send(self, raw)))
     with served(open_engine(accumulate=2)) as service:
@@ -243,16 +248,15 @@ def test_the_trunks_work_for_a_broken_stream_is_waited_for_not_done_twice(
     with served(engine) as service:
         link = connect(service, "a", 1)
         working, go_on, runs = threading.Event(), threading.Event(), []
-        session = engine._sessions["a"]
-        usual = session._forward
+        usual = engine.bench.forward
 
-        def slow(h: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        def slow(*args: Any) -> torch.Tensor:
             runs.append(1)
             working.set()
             go_on.wait(10)
-            return usual(h, mask)
+            return usual(*args)
 
-        monkeypatch.setattr(session, "_forward", slow)
+        monkeypatch.setattr(engine.bench, "forward", slow)
         got: list[torch.Tensor] = []
         client = threading.Thread(target=lambda: got.append(forward(link, 0, 0, H, None)))
         client.start()
@@ -376,7 +380,7 @@ def test_nobody_can_number_connections_backwards() -> None:
 
 def test_many_connections_of_one_client_hold_no_threads() -> None:
     """merged: its first frame waits for the cohort, and it connects again and again."""
-    engine = engine_for(split(tiny_model(), CUT).trunk, TrainConfig(strategy="merged"))
+    engine = engine_for(split(tiny_model(), CUT).trunk, TrainConfig(strategy="merged"), timeout=4.0)
     engine.open_round(1, 1, training=True, cohort=2)
     with served(engine) as service:
         link = connect(service, "greedy", 1)

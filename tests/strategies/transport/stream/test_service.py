@@ -17,6 +17,7 @@ from conf.schema import LinkConfig, TrainConfig
 from flower_app.client import streamed
 from flower_app.data.client import Batch
 from models import split
+from simulations.equality.fold import fold
 from simulations.equality.local_link import LocalLink
 from strategies.errors import TrunkError
 from strategies.transport import tickets
@@ -95,7 +96,7 @@ def test_training_over_the_wire_equals_training_in_process(dtype: str) -> None:
             )
             streamed.train(parts.bottom, parts.top, link, steps, 3, train, place("a"))
             link.close()
-        engine.close_round({"a": 1.0})
+        fold(engine, {"a": 1.0})
 
     difference = largest_difference(near, far)
     assert difference <= {"fp32": 0.0, "bf16": 2e-2, "fp16": 2e-3}[dtype]
@@ -272,7 +273,7 @@ def test_an_error_in_the_trunk_reaches_the_client_in_words(monkeypatch: pytest.M
             raise RuntimeError("the disk of the server is full")
 
         link = connect(service, "b", 1)
-        monkeypatch.setattr(type(engine._sessions["b"]), "_forward", broken)
+        monkeypatch.setattr(engine.bench, "forward", broken)
         with pytest.raises(TrunkError, match="the disk of the server is full"):
             forward(link, 0, 0, H, None)
 
@@ -478,7 +479,7 @@ def test_two_runs_send_the_same_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
             steps = [[random_batch(s)] for s in range(3)]
             outcome = streamed.train(parts.bottom, parts.top, link, steps, 3, train, place("a"))
             link.close()
-        engine.close_round({"a": 1.0})
+        fold(engine, {"a": 1.0})
         curves.append((outcome.losses, twin(model)))
 
     assert curves[0][0] == curves[1][0]

@@ -13,6 +13,7 @@ import torch
 
 from conf.schema import TrainConfig
 from simulations.disturb.sessions import OneLayer
+from simulations.equality.fold import fold
 from strategies.engine.engine import TrunkEngine
 from strategies.transport import tickets
 from strategies.transport.link import Link, StepCounters
@@ -153,7 +154,7 @@ def test_a_session_takes_no_memory_after_its_round() -> None:
         _step(link, 0)
         link.close()
         service.end_round()
-        engine.close_round({"a": 1.0})
+        fold(engine, {"a": 1.0})
 
         deadline = time.monotonic() + 5
         while session() is not None and time.monotonic() < deadline:
