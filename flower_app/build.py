@@ -17,6 +17,7 @@ from models import (
     Cut,
     Part,
     build_scratch,
+    client_state,
     load_client,
     load_part,
     load_whole,
@@ -31,6 +32,7 @@ from models.residuals import RESIDUAL
 from models.source import Source, find_source
 from models.state import copy_into
 from models.whole import make_config, read_config
+from strategies.records import Form
 
 LAST = "last:"
 
@@ -93,6 +95,23 @@ def _build_client(config: Config) -> tuple[Part, Part]:
         bottom, top = load_client(base, cut_of(config), device=device, **_loading(model))
     start([bottom, top], config)
     return bottom, top
+
+
+def client_form(config: Config, cut: Cut, rank: int) -> Form:
+    """Names and shapes of what a client of this cut and rank trains; a checkpoint's weights are
+    not read for it."""
+    own = replace(
+        config,
+        cut=replace(config.cut, bottom=cut.bottom, top=cut.top),
+        lora=replace(config.lora, rank=rank),
+        runtime=replace(config.runtime, client_device="cpu"),
+    )
+    if own.model.scratch:
+        bottom, top = build_client(own)
+    else:
+        parts = split_unchecked(outline(source_of(own.model).base), cut)
+        bottom, top = _tune(parts.bottom, own), _tune(parts.top, own)
+    return {name: tuple(tensor.shape) for name, tensor in client_state(bottom, top).items()}
 
 
 def build_trunk(config: Config) -> Part:

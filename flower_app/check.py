@@ -5,7 +5,7 @@ from __future__ import annotations
 from conf.rules import check_known
 from conf.schema import Config
 from flower_app.runs.sinks import registry as sinks
-from strategies.aggregate.state import LORA
+from strategies.aggregate.aggregator import find_aggregator
 from strategies.engine.policies.registry import find_policy
 from strategies.transport.codec.registry import find_codec
 
@@ -20,6 +20,6 @@ def check_names(config: Config) -> None:
     """
     find_policy(config.train.strategy)
     find_codec(config.link.dtype)
-    check_known("aggregation.lora", config.aggregation.lora, LORA)
+    find_aggregator(config.aggregation.lora)
     for sink in config.tracking.sinks:
         check_known("tracking.sinks", sink, sinks.names())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 from flwr.app import ArrayRecord, Context
@@ -14,7 +15,14 @@ from torch import Tensor
 
 from conf.load import load_config
 from conf.schema import Config
-from flower_app.build import build_trunk, describe, describe_start, resolve_model, set_threads
+from flower_app.build import (
+    build_trunk,
+    client_form,
+    describe,
+    describe_start,
+    resolve_model,
+    set_threads,
+)
 from flower_app.check import check_names
 from flower_app.data.text import load_tokenizer
 from flower_app.export import export_model
@@ -23,10 +31,10 @@ from flower_app.runs.keeper import Keeper
 from flower_app.runs.recorder import Recorder
 from flower_app.runs.resume import Point, take_up
 from models import adapted_shares
-from strategies.deadlines import turn
-from strategies.engine.engine import MAX_GRAPHS, TrunkEngine
+from strategies.engine.engine import TrunkEngine
 from strategies.rounds.splitfed import SplitFed
 from strategies.transport.messages import Lockstep
+from strategies.transport.plane import Plane
 from strategies.transport.stream.service import TrunkService
 
 logger = logging.getLogger(__name__)
@@ -87,26 +95,36 @@ def run_experiment(
     if note := describe_start(config):
         recorder.say(note)
     recorder.adapted(adapted_shares(trunk, asdict(config.tuning), config.lora))
-    link, messages = config.link, config.link.transport == "messages"
+    link = config.link
+    kind: type[Lockstep | TrunkService] = serve or TrunkService
+    if link.transport == "messages":
+        kind = Lockstep
+    limits = kind.limits(config)
     engine = TrunkEngine(
         trunk,
         hidden_size=trunk.hidden_size,
         train=config.train,
         seed=config.seed,
-        timeout=config.federation.round_timeout if messages else turn(link.timeout),
+        timeout=limits.turn,
+        max_graphs=limits.graphs,
         max_sequences=config.train.batch_size,
         max_tokens=config.data.context,
-        # A message holds all micro-batches of a step.
-        max_graphs=0 if messages else MAX_GRAPHS,
         max_in_flight=int(link.max_in_flight_mb * 2**20),
     )
-    service = Lockstep(engine, link) if messages else (serve or TrunkService)(engine, link)
-    keeper = Keeper(config, recorder)
-    strategy = SplitFed(engine, service, config, recorder, model=describe(trunk), keep=keeper)
+    plane: Plane = kind(engine, link)
+    strategy = SplitFed(
+        engine,
+        plane,
+        config,
+        recorder,
+        form=partial(client_form, config),
+        model=describe(trunk),
+        keep=Keeper(config, recorder),
+    )
     if point is not None:
         _load(strategy, point, recorder)
-    service.on_step = strategy.on_step
-    service.start()
+    plane.on_step = strategy.on_step
+    plane.start()
     try:
         recorder.take_up()
         strategy.start(
@@ -116,7 +134,7 @@ def run_experiment(
             timeout=config.federation.round_timeout,
         )
     finally:
-        service.stop()
+        plane.stop()
     return (
         _save(config, strategy.joint.tensors(), recorder.folder)
         if config.output.save_model

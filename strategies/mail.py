@@ -9,29 +9,34 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
+from dataclasses import dataclass
 
-from flwr.app import Error, Message
+from flwr.app import DEFAULT_TTL, Error, Message
 from flwr.serverapp import Grid
 
 FIRST_PAUSE, LONGEST_PAUSE, PAUSE_SHARE = 0.1, 1.0, 0.01
 """Seconds between two looks at the mail: this share of the time waited so far, within bounds."""
 
 
-class Broken(Protocol):
-    """A session whose stream ended without a good-bye; see `TrunkService.broken`."""
+SPARE = 600.0
+"""Seconds that a message outlives those who wait for its reply, so that clocks may differ."""
 
-    @property
-    def since(self) -> float:
-        """When, by `time.monotonic`."""
 
-    @property
-    def done(self) -> int:
-        """Optimizer steps that the trunk has applied."""
+@dataclass(frozen=True, kw_only=True)
+class LostStream:
+    """A session that has no stream and had no good-bye."""
 
-    @property
-    def steps(self) -> int:
-        """Optimizer steps that the client announced."""
+    since: float
+    """When it lost its stream, by `time.monotonic`."""
+    done: int
+    """Optimizer steps that were applied."""
+    steps: int
+    """Optimizer steps that were planned."""
+
+
+def lifetime(timeout: float) -> float:
+    """Seconds for which Flower keeps a message whose reply is waited for so long."""
+    return max(DEFAULT_TTL, timeout + SPARE)
 
 
 def never() -> bool:
@@ -39,7 +44,7 @@ def never() -> bool:
     return False
 
 
-def unbroken(node: int) -> Broken | None:
+def unbroken(node: int) -> LostStream | None:
     """No stream belongs to these messages."""
     return None
 
@@ -94,7 +99,7 @@ def receive(
             message = waiting.pop(reply.metadata.reply_to_message_id, None)
             if message is None:
                 continue
-            yield _from(message, reply)
+            yield reply_of(message, reply)
             if enough():
                 return
         waited = time.monotonic() - started
@@ -111,7 +116,7 @@ def exchange(
     *,
     timeout: float,
     enough: Callable[[], bool] = never,
-    broken: Callable[[int], Broken | None] = unbroken,
+    broken: Callable[[int], LostStream | None] = unbroken,
     lost_after: float = 0.0,
 ) -> Iterator[Message]:
     """Send messages and yield one reply for each: the client's, or an error that says why not.
@@ -160,8 +165,10 @@ def unanswered(message: Message, reason: str) -> Message:
     return Message(Error(code=0, reason=reason), reply_to=message)
 
 
-def _from(message: Message, reply: Message) -> Message:
+def reply_of(message: Message, reply: Message) -> Message:
     """The reply under its node's id: Flower's word that a node is lost bears the server's."""
     if reply.has_error():
         return Message(reply.error, reply_to=message)
+    if reply.metadata.src_node_id != message.metadata.dst_node_id:
+        return unanswered(message, f"node {reply.metadata.src_node_id} answered in its place")
     return reply

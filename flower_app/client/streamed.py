@@ -105,6 +105,7 @@ class Trainer:
         # What neither the ends nor the trunk used is the network's.
         elapsed = time.perf_counter() - started
         busy = sum(clock.seconds.values()) + link.trunk_seconds - trunk_before
-        step.apply(square, max(0.0, elapsed - busy))
+        # Zero would not be written, and the frame's length, which is counted, hang on the clock.
+        step.apply(square, max(1e-9, elapsed - busy))
         step.applied(link.applied())
         return step.loss, step.tokens

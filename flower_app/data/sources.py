@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import pydoc_data.topics
+import re
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from datasets import Dataset
 
 from conf.schema import DataConfig
 from flower_app.data.files import read_text, suffix
-from flower_app.data.formats import UNUSED, no_column, recognise, wanted
+from flower_app.data.formats import UNUSED, Layout, no_column, recognise, wanted
 from flower_app.data.jsonl import read_json
 from flower_app.data.refusals import DataError, quiet, reason, shown_names
 from flower_app.data.rows import Rows
@@ -36,6 +37,9 @@ PASSAGE = 2000
 FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "txt"}
 _ABOUT = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")
 """What a data set's own folder says of its rows."""
+_EXACT_JSON = re.compile(r"Value\('(string|large_string|null|bool|u?int\d+)'\)")
+_EXACT_CSV = re.compile(r"Value\('(string|large_string)'\)")
+_GUESSED = re.compile(r"'(content|value)': (Json|Value\('(timestamp|date))|^Json")
 _Reader = Callable[[Path, Collection[str]], Iterable[tuple[str, dict[str, Any], list[str]]]]
 
 
@@ -69,7 +73,9 @@ def load_rows(config: DataConfig, data_path: str = "") -> Rows:
             )
         rows, where = _load_files(Path(path).expanduser(), config), path
     elif config.source == "hub":
-        rows, where = _of_dataset(_load_hub(config)), config.path
+        found, where = _load_hub(config), config.path
+        _check_guesses(found, recognise(config, found.column_names, where), where)
+        rows = _of_dataset(found)
     else:
         rows, where = _load_builtin(config), "the built-in text"
     if len(rows) == 0:
@@ -192,6 +198,21 @@ def _load_hub(config: DataConfig) -> Dataset:
             f"data set {config.path!r} (data.name={config.name!r}, data.split={config.split!r}) "
             f"cannot be loaded: {_hub_reason(error)}"
         ) from None
+
+
+def _check_guesses(rows: Dataset, layout: Layout, where: str) -> None:
+    """Refuse columns of JSON or CSV that `datasets` made something else of than the file says."""
+    exact = {"json": _EXACT_JSON, "csv": _EXACT_CSV}.get(rows.builder_name or "")
+    if exact is None:
+        return
+    for column in layout.columns.values():
+        kind = str(rows.features[column])
+        guessed = _GUESSED.search(kind) if layout.kind == "messages" else not exact.fullmatch(kind)
+        if guessed:
+            raise DataError(
+                f"{where}: `datasets` guesses what the texts of column {column!r} are, and may "
+                "have changed them: download the files, and read them with data.source=files"
+            )
 
 
 def _hub_reason(error: Exception) -> str:

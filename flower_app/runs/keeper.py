@@ -32,10 +32,10 @@ class Keeper:
         self._config, self._recorder = config, recorder
         self._owed = False
 
-    def __call__(self, number: int, strategy: SplitFed) -> None:
-        """Write a checkpoint if one is due, or could not be written when it was."""
+    def __call__(self, number: int, strategy: SplitFed, *, last: bool = False) -> None:
+        """Write a checkpoint if one is due, the run ends, or the last could not be written."""
         every = self._config.output.checkpoint_every
-        last = number == self._config.train.rounds
+        last = last or number == self._config.train.rounds
         if not every or (number % every and not last and not self._owed):
             return
         run, loss = self._recorder.folder, strategy.held_out_loss

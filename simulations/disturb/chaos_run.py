@@ -48,7 +48,6 @@ POLICIES = {
 DOCUMENTED = (
     "has no quorum",
     "no client finished training",
-    "no client finished evaluation",
 )
 """What a run may end with, besides the undisturbed run's weights; see docs/reliability.md."""
 

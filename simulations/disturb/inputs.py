@@ -251,6 +251,10 @@ def _wrong_type(message: pb.Tensor, chance: random.Random) -> None:
     message.dtype, message.codec = chance.choice((0, 1, 2, 3, 4, 99)), chance.choice((0, 1, 2, 3))  # type: ignore[assignment]
 
 
+def _wrong_name(message: pb.Tensor, chance: random.Random) -> None:
+    message.codec_name = chance.choice(("fp32", "no such codec", "\0", "n" * 3000))
+
+
 def _wrong_scale(message: pb.Tensor, chance: random.Random) -> None:
     scale = chance.choice(NUMBERS)
     message.scale = scale if abs(scale) < 3.4e38 or scale != scale else 3.4e38
@@ -282,6 +286,7 @@ _WRONGS: tuple[Callable[[pb.Tensor, random.Random], None], ...] = (
     _wrong_shape,
     _one_wrong_dimension,
     _wrong_type,
+    _wrong_name,
     _wrong_scale,
     _wrong_length,
     _poisonous,

@@ -5,6 +5,7 @@ Shapes: B sequences, T tokens, D hidden size.
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import dataclass, field
 from functools import cache
@@ -18,6 +19,7 @@ from models import Cut, split
 from models.tiny import tiny_config
 from simulations.disturb.inputs import DTYPES, LIMIT, NUMBERS, Inputs
 from simulations.equality.fold import fold
+from strategies.engine.checks import LARGEST
 from strategies.engine.engine import TrunkEngine
 from strategies.errors import TrunkError
 from strategies.transport import trunk_pb2 as pb
@@ -235,11 +237,11 @@ class Sessions:
             raise Wrong(f"a step was taken, and {body} answered")
         if body == "activations":
             new = frame.compute.micro not in at.shapes
-            self._check_finite(new, frame.compute.activations)
+            self._check_numbers(new, frame.compute.activations)
             if self.kind.training:
                 at.shapes[frame.compute.micro] = tuple(answer.activations.activations.shape)
         elif body == "gradients" and frame.WhichOneof("body") == "backward":
-            self._check_finite(frame.backward.micro in at.shapes, frame.backward.gradient)
+            self._check_numbers(frame.backward.micro in at.shapes, frame.backward.gradient)
             at.shapes.pop(frame.backward.micro, None)
             at.gone_back.add(frame.backward.micro)
             at.ready |= frame.backward.last
@@ -251,10 +253,13 @@ class Sessions:
         if body == "closed" and self.engine.in_flight.bytes:
             raise Wrong(f"{self.engine.in_flight.bytes} bytes are in flight after a good-bye")
 
-    def _check_finite(self, new: bool, message: pb.Tensor) -> None:
+    def _check_numbers(self, new: bool, message: pb.Tensor) -> None:
         """One that was answered before is not looked at again."""
-        if new and not torch.isfinite(decode(message, "it")).all():
+        largest = float(decode(message, "it").float().abs().max()) if new else 0.0
+        if not math.isfinite(largest):
             raise Wrong("values that are not finite were let in")
+        if self.kind.strategy == "merged" and largest > LARGEST:
+            raise Wrong(f"{largest:g} was let in to a step that clients share")
 
     def _end_session(self) -> None:
         self._session.close()

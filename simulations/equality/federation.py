@@ -41,8 +41,7 @@ from strategies.aggregate.joint import JointModel
 from strategies.aggregate.lora import A_NAME, B_NAME
 from strategies.engine.engine import TrunkEngine
 from strategies.records import from_arrays
-from strategies.rounds.answers import Answer
-from strategies.rounds.roster import Profile
+from strategies.rounds.answers import Answer, join
 
 Cohort = Sequence[Steps]
 Reference = Callable[[PreTrainedModel, Cohort, TrainConfig, int, int], object]
@@ -106,7 +105,6 @@ class Federation:
         if config.train.sync == "step":
             first = client_state(*self.ends(0))
             self._joint.start(first)
-            self._engine.policy.start_ends(first)
 
     def round(self, cohort: Cohort, number: int) -> None:
         """Train all clients for one round, and average what they trained."""
@@ -154,22 +152,13 @@ class Federation:
 
     def update(self, number: int, answers: Sequence[Answer]) -> None:
         """Average what the clients trained, as the strategy does it."""
-        contributions, odd = self._joint.contributions(answers, self.replicas)
-        if odd:
-            raise ValueError(f"clients do not fit together: {odd}")
-        self._joint.update(number, contributions)
+        self._joint.update(number, join(answers, self.replicas))
 
     def ends(self, client: int) -> tuple[Part, Part]:
         """Bottom and top as a client begins the next round with them."""
         own = self._clients[client]
-        profile = Profile(
-            node=client,
-            client=f"client-{client}",
-            bottom=own.cut.bottom,
-            top=own.cut.top,
-            rank=own.rank,
-        )
-        residuals, weights = take_residuals(from_arrays(self._joint.arrays_for(profile)))
+        arrays = self._joint.arrays_for(own.cut, own.rank)
+        residuals, weights = take_residuals(from_arrays(arrays))
         # Residuals are for original weights; otherwise every trained tensor is replaced.
         if residuals or not weights or client not in self._ends:
             parts = self._parts[own.cut]

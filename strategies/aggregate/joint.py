@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -12,12 +11,9 @@ from torch import Tensor, nn
 from conf.schema import Config
 from models import Cut, Part, fold_residuals, in_ends, trainable_state
 from models.residuals import RESIDUAL, residual_weights
-from strategies.aggregate.lora import form_but_rank
 from strategies.aggregate.state import Contribution, GlobalState
 from strategies.engine.engine import TrunkEngine
 from strategies.records import to_arrays
-from strategies.rounds.answers import Answer
-from strategies.rounds.roster import Profile
 
 
 class JointModel:
@@ -41,61 +37,24 @@ class JointModel:
     def start(self, ends: Mapping[str, Tensor]) -> None:
         """Set the clients' first tensors, where averaging needs to know them."""
         # Where there is one trunk, no client contributes to it.
-        replicated = self._engine.policy.replicates
-        self._state.start({**ends, **(self._trunk_state() if replicated else {})})
+        policy = self._engine.policy
+        self._state.start({**ends, **(self._trunk_state() if policy.replicates else {})})
+        policy.start_ends(ends)
         self._arrays.clear()
 
-    def arrays_for(self, profile: Profile | None = None) -> ArrayRecord:
+    def arrays_for(self, cut: Cut | None = None, rank: int = 0) -> ArrayRecord:
         """What a client starts a round from: the tensors of its ends, in its rank.
 
-        Without a profile, one with the run's own cut and rank.
+        Without a cut and a rank, one with the run's own.
 
         Empty before the first round: clients start from what the configuration says.
         """
-        cut, rank = self._cut, self._config.lora.rank
-        if profile is not None:
-            cut, rank = Cut(bottom=profile.bottom, top=profile.top), profile.rank
+        cut, rank = cut or self._cut, rank or self._config.lora.rank
         place = (cut.bottom, cut.top, rank)
         if place not in self._arrays:
             found = self._state.tensors(lambda name: self._in_ends(name, cut), rank)
             self._arrays[place] = to_arrays(found)
         return self._arrays[place]
-
-    def contributions(
-        self, answers: Sequence[Answer], replicas: Mapping[str, Mapping[str, Tensor]]
-    ) -> tuple[list[Contribution], dict[str, str]]:
-        """Join each client's ends with its replica of the trunk.
-
-        Parameters
-        ----------
-        answers : sequence of Answer
-            What clients sent.
-        replicas : mapping
-            By session key; empty where there is one trunk.
-
-        Returns
-        -------
-        contributions : list of Contribution
-            Of those that fit together, weighted by tokens.
-        odd : dict
-            By session key, why another does not fit.
-        """
-        joint = {a.key: {**a.state, **replicas.get(a.key, {})} for a in answers}
-        held = self._state.tensors(lambda name: True, self._config.lora.rank)
-        held = {name: tensor for name, tensor in held.items() if not name.endswith(RESIDUAL)}
-        forms = {key: _form(state) for key, state in joint.items()}
-        # Before anything is held, those that most clients have are the right ones.
-        right = _form(held) if held else Counter(forms.values()).most_common(1)[0][0]
-        odd = {
-            key: f"its tensors differ from the federation's in {sorted(dict(form ^ right))[:3]}"
-            for key, form in forms.items()
-            if form != right
-        }
-        return [
-            Contribution(a.client, a.metrics["num-tokens"], joint[a.key])
-            for a in answers
-            if a.key not in odd
-        ], odd
 
     def update(self, number: int, contributions: Sequence[Contribution]) -> float | None:
         """Average a round, and give the trunk its part; returns the error of averaging adapters."""
@@ -162,7 +121,3 @@ class JointModel:
         return in_ends(
             name, block_list=trunk.block_list, num_blocks=trunk.num_blocks_total, cut=cut
         )
-
-
-def _form(state: Mapping[str, Tensor]) -> frozenset[tuple[str, tuple[int, ...]]]:
-    return frozenset((name, form_but_rank(name, tensor)) for name, tensor in state.items())

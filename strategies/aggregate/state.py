@@ -14,6 +14,7 @@ from torch import Tensor
 
 from conf.schema import Config
 from models.residuals import RESIDUAL
+from strategies.aggregate.aggregator import find_aggregator
 from strategies.aggregate.lora import (
     A_NAME,
     B_NAME,
@@ -25,7 +26,7 @@ from strategies.aggregate.lora import (
     form_but_rank,
     named,
 )
-from strategies.aggregate.means import check_alike, refuse_infinite, shares_of, weighted_mean
+from strategies.aggregate.means import check_alike, refuse_infinite, shares_of
 from strategies.aggregate.server_optim import build_server_optimizer
 
 _TENSOR, _TOTAL, _OPTIMIZER = "tensor/", "total/", "optimizer/"
@@ -65,10 +66,6 @@ class Report:
     lora_error: float | None
 
 
-LORA = ("factors", "ffa", "exact", "svd")
-"""What `aggregation.lora` may name."""
-
-
 class GlobalState:
     """The federation's tensors.
 
@@ -84,7 +81,7 @@ class GlobalState:
 
     def __init__(self, config: Config) -> None:
         self._how, self._lora, self._seed = config.aggregation, config.lora, config.seed
-        self._by_product = self._how.lora in ("exact", "svd")
+        self._aggregator = find_aggregator(self._how.lora)()
         self._optimizer = build_server_optimizer(self._how)
         self._tensors: dict[str, Tensor] = {}
         self._totals: dict[str, Tensor] = {}
@@ -107,12 +104,12 @@ class GlobalState:
             not finite, ranks differ and the method cannot average them, or a server optimizer was
             given no start. Nothing is changed then.
         """
-        cohort = _Cohort(contributions, frozen_A=self._how.lora == "ffa")
+        cohort = _Cohort(contributions, frozen_A=self._aggregator.frozen_A)
         if self._tensors:
             who = ["the federation", *cohort.who]
             check_alike([self._tensors, *cohort.states], who, form_but_rank)
         check_alike(cohort.states, cohort.who, form_but_rank)
-        if self._by_product:
+        if self._aggregator.by_product:
             return self._average_products(cohort)
         return self._average_factors(round, cohort)
 
@@ -143,12 +140,12 @@ class GlobalState:
         """
         found = {name: tensor for name, tensor in self._tensors.items() if wanted(name)}
         for layer in adapted(found):
-            if not self._by_product:
+            if not self._aggregator.by_product:
                 self._check_rank(layer, rank)
                 continue
             held = self._layer(layer)
             found |= named(layer, held.at(rank))
-            if self._how.lora == "exact" and (residual_OI := held.residual(rank)) is not None:
+            if self._aggregator.exact and (residual_OI := held.residual(rank)) is not None:
                 found[layer + RESIDUAL] = residual_OI
         return found
 
@@ -186,11 +183,11 @@ class GlobalState:
     def _average_products(self, cohort: _Cohort) -> Report:
         """Average what adapters add, and all other tensors as they are."""
         layers = {name: cohort.adapters(name) for name in cohort.layers}
-        means, totals = weighted_mean(cohort.plain(), cohort.shares, who=cohort.who), {}
+        means, totals = self._aggregator.combine(cohort.plain(), cohort.shares, cohort.who), {}
         errors = squares = 0.0
         for name, adapters in layers.items():
             new, error, square = self._layer(name, like=adapters[0]).mean(
-                adapters, cohort.shares, self._lora.rank, exact=self._how.lora == "exact"
+                adapters, cohort.shares, self._lora.rank, exact=self._aggregator.exact
             )
             errors, squares = errors + error, squares + square
             means |= named(name, new.adapter)
@@ -203,7 +200,7 @@ class GlobalState:
         """Average every tensor as it is, then let the server optimizer move towards the mean."""
         self._check_ranks(cohort)
         first, dtype = cohort.states[0], torch.float64 if self._optimizer else None
-        means = weighted_mean(cohort.states, cohort.shares, who=cohort.who, dtype=dtype)
+        means = self._aggregator.combine(cohort.states, cohort.shares, cohort.who, dtype)
         report = Report(self._factor_error(means, cohort))
         if self._optimizer:
             if not self._tensors:

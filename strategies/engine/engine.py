@@ -215,10 +215,16 @@ class TrunkEngine:
                 self._round = replace(self._round, cohort=self._round.cohort - 1)
         self.policy.miss()
 
-    def session_tokens(self, key: str) -> int:
-        """Tokens whose steps session `key` has applied; 0 for an unknown session."""
+    def finish(self, key: str) -> tuple[int, int]:
+        """End session `key` for good; returns the tokens and the optimizer steps it took part in.
+
+        Held-out tokens, if it evaluates; nothing for an unknown session.
+        """
         session = self._sessions.get(key)
-        return session.tokens if session else 0
+        if session is None:
+            return 0, 0
+        session.close()
+        return session.tokens, session.applied
 
     def largest_frame(self, itemsize: float) -> int:
         """Bytes of the largest frame with activations of so many bytes an element, and its mask."""

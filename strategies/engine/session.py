@@ -37,6 +37,7 @@ class Session:
         self._gone_back: set[int] = set()
         self._ready = False
         self._learnable = 0
+        self._evaluated: dict[tuple[int, int], int] = {}
         self._held_bytes = 0
         self._closed = False
         # The round may end (in Flower's thread) while this session works (in its stream's thread).
@@ -73,6 +74,8 @@ class Session:
         h_BTD = h_BTD.to(self._bench.device)
         mask_BT = None if mask_BT is None else mask_BT.to(self._bench.device)
         if not self.round.training:
+            self._evaluated[step, micro] = held_tokens(h_BTD, mask_BT)
+            self.tokens = sum(self._evaluated.values())
             return self._lane.forward(step, micro, h_BTD, mask_BT)
         self._check_step(step)
         self._lane.begin()
@@ -82,8 +85,7 @@ class Session:
             h_out_BTD = self._lane.forward(step, micro, h_BTD, mask_BT)
             self._pending[micro] = tuple(h_BTD.shape)
             # No step can learn from more tokens than it holds: a client's weight is its tokens.
-            held = h_BTD.shape[0] * h_BTD.shape[1] if mask_BT is None else int(mask_BT.sum())
-            self._learnable += held
+            self._learnable += held_tokens(h_BTD, mask_BT)
             self.moves += 1
             return h_out_BTD
 
@@ -275,3 +277,8 @@ class Session:
     def check_ends(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Refuse gradients of the ends by name and shape, before any is read."""
         self._lane.check_ends(shapes)
+
+
+def held_tokens(h_BTD: Tensor, mask_BT: Tensor | None) -> int:
+    """Tokens of a micro-batch: those that are not padding."""
+    return h_BTD.shape[0] * h_BTD.shape[1] if mask_BT is None else int(mask_BT.sum())

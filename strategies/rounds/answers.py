@@ -1,104 +1,249 @@
-"""What clients answer to a train or evaluate message, and what of it is believed."""
+"""The one place where what clients say is checked, before any of it counts.
+
+Each reader is given what the server knows of the client that was asked: its profile, the form of
+what it trains, and what the trunk has seen of it. It returns what may be believed, or raises a
+`ValueError` that says in words why nothing is: this costs the client that said it, and nobody else.
+"""
 
 from __future__ import annotations
 
 import math
-import zipfile
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from flwr.app import Message
 from torch import Tensor
 
-from strategies.records import ARRAYS, METRICS, OUTCOME, from_arrays
-
-UNREADABLE = (
-    KeyError, TypeError, ValueError, AssertionError, OverflowError,
-    EOFError, OSError, zipfile.BadZipFile, MemoryError,
-)  # fmt: skip
-"""What a reply that a client made up can end in when it is read: NumPy's own errors among them."""
-
-MOST = {"loss": 1e6}
-"""Largest counters that are believed; all others below 2**53, up to which floats count."""
+from conf.schema import Config
+from models import Cut
+from strategies.aggregate.aggregator import find_aggregator
+from strategies.aggregate.state import Contribution
+from strategies.records import ARRAYS, KEY_LOST, METRICS, OUTCOME, PROFILE, Form, read_arrays
+from strategies.transport.tickets import is_usable
 
 COUNTERS = ("num-tokens", "loss", "steps", "bytes-up", "bytes-down")
 """What the metrics of an answer hold: finite numbers."""
 
+MOST = {"loss": 1e6}
+"""Largest counters that are believed; all others below 2**53, up to which floats count."""
+
+MOST_EXAMPLES = 10_000_000
+LONGEST_NAME, LONGEST_REASON = 100, 500
+"""Characters: both end up in logs and records."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Profile:
+    """What a client tells of itself: its name, its own cut and rank, and its training examples.
+
+    `examples` is 0 where nobody needs to know: to count them means to load the data. `public_key`
+    is what its tickets are made for.
+    """
+
+    node: int
+    client: str
+    bottom: int
+    top: int
+    rank: int
+    examples: int = 0
+    public_key: bytes = b""
+
+    @property
+    def cut(self) -> Cut:
+        """Where its ends begin and end."""
+        return Cut(bottom=self.bottom, top=self.top)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bounds:
+    """What a profile may say in this run."""
+
+    blocks: int
+    """Of the whole model."""
+    width: int
+    """Of the activations: adapters of a higher rank add nothing."""
+    own_cut: bool
+    """Whether a client may keep more blocks than the run's cut says."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seen:
+    """What the trunk knows of a session: tokens and optimizer steps it took part in."""
+
+    tokens: int
+    steps: int
+
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What one client answered: its tensors and metrics, or the reason why there are none."""
+    """What one client answered, and may be believed."""
 
     key: str
     client: str
-    state: dict[str, Tensor] = field(default_factory=dict)
-    metrics: dict[str, float] = field(default_factory=dict)
-    error: str = ""
+    state: Mapping[str, Tensor] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
 
-def read_answer(key: str, reply: Message, node: str) -> Answer:
-    """Read one client's reply; anything that does not hold together becomes its `error`."""
-    if reply.has_error():
-        return Answer(key=key, client=node, error=reply.error.reason or str(reply.error.code))
-    try:
-        return _read(key, reply)
-    except UNREADABLE as error:
-        return Answer(
-            key=key, client=node, error=f"its reply is not one of Graft's: {error!r:.200}"
+def join(
+    answers: Sequence[Answer], replicas: Mapping[str, Mapping[str, Tensor]]
+) -> list[Contribution]:
+    """Join each client's ends with its replica of the trunk, by session key, if it has one."""
+    return [
+        Contribution(
+            answer.client,
+            answer.metrics["num-tokens"],
+            {**answer.state, **replicas.get(answer.key, {})},
         )
+        for answer in answers
+    ]
 
 
-def error_of(reply: Message) -> str:
-    """The reason that a reply gives for having no result; empty if it gives none."""
+def is_keyless(reply: Message) -> bool:
+    """Whether a node says that it has lost the key that its ticket was made for."""
     if reply.has_error():
-        return ""
-    return str(reply.content.config_records.get(OUTCOME, {}).get("error", ""))
+        return False
+    outcome: Mapping[str, Any] = reply.content.config_records.get(OUTCOME, {})
+    return KEY_LOST in str(outcome.get("error", ""))
 
 
-def _read(key: str, reply: Message) -> Answer:
-    content = reply.content
-    outcome = content.config_records[OUTCOME]
-    client = str(outcome["client"])
-    if outcome["error"]:
-        return Answer(key=key, client=client, error=str(outcome["error"]))
-    record: Mapping[str, Any] = content.metric_records[METRICS]
-    metrics = {name: float(record[name]) for name in COUNTERS}
-    state = from_arrays(content.array_records[ARRAYS]) if ARRAYS in content.array_records else {}
-    answer = Answer(key=key, client=client, state=state, metrics=metrics)
-    if wrong := [name for name, value in metrics.items() if not math.isfinite(value)]:
-        return replace(answer, error=f"it reports {wrong[0]}={metrics[wrong[0]]}")
-    for name, value in metrics.items():
-        if not 0 <= value < MOST.get(name, 2.0**53):
-            return replace(answer, error=f"it reports {name}={value:g}")
-    if metrics["num-tokens"] <= 0:
-        return replace(answer, error="it reports no token")
-    for name, tensor in state.items():
-        if tensor.dtype != torch.float32:  # as all that is trained travels; others may overflow
-            return replace(answer, error=f"its '{name:.80}' is {tensor.dtype}, not torch.float32")
-        if not torch.isfinite(tensor).all():
-            return replace(answer, error=f"its '{name}' holds values that are not finite")
-    return answer
+def read_outcome(reply: Message) -> str:
+    """The name under which a client answers.
 
-
-def mismatches(answers: Sequence[Answer], sent: Mapping[str, Tensor]) -> dict[str, str]:
-    """Which answers cannot be averaged with the others, by key, and why.
-
-    The names and shapes that were sent are the right ones; in the first round, when nothing was
-    sent, those that most clients have.
+    Raises
+    ------
+    ValueError
+        With the reason why it has no result, its own or Flower's.
     """
-    forms = {answer.key: _form(answer.state) for answer in answers}
-    if not forms:
-        return {}
-    right = _form(sent) if sent else Counter(forms.values()).most_common(1)[0][0]
+    if reply.has_error():
+        raise ValueError(_line(reply.error.reason or f"Flower's error {reply.error.code}"))
+    outcome: Mapping[str, Any] = _record(reply.content.config_records, OUTCOME)
+    error, name = outcome.get("error"), outcome.get("client")
+    if not isinstance(error, str):
+        raise ValueError(f"its reply is not one of Graft's: error={error!r:.80}")
+    if error:
+        raise ValueError(_line(error))
+    if not isinstance(name, str) or not 0 < len(name) <= LONGEST_NAME or not name.isprintable():
+        raise ValueError(f"it says it is called {name!r:.100}")
+    return name
+
+
+def read_profile(node: int, reply: Message, config: Config, bounds: Bounds) -> Profile:
+    """Read what a node says of itself; `bounds` are those of the run's model."""
+    name = read_outcome(reply)
+    told: Mapping[str, Any] = _record(reply.content.config_records, PROFILE)
+    for key, (least, most) in _ranges(config, bounds).items():
+        value = told.get(key)
+        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+            raise ValueError(f"{name} says {key}={value!r:.80}; {least} to {most} can be")
+    bottom, top = told["cut-bottom"], told["cut-top"]
+    if bottom + top >= bounds.blocks:
+        raise ValueError(
+            f"{name} says cut-bottom={bottom} and cut-top={top}; the model has {bounds.blocks} "
+            "blocks, and one must be left to the trunk"
+        )
+    if not is_usable(told.get("public-key")):
+        raise ValueError(
+            f"{name} shows no key to make its tickets for; run the same release of Graft there"
+        )
+    return Profile(
+        node=node,
+        client=name,
+        bottom=bottom,
+        top=top,
+        rank=told["lora-rank"],
+        examples=told["examples"],
+        public_key=told["public-key"],
+    )
+
+
+def _ranges(config: Config, bounds: Bounds) -> dict[str, tuple[int, int]]:
+    """Least and most of what a profile's numbers can be."""
+    cut, rank = config.cut, config.lora.rank
+    any_rank = find_aggregator(config.aggregation.lora).by_product
+    most = bounds.blocks - 1
     return {
-        key: f"its tensors differ from the others' in {sorted(dict(form ^ right))[:3]}"
-        for key, form in forms.items()
-        if form != right
+        "cut-bottom": (cut.bottom, most if bounds.own_cut else cut.bottom),
+        "cut-top": (cut.top, most if bounds.own_cut else cut.top),
+        "lora-rank": (1, max(rank, bounds.width)) if any_rank else (rank, rank),
+        "examples": (0, config.data.max_examples or MOST_EXAMPLES),
     }
 
 
-def _form(state: Mapping[str, Tensor]) -> frozenset[tuple[str, tuple[int, ...]]]:
-    return frozenset((name, tuple(tensor.shape)) for name, tensor in state.items())
+def read_first_tensors(reply: Message, profile: Profile, form: Form) -> dict[str, Tensor]:
+    """Read the tensors that a client starts from."""
+    _check_name(read_outcome(reply), profile)
+    return read_arrays(_record(reply.content.array_records, ARRAYS), form)
+
+
+def read_trained(reply: Message, profile: Profile, key: str, form: Form, seen: Seen) -> Answer:
+    """Read the answer of a client that trained.
+
+    Parameters
+    ----------
+    reply : Message
+        As received.
+    profile : Profile
+        Of the client that was asked.
+    key : str
+        Of its session.
+    form : mapping
+        Names and shapes of what it trains.
+    seen : Seen
+        What the trunk did for it. Its tokens are its weight in the mean.
+    """
+    _check_name(read_outcome(reply), profile)
+    metrics = _read_metrics(reply)
+    for name, count in (("num-tokens", seen.tokens), ("steps", seen.steps)):
+        if metrics[name] != count:
+            raise ValueError(
+                f"it reports {name}={metrics[name]:g} of training, the trunk has applied {count}"
+            )
+    state = read_arrays(_record(reply.content.array_records, ARRAYS), form)
+    return Answer(key=key, client=profile.client, state=state, metrics=metrics)
+
+
+def read_evaluated(reply: Message, profile: Profile, key: str, seen: Seen) -> Answer:
+    """Read the answer of a client that evaluated; it may not weigh more than the trunk has seen."""
+    _check_name(read_outcome(reply), profile)
+    metrics = _read_metrics(reply)
+    if metrics["num-tokens"] > seen.tokens:
+        raise ValueError(
+            f"it reports {metrics['num-tokens']:g} held-out tokens, the trunk has seen "
+            f"{seen.tokens}"
+        )
+    return Answer(key=key, client=profile.client, metrics=metrics)
+
+
+def _read_metrics(reply: Message) -> dict[str, float]:
+    record: Mapping[str, Any] = _record(reply.content.metric_records, METRICS)
+    metrics = {}
+    for name in COUNTERS:
+        value = record.get(name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise ValueError(f"it reports {name}={value!r:.80}")
+        if not math.isfinite(value) or not 0 <= value < MOST.get(name, 2.0**53):
+            raise ValueError(f"it reports {name}={value:g}")
+        metrics[name] = float(value)
+    if metrics["num-tokens"] < 1:
+        raise ValueError("it reports no token")
+    return metrics
+
+
+def _check_name(name: str, profile: Profile) -> None:
+    if name != profile.client:
+        raise ValueError(
+            f"it answers as '{name}' and was '{profile.client}' when it was asked who it is"
+        )
+
+
+def _record(records: Mapping[str, Any], name: str) -> Any:
+    if name not in records:
+        raise ValueError(f"its reply is not one of Graft's: it has no record '{name}'")
+    return records[name]
+
+
+def _line(reason: str) -> str:
+    """A stranger's words as one line of bounded length."""
+    text = "".join(each if each.isprintable() else " " for each in reason[: LONGEST_REASON + 1])
+    return text if len(text) <= LONGEST_REASON else f"{text[:LONGEST_REASON]}..."

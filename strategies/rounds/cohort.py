@@ -7,8 +7,11 @@ from collections.abc import Callable, Iterable, Sequence
 from flwr.app import Message
 
 from strategies.events import Turnout
-from strategies.rounds.answers import Answer, read_answer
-from strategies.rounds.roster import Profile
+from strategies.rounds.answers import Answer, Profile
+from strategies.rounds.sampling import quorum
+
+Read = Callable[[Message, Profile, str], Answer]
+"""Reads the reply of a client whose session has this key; `ValueError` if it cannot count."""
 
 
 class Cohort:
@@ -44,17 +47,26 @@ class Cohort:
         """Whether so many answers hold as are needed."""
         return len(self.answers) >= self.count
 
-    def collect(
-        self, replies: Iterable[Message], check: Callable[[Answer], str] = lambda answer: ""
-    ) -> list[Answer]:
+    def no_quorum(self, number: int, share: float) -> str:
+        """Why training round `number` does not count."""
+        turnout = self.turnout
+        if not turnout.clients:
+            return f"no client finished training in round {number}: {turnout.reasons()}"
+        return (
+            f"round {number} has no quorum: federation.quorum={share:g} of {self.count} clients is "
+            f"{quorum(self.count, share)}, {len(turnout.clients)} answered "
+            f"({', '.join(turnout.clients)}); {turnout.reasons()}"
+        )
+
+    def collect(self, replies: Iterable[Message], read: Read) -> list[Answer]:
         """Read replies as they come; the turnout learns who is missing.
 
         Parameters
         ----------
         replies : iterable of Message
             At most one for each node.
-        check : callable
-            Why an answer cannot be used; empty if it can.
+        read : callable
+            Checks one.
 
         Returns
         -------
@@ -64,29 +76,15 @@ class Cohort:
         waiting = {profile.node: profile for profile in self.profiles}
         for reply in replies:
             profile = waiting.pop(reply.metadata.src_node_id, None)
-            if profile is None:
-                continue
-            answer = read_answer(self.keys[profile.node], reply, profile.client)
-            error = answer.error or _name_error(answer, profile) or check(answer)
-            if error:
-                self.missing[profile.client] = error
-            else:
-                self.answers.append(answer)
+            if profile is not None:
+                self._take(reply, profile, read)
         for profile in waiting.values():
             self.missing[profile.client] = "no answer"
         self.answers.sort(key=lambda answer: answer.client)
         return list(self.answers)
 
-    def drop(self, reasons: dict[str, str]) -> list[Answer]:
-        """Take out the answers of these session keys, for these reasons; returns the others."""
-        for answer in self.answers:
-            if answer.key in reasons:
-                self.missing[answer.client] = reasons[answer.key]
-        self.answers = [answer for answer in self.answers if answer.key not in reasons]
-        return list(self.answers)
-
-
-def _name_error(answer: Answer, profile: Profile) -> str:
-    if answer.client == profile.client:
-        return ""
-    return f"it answers as '{answer.client}' and was '{profile.client}' when it was asked who it is"
+    def _take(self, reply: Message, profile: Profile, read: Read) -> None:
+        try:
+            self.answers.append(read(reply, profile, self.keys[profile.node]))
+        except ValueError as error:
+            self.missing[profile.client] = str(error)

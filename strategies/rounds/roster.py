@@ -1,69 +1,51 @@
-"""Who could take part, and who is drawn."""
+"""Who could take part: every node is asked at first sight who it is."""
 
 from __future__ import annotations
 
 import logging
 import math
-import random
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from logging import INFO
-from typing import Any
 
-import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore import log
 from torch import Tensor
 
 from conf.load import to_json
-from conf.schema import Config, FederationConfig, TrainConfig
-from strategies.mail import push, receive
-from strategies.optim import derive_seed
-from strategies.records import ARRAYS, CONFIG, OUTCOME, PROFILE, TICKET, from_arrays
-from strategies.transport.tickets import is_usable
+from conf.schema import Config
+from models import Cut
+from strategies.mail import lifetime, push, receive
+from strategies.records import ARRAYS, CONFIG, TICKET, Form
+from strategies.rounds.answers import Bounds, Profile, read_first_tensors, read_profile
 
 logger = logging.getLogger(__name__)
 
 TRIES = 3
 """Times that nodes which cannot take part are asked again before a round is given up for them."""
 
-ROUNDING = 1e-9
-"""0.55 * 100 is a little more than 55."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Profile:
-    """What a client tells of itself: its name, its own cut and rank, and its training examples.
-
-    `examples` is 0 where nobody needs to know: to count them means to load the data. `public_key`
-    is what its tickets are made for.
-    """
-
-    node: int
-    client: str
-    bottom: int
-    top: int
-    rank: int
-    examples: int = 0
-    public_key: bytes = b""
-
 
 class Roster:
     """Asks every node at first sight who it is, and keeps what the connected ones answered.
+
+    A name belongs to the node that used it first in this run, known by its id, which Flower vouches
+    for, or by its key.
 
     Parameters
     ----------
     config : Config
         Travels with the question. Examples are counted for `federation.sampling=weighted` and
         `train.global_batch`.
+    bounds : Bounds
+        What a profile may say.
     """
 
-    def __init__(self, config: Config) -> None:
-        self._config = config
+    def __init__(self, config: Config, bounds: Bounds) -> None:
+        self._config, self._bounds = config, bounds
         self._count = config.federation.sampling == "weighted" or config.train.global_batch > 0
         self._profiles: dict[int, Profile] = {}
+        self._owners: dict[str, Profile] = {}
         self._refused: dict[int, str] = {}
         self._asked: dict[str, Message] = {}
 
@@ -130,48 +112,44 @@ class Roster:
         self._profiles.pop(node, None)
 
     def first_tensors(
-        self, grid: Grid, present: Sequence[Profile], model: str
+        self, grid: Grid, model: str, form: Callable[[Cut, int], Form]
     ) -> dict[str, Tensor]:
-        """The tensors with which clients start, from the first of `present` that tells them.
+        """Learn the tensors with which clients start from the first that tells them.
+
+        Parameters
+        ----------
+        grid : Grid
+            Flower's.
+        model : str
+            What the trunk was cut from, in words.
+        form : callable
+            What an answer must be, by the client's cut and rank.
 
         Raises
         ------
         RuntimeError
             If nobody does, with every reason.
         """
+        usual = Cut(bottom=self._config.cut.bottom, top=self._config.cut.top)
         reasons = []
-        for profile in present:
-            question = self._question(profile.node, model=model, **{"send-tensors": True})
-            waiting, refused = push(grid, [question])
-            timeout = self._config.federation.round_timeout
-            for reply in [*refused, *receive(grid, waiting, timeout=timeout)]:
-                records = {} if reply.has_error() else reply.content.config_records
-                error = reply.error.reason if reply.has_error() else records[OUTCOME]["error"]
-                if not error:
-                    return from_arrays(reply.content.array_records[ARRAYS])
+        # One with the run's own cut has all that the trunk has not.
+        for profile in sorted(self.gather(grid), key=lambda p: (p.cut != usual, p.client)):
+            try:
+                return self._ask_tensors(grid, profile, model, form(profile.cut, profile.rank))
+            except ValueError as error:
                 reasons.append(f"{profile.client}: {error}")
+                logger.warning("no first tensors from %s", reasons[-1])
         raise RuntimeError(f"no client tells the tensors it starts from: {'; '.join(reasons)}")
 
-    def draw(
-        self,
-        present: Sequence[Profile],
-        count: int,
-        number: int,
-        attempt: int = 1,
-        avoid: Iterable[str] = (),
-    ) -> list[Profile]:
-        """Draw the cohort of an attempt at round `number`; see `choose`.
-
-        Their order is drawn too, for the round: where clients run one by one, those asked first
-        answer first, and should not be the same ones in every round.
-        """
-        again = (attempt,) if attempt > 1 else ()
-        seed = derive_seed(self._config.seed, number, "sample", *again)
-        weighted = self._config.federation.sampling == "weighted"
-        cohort = choose(present, count, seed, weighted=weighted, avoid=avoid)
-        return sorted(
-            cohort, key=lambda p: derive_seed(self._config.seed, number, "order", p.client)
-        )
+    def _ask_tensors(
+        self, grid: Grid, profile: Profile, model: str, form: Form
+    ) -> dict[str, Tensor]:
+        question = self._question(profile.node, model=model, **{"send-tensors": True})
+        waiting, refused = push(grid, [question])
+        timeout = self._config.federation.round_timeout
+        for reply in [*refused, *receive(grid, waiting, timeout=timeout)]:
+            return read_first_tensors(reply, profile, form)
+        raise ValueError(f"no answer within federation.round_timeout={timeout:g} s")
 
     def _forget_all_but(self, nodes: set[int]) -> None:
         self._profiles = {node: p for node, p in self._profiles.items() if node in nodes}
@@ -182,25 +160,40 @@ class Roster:
         rounds, count = self._config.train.rounds, self._count
         ticket = ConfigRecord({"round": 0, "rounds": rounds, "count-examples": count, **more})
         shared = ConfigRecord({"json": to_json(self._config)})
-        content = RecordDict({ARRAYS: ArrayRecord(), CONFIG: shared, TICKET: ticket})
-        return Message(content=content, message_type=MessageType.QUERY, dst_node_id=node)
+        return Message(
+            content=RecordDict({ARRAYS: ArrayRecord(), CONFIG: shared, TICKET: ticket}),
+            message_type=MessageType.QUERY,
+            dst_node_id=node,
+            ttl=lifetime(self._config.federation.round_timeout),
+        )
 
     def _learn(self, reply: Message) -> None:
         node = reply.metadata.src_node_id
         try:
-            profile = read_profile(node, reply)
-            taken = [p.node for p in self._profiles.values() if p.client == profile.client]
-            if taken:
-                raise ValueError(
-                    f"it is called '{profile.client}' like node {taken[0]}, and names seed the "
-                    "order of the data; give each SuperNode a name of its own "
-                    "(--node-config 'name=\"...\"')"
-                )
-        except (KeyError, TypeError, ValueError) as error:
-            self._refused[node] = f"{error}"
+            profile = read_profile(node, reply, self._config, self._bounds)
+            self._check_owner(profile)
+        except ValueError as error:
+            self._refused[node] = str(error)
         else:
             self._refused.pop(node, None)
-            self._profiles[node] = profile
+            self._profiles[node] = self._owners[profile.client] = profile
+
+    def _check_owner(self, profile: Profile) -> None:
+        """Names seed the order of the data and weigh in the mean: two nodes may not share one."""
+        owner = self._owners.get(profile.client, profile)
+        if owner.node in self._profiles and owner.node != profile.node:
+            raise ValueError(
+                f"it is called '{profile.client}' like node {owner.node}, and names seed the "
+                "order of the data; give each SuperNode a name of its own "
+                "(--node-config 'name=\"...\"')"
+            )
+        if owner.node != profile.node and owner.public_key != profile.public_key:
+            raise ValueError(
+                f"it is called '{profile.client}' like node {owner.node}, which has left, and "
+                "shows another key: in this run the name stays that node's. Give this SuperNode a "
+                "name of its own (with SuperNode authentication, one that is started anew stays "
+                "the same node)"
+            )
 
 
 def wait_for(grid: Grid, least: int, limit: float = math.inf) -> list[int]:
@@ -218,127 +211,3 @@ def wait_for(grid: Grid, least: int, limit: float = math.inf) -> list[int]:
         time.sleep(1)
         waited += 1
     return nodes
-
-
-def read_profile(node: int, reply: Message) -> Profile:
-    """Read the answer to a question; `ValueError` if there is none or it makes no sense."""
-    if reply.has_error():
-        raise ValueError(reply.error.reason or f"Flower's error {reply.error.code}")
-    records = reply.content.config_records
-    outcome: Mapping[str, Any] = records.get(OUTCOME, {})
-    if error := outcome.get("error"):
-        raise ValueError(str(error))
-    told: Mapping[str, Any] = records.get(PROFILE, {})
-    name = outcome.get("client")
-    if not isinstance(name, str) or not name:
-        raise ValueError(f"it says it is called {name!r}")
-    numbers = {
-        "cut-bottom": (0, 10_000), "cut-top": (0, 10_000), "lora-rank": (1, 65_536),
-        "examples": (0, 10_000_000),
-    }  # fmt: skip
-    for key, (least, most) in numbers.items():
-        value = told.get(key)
-        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
-            raise ValueError(f"{name} says {key}={value!r}")
-    public_key = told.get("public-key")
-    if not is_usable(public_key):
-        raise ValueError(
-            f"{name} shows no key to make its tickets for; run the same release of Graft there"
-        )
-    return Profile(
-        node=node,
-        client=name,
-        bottom=told["cut-bottom"],
-        top=told["cut-top"],
-        rank=told["lora-rank"],
-        examples=told["examples"],
-        public_key=public_key,
-    )
-
-
-def draw_batches(
-    cohort: Sequence[Profile], train: TrainConfig, seed: int, number: int
-) -> dict[str, list[int]]:
-    """Draw how many examples each client gives to each step, so that all steps have `global_batch`.
-
-    As if the clients' examples lay in one heap and were drawn without replacement, anew when the
-    heap is empty: multivariate hypergeometric counts. Source: Kohankhaki et al. 2024, *Parallel
-    Split Learning with Global Sampling* (arXiv:2407.15738). Which examples they are, clients draw.
-
-    Returns
-    -------
-    dict[str, list of int]
-        By client; one number for each step, 0 where it has no example in it. Without
-        `train.local_steps` an epoch's last step has what is left.
-    """
-    names = [profile.client for profile in cohort]
-    heap = np.array([profile.examples for profile in cohort], dtype=np.int64)
-    if heap.sum() == 0:
-        raise RuntimeError("train.global_batch: no client of the cohort has an example")
-    random = np.random.default_rng(derive_seed(seed, number, "global-batch"))
-    epoch = math.ceil(heap.sum() / train.global_batch)
-    steps, left, drawn = train.local_steps or epoch * train.local_epochs, heap * 0, []
-    for _ in range(steps):
-        if not left.sum():
-            left = heap.copy()
-        taken = random.multivariate_hypergeometric(left, min(train.global_batch, int(left.sum())))
-        left = left - taken
-        drawn.append(taken)
-    return {name: [int(taken[i]) for taken in drawn] for i, name in enumerate(names)}
-
-
-def sizes(present: int, fraction: float, federation: FederationConfig) -> tuple[int, int]:
-    """How many answers a round needs of how many clients: the share asked for, and `min_clients`.
-
-    Returns
-    -------
-    count, asked : int
-        The cohort, and with it those who are asked beyond it (`federation.oversample`).
-    """
-    count = min(present, max(federation.min_clients, round(fraction * present)))
-    return count, min(present, math.ceil(count * (1 + federation.oversample) - ROUNDING))
-
-
-def quorum(count: int, share: float) -> int:
-    """How many of `count` answers let a round count: at least one."""
-    return max(1, math.ceil(share * count - ROUNDING))
-
-
-def choose(
-    present: Sequence[Profile], count: int, seed: int, *, weighted: bool, avoid: Iterable[str] = ()
-) -> list[Profile]:
-    """Draw `count` clients without replacement, by name, so that equal seeds draw alike.
-
-    Each client gets the key ``-ln(u) / w``, with u uniform in (0, 1] from the seed and its name,
-    and the smallest keys win: Efraimidis & Spirakis 2006, *Weighted random sampling with a
-    reservoir* (Information Processing Letters 97(5)), whose keys ``u ** (1 / w)`` have the reverse
-    order. It is as if clients were drawn one after the other, each time with probability in
-    proportion to w among those left.
-
-    Parameters
-    ----------
-    present : sequence of Profile
-        Who can take part.
-    count : int
-        How many to draw.
-    seed : int
-        Of this draw.
-    weighted : bool
-        w is a client's examples, else 1. A client without examples comes last.
-    avoid : iterable of str
-        Names to draw only if the others are too few.
-
-    Returns
-    -------
-    list of Profile
-        By name.
-    """
-    shunned = set(avoid)
-
-    def key(profile: Profile) -> tuple[bool, float, str]:
-        uniform = 1.0 - random.Random(derive_seed(seed, profile.client)).random()
-        weight = profile.examples if weighted else 1
-        place = -math.log(uniform) / weight if weight else math.inf
-        return profile.client in shunned, place, profile.client
-
-    return sorted(sorted(present, key=key)[:count], key=lambda profile: profile.client)

@@ -3,38 +3,29 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from logging import INFO
 from typing import Any, Protocol
 
-from flwr.app import (
-    ArrayRecord,
-    ConfigRecord,
-    Message,
-    MessageType,
-    MetricRecord,
-    RecordDict,
-)
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 from flwr.supercore import log
 
-from conf.load import to_json
 from conf.schema import Config
-from models import Cut
+from models import Cut, Part
 from strategies.aggregate.joint import JointModel
-from strategies.aggregate.state import Contribution
 from strategies.engine.engine import TrunkEngine
 from strategies.events import Observer, StepDone
-from strategies.mail import exchange
-from strategies.records import ARRAYS, CONFIG, KEY_LOST, TICKET
-from strategies.rounds.answers import Answer, error_of
+from strategies.records import Form
+from strategies.rounds.answers import Bounds, Profile, is_keyless, join
+from strategies.rounds.attempt import Attempt, Run
 from strategies.rounds.cohort import Cohort
-from strategies.rounds.roster import Profile, Roster, draw_batches, quorum, sizes
+from strategies.rounds.roster import Roster
+from strategies.rounds.sampling import draw, quorum, sizes
 from strategies.rounds.tally import Tally
-from strategies.transport.messages import Lockstep
-from strategies.transport.stream.service import Broken, StepReport, TrunkService
-from strategies.transport.tickets import Guest
+from strategies.transport.conversation import StepReport
+from strategies.transport.plane import Plane
 
 logger = logging.getLogger(__name__)
 
@@ -42,13 +33,21 @@ logger = logging.getLogger(__name__)
 class Keep(Protocol):
     """Who may keep the run's state between two rounds."""
 
-    def __call__(self, number: int, strategy: SplitFed) -> None:
-        """Called when round `number` is over and reported; may ask for `state_dict()`."""
+    def __call__(self, number: int, strategy: SplitFed, *, last: bool) -> None:
+        """Called when round `number` is over and reported; may ask for `state_dict()`.
+
+        `last`: the run stops here, whatever was planned.
+        """
 
 
 def needs_first_tensors(config: Config) -> bool:
     """Whether the server must know what the clients start from: not for plain averaging."""
     return config.train.sync == "step" or config.aggregation.optimizer != "fedavg"
+
+
+def never() -> bool:
+    """Nobody wants the run to stop."""
+    return False
 
 
 class SplitFed(Strategy):
@@ -57,18 +56,21 @@ class SplitFed(Strategy):
     `configure_train` draws the cohort, opens the round on the trunk and sends each client the
     averaged bottom/top tensors with a session ticket. `aggregate_train` averages what came back by
     tokens, folds the trunk as its policy says, and names who was missing. A round whose quorum
-    fails is undone and tried again with a cohort drawn anew.
+    fails is undone and tried again with a cohort drawn anew. An evaluation that fails is reported
+    as missing: it undoes nothing.
 
     Parameters
     ----------
     engine : TrunkEngine
-        The trunk and its policy.
-    service : TrunkService or Lockstep
-        The engine's data plane, started: streams, or Flower's messages.
+        The trunk, a `models.Part`, and its policy.
+    plane : Plane
+        Serves the engine, started.
     config : Config
         The run's configuration, which travels to the clients.
     observer : callable
         Told of every step and round, as `strategies.events`.
+    form : callable
+        Names and shapes of what a client of a cut and a rank trains, and must answer.
     model : str
         What the trunk was cut from, in words; a client with another model refuses to train.
     keep : Keep, optional
@@ -83,28 +85,29 @@ class SplitFed(Strategy):
     def __init__(
         self,
         engine: TrunkEngine,
-        service: TrunkService | Lockstep,
+        plane: Plane,
         config: Config,
         observer: Observer,
         *,
+        form: Callable[[Cut, int], Form],
         model: str = "",
         keep: Keep | None = None,
     ) -> None:
-        self.model, self._keep = model, keep
-        self.engine, self.service, self.config, self.observer = engine, service, config, observer
-        self.roster = Roster(config)
+        self._run = Run(engine=engine, plane=plane, config=config, model=model, form=form)
+        self.config, self._observer, self._keep = config, observer, keep
+        self.roster = Roster(config, bounds_of(engine))
         self.joint = JointModel(engine, config)
         self._rounds = config.train.rounds
         self._done = 0
         self._known: list[str] = []
-        self._grid: Grid | None = None
-        self._cohort = Cohort()
+        self._should_stop, self._stopped = never, False
+        self._attempt: Attempt | None = None
         self._tally = Tally(number=-1)
 
     def summary(self) -> None:
         """Log what the strategy will do."""
         train, federation = self.config.train, self.config.federation
-        log(INFO, "\t├──> Trunk: %s at %s", train.strategy, self.service.address)
+        log(INFO, "\t├──> Trunk: %s at %s", train.strategy, self._run.plane.address)
         log(
             INFO,
             "\t└──> Sampling: %s | train %.2f | evaluate %.2f | at least %d clients",
@@ -120,13 +123,15 @@ class SplitFed(Strategy):
         initial_arrays: ArrayRecord,
         num_rounds: int = 3,
         timeout: float = 3600.0,
+        should_stop: Callable[[], bool] | None = None,
     ) -> Result:
         """Evaluate before training, then run all rounds; those that are left after a `resume`.
 
         Flower's own loop waits for every reply and cannot try a round again. `timeout` is not
-        read: `federation.round_timeout` is.
+        read: `federation.round_timeout` is. `should_stop` is asked between rounds.
         """
-        self._grid, self._rounds = grid, num_rounds
+        self._rounds = num_rounds
+        self._should_stop = should_stop or never
         self.summary()
         result, arrays = Result(arrays=initial_arrays), initial_arrays
         if self._done:
@@ -134,16 +139,15 @@ class SplitFed(Strategy):
             if self._done < num_rounds:
                 self._compare_clients(grid)
         else:
-            if needs_first_tensors(self.config):
-                self._start_joint(grid)
-            self._evaluate(0, arrays, grid)
+            self._begin(arrays, grid)
         for number in range(self._done + 1, num_rounds + 1):
+            if self._stopped:
+                log(INFO, "stopped after round %d of %d, as asked", number - 1, num_rounds)
+                break
             arrays, result.train_metrics_clientapp[number] = self._train(number, arrays, grid)
             result.arrays = arrays
-            if metrics := self._evaluate(number, arrays, grid):
+            if metrics := self._finish(number, arrays, grid):
                 result.evaluate_metrics_clientapp[number] = metrics
-            if self._keep is not None:
-                self._keep(number, self)
         return result
 
     def state_dict(self) -> dict[str, Any]:
@@ -153,7 +157,7 @@ class SplitFed(Strategy):
         a seed made of the run's, the round and what it is for (`derive_seed`), the order of a
         client's examples too.
         """
-        return {"engine": self.engine.state_dict(), "joint": self.joint.state_dict()}
+        return {"engine": self._run.engine.state_dict(), "joint": self.joint.state_dict()}
 
     def resume(self, number: int, state: Mapping[str, Any], clients: Sequence[str] = ()) -> None:
         """Go on after round `number`.
@@ -172,7 +176,7 @@ class SplitFed(Strategy):
         ValueError
             If the state is not of this model and configuration.
         """
-        self.engine.load_state_dict(state["engine"])
+        self._run.engine.load_state_dict(state["engine"])
         self.joint.load_state_dict(state["joint"])
         self._done, self._known = number, sorted(clients)
 
@@ -193,7 +197,7 @@ class SplitFed(Strategy):
         lost = tally.abandoned[-1].missing if tally.abandoned else {}
         # Those who were just lost are asked again only if a round needs them.
         asked = max(count, min(asked, len([p for p in present if p.client not in lost])))
-        cohort = self.roster.draw(present, asked, server_round, tally.attempt, avoid=lost)
+        cohort = draw(self.config, present, asked, server_round, tally.attempt, avoid=lost)
         return self._open(server_round, cohort, count, training=True)
 
     def aggregate_train(
@@ -203,66 +207,69 @@ class SplitFed(Strategy):
 
         Without quorum the round is undone, and both are None: it can be configured again.
         """
-        cohort, tally = self._cohort, self._tally
-        answers = cohort.collect(replies, self._train_error)
-        self.service.end_round()
-        replicas, statistics = self.engine.collect([answer.key for answer in answers])
-        contributions: list[Contribution] = []
-        if answers:
-            contributions, odd = self.joint.contributions(answers, replicas)
-            answers = cohort.drop(odd)
+        assert self._attempt is not None
+        answers, cohort = self._attempt.collect(replies), self._attempt.cohort
+        replicas, statistics = self._run.engine.collect([answer.key for answer in answers])
         if len(answers) < quorum(cohort.count, self.config.federation.quorum):
-            self._give_up(server_round)
+            self._give_up(cohort)
             return None, None
-        error = self.joint.update(server_round, contributions)
-        metrics = self._fold(answers) | statistics
+        error = self.joint.update(server_round, join(answers, replicas))
+        metrics = self._tally.fold(answers) | statistics
         if error is not None:
             metrics["lora-error"] = error
-        tally.training, tally.train = cohort.turnout, metrics
-        tally.tokens = int(metrics["num-tokens"])
+        self._tally.training, self._tally.train = cohort.turnout, metrics
+        self._tally.tokens = int(metrics["num-tokens"])
         return self.joint.arrays_for(), MetricRecord(dict(metrics))
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Open a forward-only round; no messages if nothing is held out or evaluated."""
+        """Open a forward-only round; no messages if nothing is held out, or nobody is there."""
         if self._tally.number != server_round:
             self._tally = Tally(number=server_round)
-        self._cohort, federation = Cohort(), self.config.federation
+        self._attempt, federation = None, self.config.federation
         if federation.fraction_evaluate == 0 or self.config.data.heldout == 0:
             return []
-        present = self.roster.gather(grid)
+        try:
+            present = self.roster.gather(grid)
+        except RuntimeError as error:
+            logger.warning("round %d is not evaluated: %s", server_round, error)
+            return []
         count, _ = sizes(len(present), federation.fraction_evaluate, federation)
-        cohort = self.roster.draw(present, count, server_round)
+        cohort = draw(self.config, present, count, server_round)
         return self._open(server_round, cohort, count, training=False)
 
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]
     ) -> MetricRecord | None:
-        """Mean held-out loss over all tokens of all clients; reports the round."""
-        metrics = None
-        if self._cohort.profiles:
-            answers, turnout = self._cohort.collect(replies), self._cohort.turnout
-            self.service.end_round()
-            self.engine.close_round()
-            if not answers:
-                raise RuntimeError(
-                    f"no client finished evaluation in round {server_round}: {turnout.reasons()}"
-                )
-            metrics = self._tally.evaluate = self._fold(answers)
-            self._tally.evaluation = turnout
-        self.observer(self._tally.event())
-        return MetricRecord(dict(metrics)) if metrics else None
+        """Mean held-out loss over all tokens of all clients; None if no client has one."""
+        if self._attempt is None:
+            return None
+        answers = self._attempt.collect(replies)
+        self._run.engine.close_round()
+        self._tally.evaluation = turnout = self._attempt.cohort.turnout
+        if not answers:
+            text = "round %d is not evaluated: %s. Training goes on without (data.heldout=0 or "
+            text += "federation.fraction_evaluate=0 asks nobody to evaluate)"
+            logger.warning(text, server_round, turnout.reasons())
+            return None
+        self._tally.evaluate = metrics = self._tally.fold(answers)
+        return MetricRecord(dict(metrics))
 
     def on_step(self, report: StepReport) -> None:
-        """Pass a step from the data plane to the observer, with the round it belongs to.
-
-        Steps of a round's second attempt say so: they take the place of the first one's.
-        """
+        """Pass a step from the data plane to the observer, with the round it belongs to."""
         number, attempt = map(int, report.key.split("-")[1].split("."))
         told = {**vars(report), "round": number, "attempt": attempt, "step": report.step + 1}
         del told["key"]
-        self.observer(StepDone(**told))
+        self._observer(StepDone(**told))
+
+    def _begin(self, arrays: ArrayRecord, grid: Grid) -> None:
+        """Round 0: what the model can before training."""
+        if needs_first_tensors(self.config):
+            first = self.roster.first_tensors(grid, self._run.model, self._run.form)
+            self.joint.start(first)
+        self._evaluate(0, arrays, grid)
+        self._observer(self._tally.event())
 
     def _train(
         self, number: int, arrays: ArrayRecord, grid: Grid
@@ -270,116 +277,41 @@ class SplitFed(Strategy):
         """Train one round, as often as it takes or may."""
         while True:
             messages = self.configure_train(number, arrays, ConfigRecord(), grid)
-            mean, metrics = self.aggregate_train(
-                number, self._exchange(messages, self._cohort.enough)
-            )
+            mean, metrics = self.aggregate_train(number, self._exchange(messages, grid))
             if mean is not None and metrics is not None:
                 return mean, metrics
 
     def _evaluate(self, number: int, arrays: ArrayRecord, grid: Grid) -> MetricRecord | None:
         messages = self.configure_evaluate(number, arrays, ConfigRecord(), grid)
-        return self.aggregate_evaluate(number, self._exchange(messages, self._cohort.enough))
+        return self.aggregate_evaluate(number, self._exchange(messages, grid))
 
-    def _exchange(
-        self, messages: Iterable[Message], enough: Callable[[], bool]
-    ) -> Iterable[Message]:
-        """Bring messages to the clients and yield one reply for each; see `replies.exchange`."""
-        for reply in self._replies(messages, enough):
-            key = self._cohort.keys.get(reply.metadata.src_node_id, "")
-            if not self.engine.has(key) and (reply.has_error() or error_of(reply)):
-                self.engine.miss()  # so that `merged` does not wait for it
-            if KEY_LOST in error_of(reply):
-                self.roster.forget(reply.metadata.src_node_id)
-            yield reply
-
-    def _replies(
-        self, messages: Iterable[Message], enough: Callable[[], bool]
-    ) -> Iterable[Message]:
-        assert self._grid is not None
-        federation = self.config.federation
-        if isinstance(self.service, Lockstep):
-            return self.service.exchange(
-                self._grid,
-                list(messages),
-                self._cohort.keys,
-                timeout=federation.round_timeout,
-                enough=enough,
-            )
-        return exchange(
-            self._grid,
-            list(messages),
-            timeout=federation.round_timeout,
-            enough=enough,
-            broken=self._broken,
-            lost_after=self.config.link.grace,
-        )
-
-    def _broken(self, node: int) -> Broken | None:
-        assert isinstance(self.service, TrunkService)
-        return self.service.broken(self._cohort.keys[node])
+    def _finish(self, number: int, arrays: ArrayRecord, grid: Grid) -> MetricRecord | None:
+        """Evaluate a round that was trained; it is recorded and kept whatever becomes of that."""
+        try:
+            return self._evaluate(number, arrays, grid)
+        finally:
+            self._observer(self._tally.event())
+            self._stopped = number < self._rounds and self._should_stop()
+            if self._keep is not None:
+                self._keep(number, self, last=self._stopped)
 
     def _open(
-        self,
-        number: int,
-        cohort: Sequence[Profile],
-        count: int,
-        *,
-        training: bool,
+        self, number: int, cohort: Sequence[Profile], count: int, *, training: bool
     ) -> list[Message]:
-        drawn: dict[str, list[int]] = {}
-        if training and self.config.train.global_batch:
-            drawn = draw_batches(cohort, self.config.train, self.config.seed, number)
-            # Whoever gives nothing to any step is not asked.
-            cohort = [profile for profile in cohort if any(drawn[profile.client])]
-            count = min(count, len(cohort))
-        self.engine.open_round(
-            number,
-            self._rounds,
-            training=training,
-            cohort=len(cohort),
-            revocable=training and self.config.federation.retries > 0,
+        attempt = Attempt(
+            self._run, number, self._rounds, self._tally.attempt, cohort, count, training=training
         )
-        purpose = "train" if training else "evaluate"
-        stem = f"{purpose}-{number}.{self._tally.attempt}"
-        self._cohort = Cohort(cohort, count, stem)
-        shared = ConfigRecord({"json": to_json(self.config)})
-        return [
-            Message(
-                content=RecordDict(
-                    {
-                        ARRAYS: self.joint.arrays_for(profile),
-                        CONFIG: shared,
-                        TICKET: self._ticket(number, profile, drawn.get(profile.client)),
-                    }
-                ),
-                message_type=MessageType.TRAIN if training else MessageType.EVALUATE,
-                dst_node_id=profile.node,
-            )
-            for profile in cohort
-        ]
+        self._attempt = attempt
+        return attempt.open(self.joint.arrays_for)
 
-    def _ticket(
-        self, number: int, profile: Profile, sizes: list[int] | None = None
-    ) -> ConfigRecord:
-        cut = Cut(bottom=profile.bottom, top=profile.top)
-        usual = Cut(bottom=self.config.cut.bottom, top=self.config.cut.top)
-        guest = Guest(
-            key=self._cohort.keys[profile.node],
-            client=profile.client,
-            public_key=profile.public_key,
-            cut=None if cut == usual else cut,
-        )
-        ticket = ConfigRecord(
-            {
-                **self.service.ticket(guest).as_record(),
-                "model": self.model,
-                "round": number,
-                "rounds": self._rounds,
-            }
-        )
-        if sizes is not None:
-            ticket["batch-sizes"] = sizes
-        return ticket
+    def _exchange(self, messages: Iterable[Message], grid: Grid) -> Iterator[Message]:
+        """One reply for each message. A node that lost its key is asked anew who it is."""
+        if self._attempt is None:
+            return
+        for reply in self._attempt.exchange(grid, messages):
+            if is_keyless(reply):
+                self.roster.forget(reply.metadata.src_node_id)
+            yield reply
 
     def _compare_clients(self, grid: Grid) -> None:
         """Say so if the clients are not those of the run before."""
@@ -394,47 +326,25 @@ class SplitFed(Strategy):
                 len(self._known),
             )
 
-    def _start_joint(self, grid: Grid) -> None:
-        """Learn the clients' first tensors from one of them; all start alike."""
-        usual = (self.config.cut.bottom, self.config.cut.top)
-        present = self.roster.gather(grid)
-        # One with the run's own cut has all that the trunk has not.
-        present.sort(key=lambda profile: ((profile.bottom, profile.top) != usual, profile.client))
-        ends = self.roster.first_tensors(grid, present, self.model)
-        self.joint.start(ends)
-        self.engine.policy.start_ends(ends)
-
-    def _train_error(self, answer: Answer) -> str:
-        """Why an answer cannot be averaged: its tokens are its weight."""
-        seen, told = self.engine.session_tokens(answer.key), answer.metrics["num-tokens"]
-        if told != seen:
-            return f"it reports {told:g} trained tokens, the trunk has applied steps of {seen}"
-        return ""
-
-    def _fold(self, answers: Sequence[Answer]) -> dict[str, float]:
-        """Sum counters and weight the loss by tokens."""
-        tokens = sum(answer.metrics["num-tokens"] for answer in answers)
-        loss = sum(a.metrics["loss"] * a.metrics["num-tokens"] for a in answers) / tokens
-        self._tally.bytes_up += int(sum(answer.metrics["bytes-up"] for answer in answers))
-        self._tally.bytes_down += int(sum(answer.metrics["bytes-down"] for answer in answers))
-        return {"loss": loss, "num-tokens": tokens, "clients": len(answers)}
-
-    def _give_up(self, number: int) -> None:
+    def _give_up(self, cohort: Cohort) -> None:
         """Undo a training round without quorum; `RuntimeError` if it may not be tried again."""
-        turnout, tally, federation = self._cohort.turnout, self._tally, self.config.federation
-        if turnout.clients:
-            needed = quorum(self._cohort.count, federation.quorum)
-            text = (
-                f"round {number} has no quorum: federation.quorum={federation.quorum:g} of "
-                f"{self._cohort.count} clients is {needed}, {len(turnout.clients)} answered "
-                f"({', '.join(turnout.clients)}); {turnout.reasons()}"
-            )
-        else:
-            text = f"no client finished training in round {number}: {turnout.reasons()}"
+        tally, federation = self._tally, self.config.federation
+        text = cohort.no_quorum(tally.number, federation.quorum)
         if tally.attempt > federation.retries:
-            self.engine.close_round()
+            self._run.engine.close_round()
             again = f" (attempt {tally.attempt} of {tally.attempt})" if federation.retries else ""
             raise RuntimeError(f"{text}{again}")
-        self.engine.abandon_round()
-        tally.abandoned.append(turnout)
+        self._run.engine.abandon_round()
+        tally.abandoned.append(cohort.turnout)
         logger.warning("%s. Attempt %d of %d follows", text, tally.attempt, federation.retries + 1)
+
+
+def bounds_of(engine: TrunkEngine) -> Bounds:
+    """What clients may say of themselves, given the trunk."""
+    trunk = engine.trunk
+    assert isinstance(trunk, Part)
+    return Bounds(
+        blocks=trunk.num_blocks_total,
+        width=engine.hidden_size,
+        own_cut=engine.policy.replicates,
+    )

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from strategies.events import RoundDone, Turnout
+from strategies.rounds.answers import Answer
 
 
 @dataclass(kw_only=True)
@@ -27,6 +29,14 @@ class Tally:
     def attempt(self) -> int:
         """Number of the attempt that is due, from 1."""
         return len(self.abandoned) + 1
+
+    def fold(self, answers: Sequence[Answer]) -> dict[str, float]:
+        """Sum counters and weight the loss by tokens."""
+        tokens = sum(answer.metrics["num-tokens"] for answer in answers)
+        loss = sum(a.metrics["loss"] * a.metrics["num-tokens"] for a in answers) / tokens
+        self.bytes_up += int(sum(answer.metrics["bytes-up"] for answer in answers))
+        self.bytes_down += int(sum(answer.metrics["bytes-down"] for answer in answers))
+        return {"loss": loss, "num-tokens": tokens, "clients": len(answers)}
 
     def event(self) -> RoundDone:
         """The round, now that it is over.

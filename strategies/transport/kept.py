@@ -42,8 +42,8 @@ class KeptReplies:
             return None
         self._session.check_open()
         if body != "get_gradients":
-            checksum, reply = self._kept.get(_place(frame), (None, None))
-            return reply if checksum == zlib.crc32(raw) else None
+            kept = self._kept.get(_place(frame))
+            return kept[1] if kept is not None and kept[0] == zlib.crc32(raw) else None
         asked = frame.get_gradients
         if (place := ("backward", asked.step, asked.micro)) in self._kept:
             return self._kept[place][1]

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from conf.schema import Config, LinkConfig
 from strategies.errors import TrunkError
+from strategies.rounds.splitfed import SplitFed
 from strategies.transport.stream.link import GrpcLink
 from strategies.transport.tickets import Ticket, new_key
 from tests.flower_app import test_app
@@ -356,3 +357,46 @@ def test_a_ticket_copied_on_its_way_opens_nothing(tmp_path: Path) -> None:
     assert set(refused) == {"refused"}
     assert rounds[-1]["clients"] == ["client-0", "client-1"]
     assert equal(folder, calm)
+
+
+def test_an_evaluation_that_fails_undoes_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The only client that evaluates fails in round 1: it is recorded, kept, and gone on from."""
+    config = configured(
+        tmp_path,
+        "train.rounds=2 federation.fraction_evaluate=1 output.checkpoint_every=1",
+    )
+    grid = InProcessGrid(clients=2)
+
+    def fail(message: Any) -> None:
+        evaluates = message.metadata.message_type == "evaluate"
+        number = message.content.config_records["ticket"]["round"]
+        grid.broken = {0, 1} if evaluates and number in (0, 1) else set()
+
+    grid.meanwhile = fail
+    folder, rounds, text = run(config, grid)
+
+    assert [record["round"] for record in rounds] == [0, 1, 2]
+    assert [record["evaluate"] is None for record in rounds] == [True, True, False]
+    assert rounds[1]["train"] is not None
+    assert set(rounds[1]["evaluation"]["missing"]) == {"client-0", "client-1"}
+    assert "the process was killed" in text
+    assert (folder / "checkpoints" / "round-0001").is_dir()
+    assert "round 1 is not evaluated: client-0: the process was killed" in caplog.text
+
+
+def test_a_run_stops_between_rounds_when_it_is_asked_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Flower 1.43 asks; the last round is kept although none was due."""
+    start = SplitFed.start
+    monkeypatch.setattr(
+        SplitFed, "start", lambda self, **given: start(self, **given, should_stop=lambda: True)
+    )
+    config = configured(tmp_path, "train.rounds=3 output.checkpoint_every=3")
+
+    folder, rounds, _ = run(config, InProcessGrid(clients=2))
+
+    assert [record["round"] for record in rounds] == [0, 1]
+    assert (folder / "checkpoints" / "round-0001").is_dir()

@@ -21,8 +21,11 @@ from strategies.transport.stream.options import (
 )
 from strategies.transport.tickets import Ticket
 
-BROKEN, FULL = "broken", "full"
-"""Kinds of error after which another stream may be tried: it broke, or the trunk had no room."""
+BROKEN = "broken"
+"""The kind of error after which another stream may be tried."""
+
+FULL = "full"
+"""The kind of error of a trunk that serves as many as it can; it may have room later."""
 
 LEAVE_SECONDS = 1.0
 """How long the trunk may take to notice that a client leaves."""
@@ -32,6 +35,7 @@ _LOST = (
     grpc.StatusCode.CANCELLED,
     grpc.StatusCode.INTERNAL,
     grpc.StatusCode.DEADLINE_EXCEEDED,
+    grpc.StatusCode.RESOURCE_EXHAUSTED,
 )
 """How streams end that the network, or the trunk's end of it, has let down."""
 
@@ -145,11 +149,11 @@ def _reason(error: grpc.RpcError) -> TrunkError:
             f"{details}; lower train.batch_size or data.context, or raise link.max_frame_mb",
             kind="too-large",
         )
-    if code == grpc.StatusCode.RESOURCE_EXHAUSTED:
+    if code == grpc.StatusCode.RESOURCE_EXHAUSTED and "limit exceeded" in details.lower():
         return TrunkError(
-            f"it is there, and serves all {MAX_STREAMS} streams that it can at once ({details}). "
-            "Let fewer clients work at a time: lower federation.fraction_train, "
-            "federation.fraction_evaluate or federation.oversample",
+            f"it serves as many clients as it can, {MAX_STREAMS}, and had no room for this one; "
+            "ask fewer in a round: lower federation.fraction_train and "
+            f"federation.fraction_evaluate, or federation.min_clients ({details})",
             kind=FULL,
         )
     if code == grpc.StatusCode.UNAUTHENTICATED:

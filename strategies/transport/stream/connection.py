@@ -136,7 +136,7 @@ class Connection:
         """
         deadline = time.monotonic() + seconds
         pause, wait = FIRST_PAUSE, max(0.25, seconds / 4)
-        why = TrunkError("no answer")
+        why = TrunkError("no answer", kind=BROKEN)
         while True:
             self.drop()
             try:

@@ -6,23 +6,26 @@ import logging
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import grpc
+from flwr.app import Message
+from flwr.serverapp import Grid
 
-from conf.schema import LinkConfig
-from strategies.deadlines import silence
-from strategies.engine.engine import TrunkEngine
+from conf.schema import Config, LinkConfig
+from strategies.deadlines import silence, turn
+from strategies.engine.engine import MAX_GRAPHS, TrunkEngine
 from strategies.errors import TrunkError
+from strategies.mail import LostStream, exchange, never
 from strategies.transport import tickets
 from strategies.transport import trunk_pb2 as pb
-from strategies.transport.certificates import check_certificate, is_loopback, self_signed
 from strategies.transport.codec.registry import find_codec
 from strategies.transport.conversation import Conversation, StepReport
 from strategies.transport.frames import failure_of, server_frame
+from strategies.transport.plane import Limits
+from strategies.transport.stream.bind import bind
 from strategies.transport.stream.options import (
     CONNECTION_KEY,
     MAX_STREAMS,
@@ -48,21 +51,9 @@ class _Seat:
     talk: Conversation | None = None
     since: float | None = None
     """With a stream: since when it waits for the client. Without: since when there is none."""
-    over: bool = False
-    """Whether the session was given up."""
+    over: TrunkError | None = None
+    """Why the session was given up, if it was: a client that comes back is told."""
     opening: threading.Lock = field(default_factory=threading.Lock)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Broken:
-    """A session that has no stream and had no good-bye."""
-
-    since: float
-    """When it lost its stream, by `time.monotonic`."""
-    done: int
-    """Optimizer steps that were applied."""
-    steps: int
-    """Optimizer steps that were planned."""
 
 
 class TrunkService:
@@ -110,9 +101,14 @@ class TrunkService:
         self._server.add_generic_rpc_handlers(
             (grpc.method_handlers_generic_handler("graft.Trunk", {"Session": handler}),)
         )
-        self.certificate, port = self._bind()
+        self.certificate, port = bind(self._server, link)
         host = link.bind.rpartition(":")[0]
         self.address = link.advertise or f"{host}:{port}"
+
+    @staticmethod
+    def limits(config: Config) -> Limits:
+        """A turn comes before the client that waits for it gives up."""
+        return Limits(turn=turn(config.link.timeout), graphs=MAX_GRAPHS)
 
     def start(self) -> str:
         """Accept sessions; returns the address that clients connect to."""
@@ -140,7 +136,7 @@ class TrunkService:
             certificate=self.certificate,
         )
 
-    def broken(self, key: str) -> Broken | None:
+    def broken(self, key: str) -> LostStream | None:
         """When and where session `key` lost its stream; None if it has one, or has not begun."""
         with self._lock:
             seat = self._seats.get(key)
@@ -148,7 +144,7 @@ class TrunkService:
                 return None
             session = seat.talk.session
             assert seat.since is not None
-            return Broken(since=seat.since, done=session.applied, steps=session.steps)
+            return LostStream(since=seat.since, done=session.applied, steps=session.steps)
 
     def sessions(self) -> int:
         """How many sessions are open."""
@@ -158,13 +154,32 @@ class TrunkService:
                 for seat in self._seats.values()
             )
 
+    def exchange(
+        self,
+        grid: Grid,
+        messages: Sequence[Message],
+        keys: Mapping[int, str],
+        *,
+        timeout: float,
+        enough: Callable[[], bool] = never,
+    ) -> Iterator[Message]:
+        """Bring the round's messages to the clients; see `Plane.exchange`."""
+        return exchange(
+            grid,
+            messages,
+            timeout=timeout,
+            enough=enough,
+            broken=lambda node: self.broken(keys[node]),
+            lost_after=self._link.grace,
+        )
+
     def end_round(self) -> None:
         """Withdraw all tickets and end the streams that are still open."""
         with self._lock:
             seats, self._seats = list(self._seats.values()), {}
             streams = [seat.stream for seat in seats if seat.stream is not None]
             for seat in seats:
-                seat.over = True
+                seat.over = seat.over or _round_over()
         for stream in streams:
             stream.cancel()
 
@@ -172,39 +187,6 @@ class TrunkService:
         """Refuse new sessions and end the open ones."""
         self._stopped.set()
         self._server.stop(grace=1.0).wait()
-
-    def _bind(self) -> tuple[bytes, int]:
-        """Listen; returns the certificate that clients are to trust, and the port."""
-        link, host = self._link, self._link.bind.rpartition(":")[0]
-        public = (link.advertise or link.bind).rpartition(":")[0]
-        secure = link.tls == "on" or (
-            link.tls == "auto" and not (is_loopback(host) and is_loopback(public))
-        )
-        certificate, key = self._certificate(public) if secure else (b"", b"")
-        try:
-            if secure:
-                credentials = grpc.ssl_server_credentials([(key, certificate)])
-                return certificate, self._server.add_secure_port(link.bind, credentials)
-            return certificate, self._server.add_insecure_port(link.bind)
-        except RuntimeError as error:
-            raise ValueError(
-                f"the trunk cannot listen on link.bind={link.bind}: {error}. Choose a free port, "
-                "or port 0 for any"
-            ) from error
-
-    def _certificate(self, host: str) -> tuple[bytes, bytes]:
-        link = self._link
-        if not link.certificate:
-            return self_signed(host)
-        try:
-            certificate, key = Path(link.certificate).read_bytes(), Path(link.key).read_bytes()
-        except OSError as error:
-            raise ValueError(
-                f"link.certificate or link.key cannot be read: {error}; give absolute paths that "
-                "the SuperLink's user can read"
-            ) from error
-        check_certificate(certificate, key, host.strip("[]"))
-        return certificate, key
 
     def _serve(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
         metadata = {key: str(value) for key, value in context.invocation_metadata()}
@@ -223,10 +205,10 @@ class TrunkService:
             yield from self._converse(seat, talk, requests, context)
         except TrunkError as error:
             logger.warning("session %s: %s", seat.guest.key, error)
-            self._give_up(seat)
+            self._give_up(seat, error)
             yield server_frame(failure=failure_of(error))
-        except Exception:
-            self._give_up(seat)  # in an unknown state
+        except Exception as error:  # in an unknown state
+            self._give_up(seat, TrunkError(f"the trunk failed: {error!r:.200}", kind="failed"))
             raise
         finally:
             self._part(seat, context)
@@ -240,7 +222,7 @@ class TrunkService:
             # Somebody without a seat takes as long to be told.
             secret = seat.secret if seat else secrets.token_bytes(tickets.KEY_BYTES)
             fits = tickets.same(tickets.token(secret, connection), metadata.get(TOKEN_KEY, ""))
-            if seat is None or not fits or seat.over or connection <= seat.connection:
+            if seat is None or not fits or connection <= seat.connection:
                 return None
             before, seat.stream, seat.connection, seat.since = (
                 seat.stream, context, connection, None,
@@ -257,7 +239,7 @@ class TrunkService:
         guest = seat.guest
         with seat.opening:
             if seat.over:
-                raise TrunkError("its round has ended", kind="closed")
+                raise seat.over
             if seat.talk is None:
                 session = self._engine.open(
                     guest.key, client=guest.client, steps=int(steps), cut=guest.cut
@@ -290,7 +272,7 @@ class TrunkService:
             yield reply
             if talk.left:
                 logger.info("session %s: its client left", seat.guest.key)
-                self._give_up(seat)
+                self._give_up(seat, TrunkError("its client left", kind="closed"))
             if talk.closed or talk.left:
                 return
 
@@ -305,9 +287,9 @@ class TrunkService:
             if seat.stream is context:
                 seat.stream, seat.since = None, time.monotonic()
 
-    def _give_up(self, seat: _Seat) -> None:
-        """Let nobody in to this session any more, and drop what it has under way."""
-        seat.over = True
+    def _give_up(self, seat: _Seat, why: TrunkError) -> None:
+        """End this session for good, and drop what it has under way."""
+        seat.over = seat.over or why
         if seat.talk is not None:
             seat.talk.session.close()
 
@@ -331,12 +313,15 @@ class TrunkService:
             if seconds <= (absence if stream is None else quiet):
                 continue
             how = "stayed away" if stream is None else "was silent"
-            logger.warning(
-                "session %s: its client %s for %.3g s: given up", seat.guest.key, how, seconds
-            )
-            self._give_up(seat)
+            why = TrunkError(f"its client {how} for {seconds:.3g} s: given up", kind="lost")
+            logger.warning("session %s: %s", seat.guest.key, why)
+            self._give_up(seat, why)
             if stream is not None:
                 stream.cancel()
+
+
+def _round_over() -> TrunkError:
+    return TrunkError("its round has ended", kind="closed")
 
 
 def _next(requests: Iterator[bytes]) -> bytes | None:

@@ -126,3 +126,26 @@ def test_what_describes_a_data_set_is_not_data(tmp_path: Path) -> None:
     (tmp_path / "dataset_infos.json").write_text('{"default": {"description": "x"}}')
     (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n")
     assert load_rows(files_config(tmp_path))["text"] == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("train.jsonl", '{"text": "007"}\n{"text": 7}\n'),
+        ("train.jsonl", '{"text": "2024-01-02"}\n'),
+        ("train.jsonl", '{"text": 2}\n{"text": 2.5}\n'),
+        ("train.csv", "text\n007\nNA\n"),
+        ("train.jsonl", '{"messages": [{"role": "user", "content": "007"}]}\n'
+                        '{"messages": [{"role": "user", "content": ["x"]}]}\n'),
+    ],
+)  # fmt: skip
+def test_texts_that_datasets_changed_are_refused(tmp_path: Path, name: str, content: str) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=r"guesses what the texts .* data\.source=files"):
+        load_rows(DataConfig(source="hub", path=str(tmp_path)))
+    assert load_rows(files_config(tmp_path / name))
+
+
+def test_texts_that_datasets_leaves_alone_are_read(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "train.jsonl", [{"text": "007"}, {"text": None}, {"text": "null"}])
+    assert load_rows(DataConfig(source="hub", path=str(tmp_path)))["text"] == ["007", None, "null"]

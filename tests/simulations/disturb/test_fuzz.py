@@ -50,12 +50,17 @@ SABOTAGE = {
     "what is not finite is let in": (
         "strategies.engine.session.check_finite", lambda tensor, what: None, "not finite"
     ),
+    "huge numbers meet others": (
+        "strategies.engine.policies.merged.check_bounded",
+        lambda tensor, what: None,
+        "let in to a step that clients share",
+    ),
     "shapes are not checked": (
-        "strategies.engine.session.check_shapes",
+        "strategies.engine.bench.check_shapes",
         lambda *shapes: None,
         "Error",
     ),
-    "a decoder believes": ("strategies.transport.conversation.decode", _trusting, "Error"),
+    "a decoder believes": ("strategies.transport.codec.tensors.decode", _trusting, "Error"),
     "steps are not checked": (
         "strategies.engine.session.Session._check_step", lambda self, step: None, "was due"
     ),

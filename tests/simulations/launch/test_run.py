@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from conf.load import load_config, to_dict
 from conf.rules import ConfigError
@@ -194,6 +196,7 @@ def test_cut_is_checked_against_a_checkpoint(
     _bring(monkeypatch)
     config = {"model_type": "llama", "num_hidden_layers": 3}
     (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file({"any": torch.zeros(1)}, tmp_path / "model.safetensors")  # not read for it
     with pytest.raises(ValueError, match="the model has 3 blocks"):
         tool.run_experiment("lora", f"model.path={tmp_path} cut.bottom=2", say=lambda line: None)
 

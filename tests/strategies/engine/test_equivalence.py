@@ -187,7 +187,7 @@ def test_clients_at_once_over_grpc_do_not_mix(strategy: str) -> None:
             outcomes = list(pool.map(run, range(3)))
 
     for client, outcome in enumerate(outcomes):
-        assert engine.session_tokens(f"client-{client}") == outcome.tokens
+        assert engine.finish(f"client-{client}")[0] == outcome.tokens
         mine, reference = split(together[client], CUT), split(alone[client], CUT)
         for part, other in ((mine.bottom, reference.bottom), (mine.top, reference.top)):
             assert largest_difference(part, other) < 1e-6

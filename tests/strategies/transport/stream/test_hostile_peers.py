@@ -76,7 +76,7 @@ def test_a_certificate_without_the_advertised_name_is_refused(
     own = write(tmp_path, *self_signed("trunk.example.org"))
     with pytest.raises(ValueError, match="is for trunk.example.org, and .* 127"), trunk(**own):
         pass
-    monkeypatch.setattr("strategies.transport.stream.service.check_certificate", lambda *args: None)
+    monkeypatch.setattr("strategies.transport.stream.bind.check_certificate", lambda *args: None)
     with trunk(**own) as service, pytest.raises(TrunkError, match="is for another name") as refused:
         GrpcLink(admit(service, "a"), NODE_KEY, steps=1, config=link_config(**QUICK))
     assert refused.value.kind == "certificate"

@@ -311,18 +311,6 @@ def test_attempts_to_connect_back_off(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len({p / c for p, c in zip(pauses[:4], ceilings, strict=False)}) > 1, "no jitter"
 
 
-def test_a_trunk_without_room_is_not_called_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("strategies.transport.stream.service.MAX_STREAMS", 1)
-    with served(open_engine()) as service:
-        first = connect(service, "a", 1)
-        with pytest.raises(TrunkError, match=r"is there, .* 256 streams .*fraction_train") as full:
-            connect(service, "b", 1, **QUICK)
-        assert full.value.kind == "full"
-        assert service.address in str(full.value)
-        first.abort()
-        connect(service, "c", 1, **QUICK).abort()  # who comes later finds room
-
-
 @contextmanager
 def black_hole() -> Iterator[str]:
     """An address that takes connections and says nothing."""

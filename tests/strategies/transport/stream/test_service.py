@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import threading
 import time
 from dataclasses import dataclass, field, replace
@@ -23,7 +24,13 @@ from strategies.errors import TrunkError
 from strategies.transport import tickets
 from strategies.transport import trunk_pb2 as pb
 from strategies.transport.codec.tensors import WIRE_VERSION, encode
-from strategies.transport.frames import _seal, client_frame, read_client_frame, read_server_frame
+from strategies.transport.frames import (
+    _seal,
+    client_frame,
+    read_client_frame,
+    read_server_frame,
+    refuse_failure,
+)
 from strategies.transport.link import StepCounters
 from strategies.transport.stream.channel import Stream
 from strategies.transport.stream.link import GrpcLink
@@ -347,15 +354,26 @@ def test_tls_with_a_certificate_made_for_the_run() -> None:
             )
 
 
-@pytest.mark.parametrize(("bind", "secure"), [("127.0.0.1:0", False), ("0.0.0.0:0", True)])
-def test_tls_is_on_outside_loopback(bind: str, secure: bool) -> None:
-    with served(open_engine(), bind=bind) as service:
+@pytest.mark.parametrize(("advertise", "secure"), [("", False), ("trunk.example.org:9", True)])
+def test_tls_is_on_outside_loopback(advertise: str, secure: bool) -> None:
+    with served(open_engine(), bind=f"127.0.0.1:{free_port()}", advertise=advertise) as service:
         assert bool(service.certificate) is secure
 
 
 def test_a_taken_port_is_said() -> None:
-    with served(open_engine()) as service, pytest.raises(ValueError, match="Choose a free port"):
+    with served(open_engine()) as service, pytest.raises(ValueError) as caught:
         TrunkService(open_engine(), LinkConfig(bind=service.address))
+
+    port = service.address.rpartition(":")[2]
+    assert f"link.bind={service.address}: port {port} is taken" in str(caught.value)
+    assert "Choose a free port" in str(caught.value)
+    assert "Failed" not in str(caught.value)  # gRPC's words
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def test_ports_are_reported_and_steps_counted_once() -> None:
@@ -484,3 +502,30 @@ def test_two_runs_send_the_same_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
 
     assert curves[0][0] == curves[1][0]
     assert largest_difference(curves[0][1], curves[1][1]) == 0
+
+
+def test_a_trunk_without_room_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not that it cannot be reached: nothing is wrong with its address."""
+    monkeypatch.setattr("strategies.transport.stream.service.MAX_STREAMS", 1)
+    with served(open_engine()) as service:
+        first = connect(service, "first", 1)
+        with pytest.raises(TrunkError, match="as many clients as it can.*fraction_train") as caught:
+            connect(service, "second", 1, timeout=1.0)
+        first.close()
+
+    assert caught.value.kind == "full"
+
+
+def test_a_client_that_comes_back_is_told_why_it_was_refused() -> None:
+    """The frame that said so was lost with its stream."""
+    engine = open_engine()
+    with served(engine) as service:
+        ticket = admit(service, "one")
+        with pytest.raises(TrunkError, match="at least 1 step"):
+            GrpcLink(ticket, NODE_KEY, steps=0, config=link_config())
+        secret = tickets.session_secret(NODE_KEY, ticket.trunk_key, ticket.nonce, ticket.session)
+        again = Stream(ticket, secret, number=2, steps=0, limit=2**20, grace=1.0)
+
+        with pytest.raises(TrunkError, match="at least 1 step"):
+            refuse_failure(read_server_frame(again.receive(5) or b""))
+        again.drop()

@@ -1,0 +1,17 @@
+"""Averages of adapters' factors as they are: of one rank, and a product of means is no mean."""
+
+from __future__ import annotations
+
+from strategies.aggregate.aggregator import Aggregator
+
+
+class Factors(Aggregator):
+    """The mean of A and the mean of B."""
+
+    name = "factors"
+
+
+class FFA(Aggregator):
+    """A stays as it is, so that the mean of B is exact (Sun et al. 2024, arXiv:2403.12313)."""
+
+    name, frozen_A = "ffa", True

@@ -1,0 +1,17 @@
+"""Averages of what adapters add to their layers, whatever their ranks; see `lora`."""
+
+from __future__ import annotations
+
+from strategies.aggregate.aggregator import Aggregator
+
+
+class Exact(Aggregator):
+    """What the rank cannot hold goes into the base weights (arXiv:2410.09432, 2409.05976)."""
+
+    name, by_product, exact = "exact", True, True
+
+
+class SVD(Aggregator):
+    """Cut to each recipient's rank: the least error that any adapter of it has."""
+
+    name, by_product = "svd", True
