@@ -10,6 +10,7 @@ from flwr.app import ConfigRecord, Context, RecordDict
 
 from conf.schema import Config
 from flower_app.build import num_blocks
+from models.source import find_source
 from strategies.engine.policies.registry import find_policy
 from strategies.transport import tickets
 
@@ -52,20 +53,21 @@ def own_config(config: Config, node: Mapping[str, Any]) -> Config:
         The run's. Its cut says where the trunk begins and ends, so a node may keep more blocks, not
         fewer.
     node : mapping
-        The node's own configuration: `cut-bottom`, `cut-top`, `lora-rank` and `model-path` count
-        here. Other keys are left to others.
+        The node's own configuration: `cut-bottom`, `cut-top`, `lora-rank`, `model-path` and, if
+        that is an adapter, `model-base` count here. Other keys are left to others.
 
     Raises
     ------
     ValueError
         If a statement is wrong, or the run cannot serve it.
     """
-    config = _with_own_path(config, str(node.get("model-path", "")))
+    config = _with_own_path(config, node)
     config = _with_own_cut(config, node)
     return _with_own_rank(config, node)
 
 
-def _with_own_path(config: Config, path: str) -> Config:
+def _with_own_path(config: Config, node: Mapping[str, Any]) -> Config:
+    path, base = str(node.get("model-path", "")), str(node.get("model-base", ""))
     if not path:
         return config
     if config.model.scratch:
@@ -73,7 +75,13 @@ def _with_own_path(config: Config, path: str) -> Config:
             f"model-path ({path!r}) in this node's config: the run starts from model.scratch, "
             "which every node makes by itself; take model-path out"
         )
-    return replace(config, model=replace(config.model, path=path))
+    if config.model.base and find_source(path, base).adapter is None:
+        raise ValueError(
+            f"model-path ({path!r}) in this node's config is no adapter, and the run starts from "
+            f"the adapter {config.model.path}: give this node's copy of that, and in model-base "
+            "where the base is, unless the adapter says so"
+        )
+    return replace(config, model=replace(config.model, path=path, base=base))
 
 
 def _with_own_cut(config: Config, node: Mapping[str, Any]) -> Config:

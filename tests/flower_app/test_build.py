@@ -2,23 +2,36 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from flwr.supercore.task_identity import TaskIdentity
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import ByT5Tokenizer
 
 from conf.load import load_config
 from conf.schema import Config
 from flower_app.build import build_client, build_trunk, describe_start, resolve_model
+from flower_app.client.node import own_config
 from flower_app.export import assemble, export_model
 from models import client_state, trainable_state
 from models.whole import load_whole
+from tests.flower_app.grid import InProcessGrid
+from tests.flower_app.test_app import run as run_app
+from tests.flower_app.test_app import tiny_config
 from tests.models.helpers import ids, run, saved
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SAME = "lora.rank=2 lora.alpha=6"
+
+
+@pytest.fixture(autouse=True)
+def _flower_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("_run_id", "_node_id", "_task_id"):
+        monkeypatch.setattr(TaskIdentity, name, 1)
 
 
 def configured(folder: Path, changes: str = SAME) -> Config:
@@ -102,6 +115,38 @@ def test_what_is_no_model_is_refused_before_anything_is_loaded(tmp_path: Path) -
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="is an empty folder"):
         configured(tmp_path / "empty")
+
+
+def test_a_node_brings_its_own_copy_of_the_adapter_not_of_the_base(
+    trained: Path, tmp_path: Path
+) -> None:
+    config, base = configured(trained), str(tmp_path / "base")
+    with pytest.raises(ValueError, match="is no adapter, and the run starts from the adapter"):
+        own_config(config, {"model-path": base})
+    own = own_config(config, {"model-path": str(trained), "model-base": base}).model
+    assert (own.path, own.base) == (str(trained), base)
+
+
+def test_a_run_goes_on_with_the_adapter_of_the_run_before(tmp_path: Path) -> None:
+    saved(tmp_path / "base", vocab_size=259)
+    same = f"{SAME} model.tokenizer=bytes train.rounds=1 train.local_steps=2"
+    first = tiny_config(tmp_path, f"model.path={tmp_path / 'base'} {same}", experiment="lora")
+    run_app(first, InProcessGrid(clients=2))
+    again = tiny_config(tmp_path, f"model.path=last:lora {same} train.lr=1e-9", experiment="lora")
+
+    before = resolve_model(again).model
+    folder, _, lines = run_app(again, InProcessGrid(clients=2))
+
+    assert any("training goes on from the adapter" in line for line in lines)
+    assert before.base == str(tmp_path / "base")
+    settings = json.loads((folder / "model" / "adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == str(tmp_path / "base")
+    folders = (Path(before.path), folder / "model")
+    old, new = (load_file(place / "adapter_model.safetensors") for place in folders)
+    assert old.keys() == new.keys()
+    assert all(float(tensor.norm()) > 1e-4 for tensor in old.values()), "it was trained"
+    for name, tensor in old.items():
+        torch.testing.assert_close(new[name], tensor, rtol=0, atol=1e-6)
 
 
 def test_a_trained_adapter_is_not_started_from_scratch(trained: Path) -> None:

@@ -196,7 +196,8 @@ def try_family(family: str) -> Outcome:
         try:
             lora = adapts_like_peft(folder)
         except Exception as error:
-            lora = f"WRONG: {one_line(error)}"
+            refused = loads.startswith("refused")
+            lora = "refused" if refused else f"WRONG: {one_line(error)}"
         return Outcome(family, "exact", loads=loads, lora=lora)
 
 
