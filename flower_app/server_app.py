@@ -30,7 +30,7 @@ from flower_app.logs import mark_lines
 from flower_app.runs.keeper import Keeper
 from flower_app.runs.recorder import Recorder
 from flower_app.runs.resume import Point, take_up
-from models import adapted_shares
+from models import Part, adapted_shares
 from strategies.engine.engine import TrunkEngine
 from strategies.rounds.splitfed import SplitFed
 from strategies.transport.messages import Lockstep
@@ -95,23 +95,7 @@ def run_experiment(
     if note := describe_start(config):
         recorder.say(note)
     recorder.adapted(adapted_shares(trunk, asdict(config.tuning), config.lora))
-    link = config.link
-    kind: type[Lockstep | TrunkService] = serve or TrunkService
-    if link.transport == "messages":
-        kind = Lockstep
-    limits = kind.limits(config)
-    engine = TrunkEngine(
-        trunk,
-        hidden_size=trunk.hidden_size,
-        train=config.train,
-        seed=config.seed,
-        timeout=limits.turn,
-        max_graphs=limits.graphs,
-        max_sequences=config.train.batch_size,
-        max_tokens=config.data.context,
-        max_in_flight=int(link.max_in_flight_mb * 2**20),
-    )
-    plane: Plane = kind(engine, link)
+    engine, plane = _serving(config, trunk, serve)
     strategy = SplitFed(
         engine,
         plane,
@@ -135,11 +119,31 @@ def run_experiment(
         )
     finally:
         plane.stop()
-    return (
-        _save(config, strategy.joint.tensors(), recorder.folder)
-        if config.output.save_model
-        else None
+    if not config.output.save_model:
+        return None
+    return _save(config, strategy.joint.tensors(), recorder.folder)
+
+
+def _serving(
+    config: Config, trunk: Part, serve: type[TrunkService] | None
+) -> tuple[TrunkEngine, Plane]:
+    """The trunk's engine, and the plane by which clients reach it."""
+    kind: type[Lockstep | TrunkService] = serve or TrunkService
+    if config.link.transport == "messages":
+        kind = Lockstep
+    limits = kind.limits(config)
+    engine = TrunkEngine(
+        trunk,
+        hidden_size=trunk.hidden_size,
+        train=config.train,
+        seed=config.seed,
+        timeout=limits.turn,
+        max_graphs=limits.graphs,
+        max_sequences=config.train.batch_size,
+        max_tokens=config.data.context,
+        max_in_flight=int(config.link.max_in_flight_mb * 2**20),
     )
+    return engine, kind(engine, config.link)
 
 
 def _load(strategy: SplitFed, point: Point, recorder: Recorder) -> None:

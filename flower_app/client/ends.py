@@ -38,14 +38,14 @@ from strategies.optim import (
 
 
 class Clock:
-    """Seconds that a step spends in each part."""
+    """Seconds that a step spends in each end."""
 
     def __init__(self) -> None:
         self.reset()
 
     def reset(self) -> None:
         """Begin a step."""
-        self.seconds = dict.fromkeys(("bottom", "network", "top"), 0.0)
+        self.seconds = dict.fromkeys(("bottom", "top"), 0.0)
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:

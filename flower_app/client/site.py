@@ -17,7 +17,7 @@ from flower_app.client.place import Place
 from flower_app.data.client import ClientData, load_client_data
 from flower_app.data.text import load_tokenizer
 from models import Part, fold_residuals, load_client_state
-from strategies.records import ARRAYS, CONFIG, FRAMES, KEY_LOST, TICKET, from_arrays
+from strategies.records import ARRAYS, CONFIG, FRAMES, KEY_LOST, TICKET, read_arrays
 from strategies.transport.stream.link import GrpcLink
 from strategies.transport.tickets import Ticket
 
@@ -76,7 +76,7 @@ class Site:
         Given `weights`, all that is trained, and `residuals`, with these.
         """
         if weights is None:
-            residuals, weights = take_residuals(from_arrays(self._arrays))
+            residuals, weights = take_residuals(self._received())
             bottom, top = build_client(self.config)
         elif residuals:
             bottom, top = build_client(self.config)
@@ -93,10 +93,17 @@ class Site:
             fold_residuals((bottom, top), residuals or {})
         return bottom, top
 
+    def _received(self) -> dict[str, Tensor]:
+        """The tensors that came with this message: fp32 and finite; the parts check the rest."""
+        try:
+            return read_arrays(self._arrays)
+        except ValueError as error:
+            raise ValueError(f"what the server sent cannot be trained on: {error}") from error
+
     @property
     def residuals(self) -> dict[str, Tensor]:
         """Those that came with this message."""
-        return take_residuals(from_arrays(self._arrays))[0]
+        return take_residuals(self._received())[0]
 
     def link(self, steps: int) -> GrpcLink:
         """Open the session that the ticket is for."""

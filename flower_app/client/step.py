@@ -87,8 +87,7 @@ class Step:
         batch = self.batches[micro]
         h1_BTD = self._ends.up(self.number, micro, batch)
         self._h1_BTD[micro] = h1_BTD
-        with self._ends.clock("network"):
-            self._link.compute(self.number, micro, h1_BTD.detach(), self._ends.mask(batch))
+        self._link.compute(self.number, micro, h1_BTD.detach(), self._ends.mask(batch))
 
     def forget(self) -> None:
         """Drop bottom's graphs; those that are needed again are computed again, alike."""
@@ -99,8 +98,7 @@ class Step:
         batch, last = self.batches[micro], micro == len(self.batches) - 1
         loss, grad_BTD = self._ends.across(self.number, micro, batch, h2_BTD, self.tokens)
         self.total += loss
-        with self._ends.clock("network"):
-            self._link.backward(self.number, micro, grad_BTD, last=last, tokens=self.tokens)
+        self._link.backward(self.number, micro, grad_BTD, last=last, tokens=self.tokens)
 
     def gradients(self, micro: int, grad_BTD: Tensor) -> None:
         """Back through the bottom, with dL/dh1."""

@@ -100,7 +100,8 @@ def _deal_values(rows: Dataset, by: str, partitions: int, seed: int) -> Dataset:
     There are more topics than clients, and flwr-datasets' own grouping fixes the size of the
     groups, not their number.
     """
-    values = sorted(set(rows[by]))
+    column = rows[:][by]  # a list; `rows[by]` would be decoded value by value
+    values = sorted(set(column))
     if len(values) < partitions:
         raise DataError(
             f"data.partitioner=natural: column {by!r} has {len(values)} values, "
@@ -108,4 +109,4 @@ def _deal_values(rows: Dataset, by: str, partitions: int, seed: int) -> Dataset:
         )
     order = np.random.default_rng(seed).permutation(len(values))
     owner = {values[value]: place % partitions for place, value in enumerate(order)}
-    return rows.add_column(_CLIENT, [owner[value] for value in rows[by]])  # type: ignore[call-arg]
+    return rows.add_column(_CLIENT, [owner[value] for value in column])  # type: ignore[call-arg]

@@ -173,3 +173,24 @@ def test_first_tensors_that_make_no_sense_are_asked_of_the_next_client(
 
     assert records[-1]["clients"] == ["client-0", "client-1", "client-2"]
     assert records[-1]["missing"] == {}
+
+
+def test_a_client_refuses_tensors_that_are_not_finite(tmp_path: Path) -> None:
+    """What the server sends is checked by each client, too."""
+    grid = InProcessGrid(clients=2)
+
+    def poison(message: Message) -> None:
+        number = message.content.config_records["ticket"]["round"]
+        sent = message.content.array_records["arrays"]
+        if (message.metadata.message_type, number, grid._number(message)) == ("train", 2, 1):
+            state = from_arrays(sent)
+            next(iter(state.values())).fill_(torch.nan)
+            message.content["arrays"] = to_arrays(state)
+
+    grid.meanwhile = poison
+    config = test_app.tiny_config(tmp_path, f"{FAST} train.rounds=2 federation.fraction_evaluate=0")
+    _, metrics, _ = test_app.run(config, grid)
+
+    assert metrics[-1]["clients"] == ["client-0"]
+    assert "what the server sent cannot be" in metrics[-1]["missing"]["client-1"]
+    assert "not finite" in metrics[-1]["missing"]["client-1"]

@@ -12,6 +12,7 @@ from strategies.errors import TrunkError
 from strategies.transport import tickets
 from strategies.transport.stream.options import (
     CONNECTION_KEY,
+    MAX_STREAMS,
     METHOD,
     SESSION_KEY,
     STEPS_KEY,
@@ -104,7 +105,7 @@ class Stream:
         Raises
         ------
         TrunkError
-            If the stream has ended: of kind `broken` if another one may be tried.
+            If the stream has ended: of kind `broken` or `full` if another one may be tried.
         """
         try:
             got = self._inbox.get(timeout=max(0.0, timeout))
@@ -150,7 +151,7 @@ def _reason(error: grpc.RpcError) -> TrunkError:
         )
     if code == grpc.StatusCode.RESOURCE_EXHAUSTED and "limit exceeded" in details.lower():
         return TrunkError(
-            "it serves as many clients as it can at once, and had no room for this one in time; "
+            f"it serves as many clients as it can, {MAX_STREAMS}, and had no room for this one; "
             "ask fewer in a round: lower federation.fraction_train and "
             f"federation.fraction_evaluate, or federation.min_clients ({details})",
             kind=FULL,

@@ -132,7 +132,7 @@ class Connection:
         Raises
         ------
         TrunkError
-            Of kind `unreachable` after `seconds`; of another, if the trunk refuses.
+            Of kind `unreachable` or `full` after `seconds`; of another, if the trunk refuses.
         """
         deadline = time.monotonic() + seconds
         pause, wait = FIRST_PAUSE, max(0.25, seconds / 4)

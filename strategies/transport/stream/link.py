@@ -17,7 +17,7 @@ from strategies.errors import TrunkError
 from strategies.transport import trunk_pb2 as pb
 from strategies.transport.frames import client_frame, read_server_frame
 from strategies.transport.link import Framed, Request
-from strategies.transport.stream.channel import BROKEN
+from strategies.transport.stream.channel import BROKEN, FULL
 from strategies.transport.stream.connection import Connection
 from strategies.transport.tickets import Ticket
 
@@ -157,7 +157,7 @@ class GrpcLink(Framed):
             try:
                 frame = self._receive(min(left, repeat(timeout)))
             except TrunkError as error:
-                if error.kind == BROKEN:
+                if error.kind in (BROKEN, FULL):
                     breaks += 1
                     self._connection.reopen(error, breaks)
                     deadline = time.monotonic() + timeout

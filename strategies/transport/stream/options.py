@@ -11,6 +11,9 @@ CONNECTION_KEY, STEPS_KEY = "graft-connection", "graft-steps"
 """A connection's metadata: which session, what proves that it is the client's, the number of the
 connection, from 1, and the optimizer steps the session plans."""
 
+MAX_STREAMS = 256
+"""Streams that a trunk serves at once; each takes a thread while it is open."""
+
 HANDSHAKE_SECONDS = 10
 """For TLS and HTTP/2 at the beginning of a connection."""
 

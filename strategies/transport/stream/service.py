@@ -28,6 +28,7 @@ from strategies.transport.plane import Limits
 from strategies.transport.stream.bind import bind
 from strategies.transport.stream.options import (
     CONNECTION_KEY,
+    MAX_STREAMS,
     SESSION_KEY,
     STEPS_KEY,
     TOKEN_KEY,
@@ -36,9 +37,6 @@ from strategies.transport.stream.options import (
 from strategies.transport.tickets import Guest, Ticket
 
 logger = logging.getLogger(__name__)
-
-MAX_STREAMS = 256
-"""Streams served at once; each takes a thread while it is open."""
 
 
 @dataclass(eq=False)

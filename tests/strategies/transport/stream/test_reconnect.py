@@ -22,6 +22,7 @@ from simulations.equality.fold import fold
 from simulations.equality.local_link import LocalLink
 from strategies.errors import TrunkError
 from strategies.transport import trunk_pb2 as pb
+from strategies.transport.codec.registry import find_codec
 from strategies.transport.codec.tensors import encode
 from strategies.transport.frames import client_frame, read_client_frame
 from strategies.transport.stream.channel import Stream
@@ -151,6 +152,33 @@ def test_a_lost_gradient_is_fetched_and_not_sent_again(monkeypatch: pytest.Monke
             back(link, 0, 0, torch.ones_like(H), last=True)
             assert sent == expected
             link.abort()
+
+
+def test_frames_sent_again_are_the_same_bytes_whatever_the_codec(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two are under way as the stream breaks, and no two encodings of a tensor are alike."""
+    sent: list[bytes] = []
+    send = Stream.send
+    codec = find_codec("fp32")
+    usual = codec.encode
+    monkeypatch.setattr(
+        codec, "encode", lambda self, h, *place: usual(self, h + torch.rand(()), *place)
+    )
+    monkeypatch.setattr(Stream, "send", lambda self, raw: (sent.append(raw), send(self, raw)))
+    with served(open_engine(accumulate=2)) as service:
+        faults = Faults({(DOWN, 1): "break"})
+        link = GrpcLink(
+            admit(service, "a"), NODE_KEY, steps=1, config=link_config(), interceptors=[faults]
+        )
+        link.compute(0, 0, H, None)
+        link.compute(0, 1, H, None)
+        first, second = link.computed(), link.computed()
+        link.abort()
+
+    assert sent[2:4] == sent[:2]
+    assert sent[0] != sent[1]
+    assert not torch.equal(first, second)
 
 
 def cut(link: GrpcLink) -> None:

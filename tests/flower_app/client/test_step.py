@@ -1,0 +1,189 @@
+"""One client step, whatever drives it: its halves, and what it believes of the trunk."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from conf.schema import TrainConfig
+from flower_app.client import streamed
+from flower_app.client.ends import Ends
+from flower_app.client.step import Evaluation, Step
+from models import split
+from simulations.equality.local_link import LocalLink
+from strategies.errors import TrunkError
+from strategies.transport import trunk_pb2 as pb
+from strategies.transport.codec.tensors import encode
+from strategies.transport.link import Framed, Link, Request, StepCounters
+from tests.strategies.helpers import (
+    CUT,
+    H,
+    connect,
+    engine_for,
+    largest_difference,
+    link_config,
+    place,
+    random_steps,
+    served,
+    tiny_model,
+)
+
+TRAIN = TrainConfig(lr=1e-2, clip=1.0, accumulate=3)
+COUNT = 2
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(one_thread: None) -> None:
+    """See `one_thread`."""
+
+
+def fresh(dropout: float) -> PreTrainedModel:
+    """Its embedding is tied to its head: the order in which gradients add up counts."""
+    return tiny_model("gpt2", resid_pdrop=dropout)
+
+
+def trained(ahead: int, *, over_wire: bool) -> torch.nn.Module:
+    """The model after a round in which so many forwards are sent before the first backward."""
+    # Over the wire both sides work at once, and in this process they share torch's generator.
+    model = fresh(0.0 if over_wire else 0.2)
+    parts = split(model, CUT)
+    engine = engine_for(parts.trunk, TRAIN)
+    engine.open_round(1, 1, training=True)
+    with served(engine) if over_wire else nullcontext() as service:
+        link: Link = (
+            connect(service, "a", COUNT)
+            if service
+            else LocalLink(engine.open("a", client="a", steps=COUNT))
+        )
+        ends = Ends(parts.bottom, parts.top, COUNT, TRAIN, place("a"))
+        for number, batches in enumerate(random_steps(COUNT, seed=5, accumulate=3)):
+            step, square = Step(ends, link, number, batches), 0.0
+            for micro in range(min(ahead, len(batches))):
+                step.compute(micro)
+            for micro in range(len(batches)):
+                step.computed(micro, link.computed())
+                if micro + ahead < len(batches):
+                    step.compute(micro + ahead)
+                grad_BTD, square = link.gradients()
+                step.gradients(micro, grad_BTD)
+            step.apply(square)
+            step.applied(link.applied())
+        link.close()
+    engine.close_round()
+    return model
+
+
+@pytest.mark.parametrize("over_wire", [False, True])
+def test_micro_batches_under_way_together_equal_one_at_a_time(over_wire: bool) -> None:
+    """Invariant 8, to the bit."""
+    alone, two, three = (trained(ahead, over_wire=over_wire) for ahead in (1, 2, 3))
+
+    assert largest_difference(two, alone) == 0
+    assert largest_difference(three, alone) == 0
+    assert largest_difference(alone, fresh(0.0)) > 1e-3
+
+
+def test_a_graph_that_was_dropped_is_made_again_alike() -> None:
+    """What the messages transport does: the process that went forward is gone."""
+    models = []
+    for dropped in (False, True):
+        model = fresh(0.2)
+        parts = split(model, CUT)
+        engine = engine_for(parts.trunk, TRAIN)
+        engine.open_round(1, 1, training=True)
+        link = LocalLink(engine.open("a", client="a", steps=1))
+        ends = Ends(parts.bottom, parts.top, 1, TRAIN, place("a"))
+        step = Step(ends, link, 0, random_steps(1, seed=5)[0])
+        step.compute(0)
+        if dropped:
+            step.forget()
+        step.computed(0, link.computed())
+        grad_BTD, square = link.gradients()
+        step.gradients(0, grad_BTD)
+        step.apply(square)
+        models.append(model)
+
+    assert largest_difference(*models) == 0
+
+
+class Told(Framed):
+    """Keeps what is sent; what is read was made up."""
+
+    def __init__(self) -> None:
+        super().__init__(link_config(), "a")
+        self.sent: list[Request] = []
+
+    def send(self, request: Request) -> None:
+        self.sent.append(request)
+
+
+def answer(tensor: torch.Tensor) -> pb.Tensor:
+    return encode(tensor, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("came", "word"),
+    [
+        (H[:1], r"came with shape \(1, 5, 32\), sent was \(2, 5, 32\)"),
+        (H.transpose(0, 1), "came with shape"),
+        (H.masked_fill(H > 2, float("nan")), r"step 3 holds values that are not finite"),
+        (H.masked_fill(H > 2, float("inf")), r"step 3 holds values that are not finite"),
+    ],
+)
+def test_what_the_trunk_sends_is_checked_before_it_counts(came: torch.Tensor, word: str) -> None:
+    link = Told()
+    link.compute(3, 0, H, None)
+    shape = link.sent[0].shape
+
+    with pytest.raises(TrunkError, match=word):
+        link.read_activations(pb.Activations(step=3, activations=answer(came)), shape)
+    with pytest.raises(TrunkError, match=word):
+        link.read_gradients(pb.Gradients(step=3, gradient=answer(came)), shape)
+
+
+def test_a_step_is_not_believed_either() -> None:
+    link, bad = Told(), torch.tensor([float("nan")])
+    state = [pb.NamedTensor(name="lm_head", tensor=answer(bad))]
+
+    with pytest.raises(TrunkError, match="'lm_head' after step 0 holds values that are not"):
+        link.read_applied(pb.Applied(state=state, grad_norm=1.0))
+    with pytest.raises(TrunkError, match="gradient norm of step 0 is inf"):
+        link.read_applied(pb.Applied(grad_norm=float("inf")))
+    with pytest.raises(TrunkError, match="square norm of -1"):
+        link.read_gradients(pb.Gradients(square_norm=-1.0, gradient=answer(H)), tuple(H.shape))
+
+
+def test_ends_do_not_step_by_a_norm_that_is_none() -> None:
+    """The trunk has found the same, and names it; until then nothing of a client has moved."""
+    parts = split(tiny_model(), CUT)
+    ends = Ends(parts.bottom, parts.top, 1, TRAIN, place("a"))
+    link = Told()
+    step = Step(ends, link, 0, random_steps(1, seed=5)[0])
+    step.compute(0)
+    step.computed(0, torch.ones(link.sent[0].shape))
+
+    step.apply(float("inf"))
+
+    assert [request.answer for request in link.sent] == ["activations", "gradients", "applied"]
+    assert not ends.optimizer_state()
+
+
+def test_a_site_with_one_example_is_told_what_helps() -> None:
+    parts = split(tiny_model(), CUT)
+
+    with pytest.raises(ValueError, match=r"no held-out token .* one example .* data.heldout=0"):
+        streamed.evaluate(parts.bottom, parts.top, Told(), [], TRAIN)  # type: ignore[arg-type]
+    assert (
+        Evaluation(parts.bottom, parts.top, Told(), TRAIN, total=3.0, tokens=2).outcome().loss
+        == 1.5
+    )
+
+
+def test_counters_of_a_step_travel_as_they_are() -> None:
+    link = Told()
+    link.apply(4, StepCounters(client_square_norm=0.5, tokens=7, loss=1.5))
+
+    assert (link.sent[0].answer, link.sent[0].step) == ("applied", 4)
