@@ -217,7 +217,7 @@ def test_it_may_be_killed_again_and_again(tmp_path: Path) -> None:
     assert [r["round"] for r in records(broken) if r["kind"] == "resume"] == [1, 1, 2, 3]
 
 
-@pytest.mark.parametrize("round", [2, 4])
+@pytest.mark.parametrize("round", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_kill_in_an_evaluation_costs_no_training(round: int, tmp_path: Path) -> None:
     """The round is on disk before; its evaluation, which nobody has seen, is made up for."""
     config = configured(tmp_path, "aggregation.optimizer=fedadam output.keep_checkpoints=1")
