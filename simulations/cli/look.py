@@ -21,7 +21,7 @@ def config(
     from conf.load import experiments, load_config, to_yaml
 
     if experiment:
-        from flower_app.check import check_names  # with torch
+        from flower_app.check import check_names
 
         found = load_config(experiment, joined(overrides))
         check_names(found)
