@@ -20,7 +20,7 @@ MODEL = "model"
 """Key of the summary: where the model is, relative to the run folder if it lies in it."""
 STAMP = "%Y%m%d-%H%M%S"
 """Of UTC; begins the name of a run folder."""
-FINISHED, FAILED = "finished", "failed"
+FINISHED, STOPPED, FAILED = "finished", "stopped", "failed"
 
 
 def runs_folder(folder: str | Path = "") -> Path:
