@@ -227,6 +227,26 @@ def test_wrong_sources_are_refused_in_words(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"not safetensors at all")
     with pytest.raises(ValueError, match="not a readable safetensors"):
         load_part("trunk", str(tmp_path), CUT)
+    with pytest.raises(ValueError, match="cannot load"):
+        load_whole(str(tmp_path))
+    (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(ValueError, match="git lfs pull"):
+        load_part("trunk", str(tmp_path), CUT)
+    for content in ("{}", "{", "[]"):
+        (tmp_path / "model.safetensors.index.json").write_text(content)
+        with pytest.raises(ValueError, match="is no index of shards .*download it anew"):
+            load_part("trunk", str(tmp_path), CUT)
+
+
+def test_attentions_that_the_config_asks_for_do_not_matter(tmp_path: Path) -> None:
+    saved(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "output_attentions": True}))
+    whole = load_whole(str(tmp_path))
+    bottom, top = load_client(str(tmp_path), CUT)
+    parts = bottom, load_part("trunk", str(tmp_path), CUT), top
+    with torch.no_grad():
+        assert_same_logits(run(parts, ids()), whole(ids()).logits)
 
 
 def test_loading_leaves_the_global_generator_alone(tmp_path: Path) -> None:
@@ -269,6 +289,9 @@ def old_norms(tensors: dict[str, Tensor]) -> None:
         ("gpt_neox", in_each_block("attention.rotary_emb.inv_freq")),
         ("gpt_neox", in_each_block("attention.masked_bias")),
         ("gpt2", in_each_block("attn.bias")),
+        ("gpt2", in_each_block("attn.masked_bias")),
+        ("gpt_neo", in_each_block("attn.attention.bias")),
+        ("gpt_neo", in_each_block("attn.attention.masked_bias")),
         ("bert", lambda t: t.update({"bert.embeddings.position_ids": torch.arange(4)[None]})),
         ("bert", old_norms),
     ],
