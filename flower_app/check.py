@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+from conf.registry import declares
 from conf.rules import check_known
 from conf.schema import Config
 from flower_app.runs.sinks import registry as sinks
-from strategies.aggregate.aggregator import find_aggregator
-from strategies.engine.policies.registry import find_policy
-from strategies.transport.codec.registry import find_codec
 
 
 def check_names(config: Config) -> None:
     """Refuse a policy, codec, aggregator or sink that nobody offers, with the nearest one.
+
+    The registries import torch, so they are asked only for names that no source declares.
 
     Raises
     ------
     ConfigError
         At the first such name.
     """
-    find_policy(config.train.strategy)
-    find_codec(config.link.dtype)
-    find_aggregator(config.aggregation.lora)
+    if not declares("strategies.engine.policies", config.train.strategy):
+        from strategies.engine.policies.registry import find_policy
+
+        find_policy(config.train.strategy)
+    if not declares("strategies.transport.codec", config.link.dtype):
+        from strategies.transport.codec.registry import find_codec
+
+        find_codec(config.link.dtype)
+    if not declares("strategies.aggregate", config.aggregation.lora):
+        from strategies.aggregate.aggregator import find_aggregator
+
+        find_aggregator(config.aggregation.lora)
     for sink in config.tracking.sinks:
         check_known("tracking.sinks", sink, sinks.names())

@@ -2,8 +2,21 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
+
 import torch
 from transformers import PreTrainedModel
+
+_CAUSAL_MASK = re.compile(r"\.(attn|attention)\.(bias|masked_bias|causal_mask)$")
+
+
+def without_masks(keys: Iterable[str]) -> set[str]:
+    """Leave out the causal masks that GPT-2 and its kin once saved: unknown keys of these names.
+
+    transformers computes them, and ignores these keys in some of the families only.
+    """
+    return {key for key in keys if not _CAUSAL_MASK.search(key)}
 
 
 def make_buffers(model: PreTrainedModel, outside: str | None = None) -> None:

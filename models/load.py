@@ -24,7 +24,7 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig, LoadStateDictInfo
 
 from models.anatomy import examine
-from models.buffers import make_buffers
+from models.buffers import make_buffers, without_masks
 from models.checked import split
 from models.cut import ROLES, Cut
 from models.families import require_tested
@@ -177,7 +177,7 @@ def _not_ignored(
         skipped_pp_keys=set(),
     )
     model._adjust_missing_and_unexpected_keys(info)
-    return _Keys(info.missing_keys, info.unexpected_keys)
+    return _Keys(info.missing_keys, without_masks(info.unexpected_keys))
 
 
 def _saved_as_another(hollow: PreTrainedModel) -> str:

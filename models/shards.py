@@ -34,11 +34,12 @@ class Checkpoint:
         Raises
         ------
         ValueError
-            If there are no safetensors; only they let a role read its own tensors alone.
+            If there are no safetensors (only they let a role read its own tensors alone), or
+            they are damaged.
         """
         checkpoint = cls(source)
         if (index := checkpoint.file(INDEX)) is not None:
-            checkpoint.shard_of = dict(json.loads(index.read_text())["weight_map"])
+            checkpoint.shard_of = _read_index(index)
             return checkpoint
         single = checkpoint.file(SINGLE)
         if single is None:
@@ -94,8 +95,22 @@ def _no_safetensors(source: str, file: Callable[[str], Path | None]) -> str:
     )
 
 
+def _read_index(path: Path) -> dict[str, str]:
+    try:
+        return dict(json.loads(path.read_text())["weight_map"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} is no index of shards ({type(error).__name__}: {error}); download it anew"
+        ) from error
+
+
 def _opened(path: Path) -> Any:
     try:
         return safe_open(str(path), framework="pt", device="cpu")
     except SafetensorError as error:
+        with path.open("rb") as file:
+            if file.read(20) == b"version https://git-":
+                raise ValueError(
+                    f"{path} is a pointer of git LFS: fetch it (git lfs pull)"
+                ) from None
         raise ValueError(f"{path} is not a readable safetensors file: {error}") from error

@@ -69,6 +69,14 @@ def find_source(path: str, base: str = "", *, key: str = "model.path") -> Source
     return Source(str(place) if place.exists() else path)
 
 
+def find_model(path: str, *, key: str) -> str:
+    """Find a whole model by its path; refuse, beside what `find_source` does, an adapter of one."""
+    source = find_source(path, key=key)
+    if source.adapter is not None:
+        raise ValueError(f"{key} {path} is an adapter: give its base, which is {source.base}")
+    return source.base
+
+
 def tokenizer_of(path: str, base: str = "") -> str:
     """Return where the tokenizer of a model is: beside it; an adapter may have that of its base."""
     folder = Path(path).expanduser()

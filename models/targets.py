@@ -93,7 +93,8 @@ class Inventory:
                     f"Of these blocks, {kinds} can"
                 )
         return (
-            f"lora.target_modules: {name!r} is no linear layer of these blocks; they have {kinds}"
+            f"lora.target_modules: {name!r} is no linear layer of these blocks; they have {kinds}. "
+            "Leave it empty for all of them"
         )
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import (
@@ -18,7 +19,7 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils import logging as hf_logging
 
 from models.anatomy import find_blocks
-from models.buffers import make_buffers
+from models.buffers import make_buffers, without_masks
 
 _DTYPES = {
     "fp32": torch.float32,
@@ -190,10 +191,14 @@ def load_whole(
     """
     if gguf_file is None and path_or_id.endswith(".gguf"):
         path_or_id, gguf_file = str(Path(path_or_id).parent), Path(path_or_id).name
-    extra = {"gguf_file": gguf_file} if gguf_file else {}
+    extra: dict[str, Any] = {"gguf_file": gguf_file} if gguf_file else {}
     kind = parse_dtype(dtype)
     # A GGUF config takes as long to read as the weights.
-    how = parse_attention(attention, None if gguf_file else read_config(path_or_id))
+    config = None if gguf_file else read_config(path_or_id)
+    how = parse_attention(attention, config)
+    if config is not None and config.output_attentions:
+        config.output_attentions = False  # refused with sdpa, and nobody asks for them
+        extra["config"] = config
     try:
         with no_progress_bar():
             model, info = AutoModelForCausalLM.from_pretrained(
@@ -203,8 +208,9 @@ def load_whole(
                 output_loading_info=True,
                 **extra,
             )
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"cannot load {path_or_id}: {error}") from error
+    info["unexpected_keys"] = without_masks(info["unexpected_keys"])
     problems = [f"{key}: {sorted(map(str, info[key]))[:8]}" for key in info if info[key]]
     if problems:
         raise ValueError(f"{path_or_id} does not fit its own config; {'; '.join(problems)}")

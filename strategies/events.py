@@ -63,5 +63,26 @@ class RoundDone:
     seconds: float = 0.0
 
 
-Event = StepDone | RoundDone
+@dataclass(frozen=True, kw_only=True)
+class RoundTrained:
+    """A round that was trained and will now be evaluated; a `RoundDone` follows that counts."""
+
+    so_far: RoundDone
+
+    @property
+    def round(self) -> int:
+        """Its number."""
+        return self.so_far.round
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stopped:
+    """The run ends after this round, as it was asked to; it can be resumed."""
+
+    round: int
+    rounds: int
+    """That were planned."""
+
+
+Event = StepDone | RoundTrained | RoundDone | Stopped
 Observer = Callable[[Event], None]

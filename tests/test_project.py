@@ -168,6 +168,22 @@ def test_architecture_names_every_file(project: Path) -> None:
     assert sorted(named - there) == [], "in docs/architecture.md but gone"
 
 
+def test_documents_name_files_and_tests_that_exist(project: Path) -> None:
+    tracked = _tracked(project)
+    folders = {f"{parent}/" for path in tracked for parent in Path(path).parents}
+    tests = {
+        Path(path).name: (project / path).read_text(encoding="utf-8")
+        for path in tracked
+        if Path(path).name.startswith("test_")
+    }
+    for page in (path for path in tracked if path.endswith(".md")):
+        text = (project / page).read_text(encoding="utf-8")
+        for path in re.findall(rf"`((?:{'|'.join(PACKAGES)}|tests)/[\w/.]*)`", text):
+            assert "NAME" in path or {path, f"{path}/"} & {*tracked, *folders}, f"{page}: {path}"
+        for file, name in re.findall(r"\b(test_\w+\.py)(?:::(\w+))?", text):
+            assert f"def {name}" in tests.get(file, ""), f"{page}: {file}::{name}"
+
+
 def _source_files(project: Path) -> set[str]:
     return {
         path

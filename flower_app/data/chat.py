@@ -14,19 +14,15 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from flower_app.data.examples import Encoded
-from flower_app.data.formats import SPEAKERS, from_sharegpt
 from flower_app.data.refusals import DataError
+from flower_app.data.turns import Turns, part_text, read_turns
 
 logger = logging.getLogger(__name__)
-
-Turns = list[dict[str, Any]]
 
 _ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
 _MARKS = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 _COMMENT = re.compile(r"\{#.*?#\}", re.DOTALL)
 _REASONING = ("reasoning_content", "reasoning", "thinking")
-_PARTS = ("image", "image_url", "input_image", "audio", "input_audio", "video", "file", "tool_use",
-          "tool_result", "thinking", "refusal")  # fmt: skip
 _PROBE = "Qx7GraftProbe7xQ"
 
 
@@ -62,7 +58,7 @@ def encode_chat(
             "take an instruct model's tokenizer, or data.prompt_column and data.completion_column"
         )
     template = _Template(tokenizer, {"tools": tools, "documents": documents})
-    turns = _settled(_read_turns(messages), template)
+    turns = _settled(read_turns(messages), template)
     notes = _notes(turns, template)
     if _MARKS.search(_COMMENT.sub("", template.source)):
         ids, learned = template.marked(turns)
@@ -133,63 +129,6 @@ class _Template:
 # ---- what a conversation is ----------------------------------------------------------------------
 
 
-def _read_turns(messages: Any) -> Turns:
-    """Return the turns as role and content; keys that hold nothing are left out."""
-    if not isinstance(messages, Sequence) or isinstance(messages, str):
-        raise DataError(
-            f"chat messages must be a list of {{role, content}}, got {type(messages).__name__}"
-        )
-    turns: Turns = []
-    for number, turn in enumerate(messages, start=1):
-        which = f"message {number} of {len(messages)}"
-        if isinstance(turn, Mapping) and "role" not in turn and {"from", "value"} <= set(turn):
-            turn = from_sharegpt(turn, which)
-        if not isinstance(turn, Mapping) or "role" not in turn:
-            what = "no role" if isinstance(turn, Mapping) else f"a {type(turn).__name__}"
-            raise DataError(
-                f"chat messages must be a list of {{role, content}}, got one with {what} ({which})"
-            )
-        read = {key: _content(value, which) if key == "content" else value
-                for key, value in turn.items()}  # fmt: skip
-        turns.append({key: value for key, value in read.items() if value is not None})
-    roles = {turn["role"] for turn in turns if isinstance(turn.get("role"), str)}
-    if "assistant" not in roles and roles & SPEAKERS:
-        raise DataError(
-            f"nobody in the conversation has the role assistant, but there is "
-            f"{', '.join(sorted(roles & SPEAKERS))}: name the role assistant, or write turns as "
-            "from and value (data.format=sharegpt)"
-        )
-    return turns
-
-
-def _content(value: Any, which: str) -> Any:
-    """Return text, a list of parts that are all text, or None; refuse anything else."""
-    if value is None or isinstance(value, str):
-        return value
-    if isinstance(value, bool | int | float):
-        return json.dumps(value)
-    if not isinstance(value, list):
-        raise DataError(
-            f"content must be text or a list of parts, got {type(value).__name__} ({which})"
-        )
-    for part in value:
-        _part_text(part, which)
-    return value
-
-
-def _part_text(part: Any, which: str = "") -> str:
-    if isinstance(part, str):
-        return part
-    if isinstance(part, Mapping) and part.get("type", "text") in ("text", "input_text",
-                                                                 "output_text"):  # fmt: skip
-        text = part.get("text")
-        if text is None or isinstance(text, str):
-            return text or ""
-    kind = part.get("type") if isinstance(part, Mapping) else None
-    shown = kind if kind in _PARTS else "something else"
-    raise DataError(f"content may have parts of text only, got {shown} ({which})")
-
-
 def _settled(turns: Turns, template: _Template) -> Turns:
     """Return the turns with their content as the template takes it.
 
@@ -207,7 +146,7 @@ def _with_parts(turns: Turns, template: _Template) -> Turns:
     parts = [part for turn in turns if isinstance(turn.get("content"), list)
              for part in turn["content"]]  # fmt: skip
     joined = [
-        {**turn, "content": "".join(map(_part_text, turn["content"]))}
+        {**turn, "content": "".join(map(part_text, turn["content"]))}
         if isinstance(turn.get("content"), list)
         else turn
         for turn in turns
@@ -215,7 +154,7 @@ def _with_parts(turns: Turns, template: _Template) -> Turns:
     if joined == turns:
         return turns
     text = template.attempt(turns)
-    known = text is not None and all(_part_text(part).strip() in text for part in parts)
+    known = text is not None and all(part_text(part).strip() in text for part in parts)
     printed = text is not None and any(
         form in text
         for part in parts
@@ -294,7 +233,8 @@ def _probed(
     The turn begins behind the generation prompt if it is there, else with its content: an opened
     `<think>` that the rendered turn does not have is not learned.
     """
-    probe: Turns = [{**turns[index], "content": _PROBE}]
+    called = bool(turns[index].get("tool_calls")) and not turns[index].get("content")
+    probe: Turns = [_other_call(turns[index]) if called else {**turns[index], "content": _PROBE}]
     whole = template.attempt([*turns[:index], *probe, *turns[index + 1 :]])
     last = template.attempt([*turns[:index], *probe])
     if whole is None or whole.count(_PROBE) != 1:
@@ -305,16 +245,44 @@ def _probed(
     header = _generation_prompt(template)
     at = shared.rfind(header, after) if header else -1
     start = at + len(header) if at >= 0 else len(head)
-    if (at < 0 and shared != head) or not text.endswith(tail) or end < max(start, after):
+    if at < 0 and (called or shared != head):
         return None
-    marker = _shared(tail, last.split(_PROBE)[-1] if last else "")
+    if not text.endswith(tail) or end < max(start, after):
+        return None
+    marker = _shared_tokens(tail, last.split(_PROBE)[-1] if last else "", template.tokenizer)
     return start, end + len(marker)
+
+
+def _other_call(turn: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a turn that calls a tool of another name: some templates join content and calls."""
+    first, *rest = turn["tool_calls"]
+    named = (
+        {**first, "function": {**first["function"], "name": _PROBE}}
+        if isinstance(first.get("function"), Mapping)
+        else {**first, "name": _PROBE}
+    )
+    return {**turn, "tool_calls": [named, *rest]}
 
 
 def _shared(one: str, other: str) -> str:
     """Return how both texts begin."""
     pairs = enumerate(zip(one, other, strict=False))
     return one[: next((at for at, (a, b) in pairs if a != b), min(len(one), len(other)))]
+
+
+def _shared_tokens(one: str, other: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return how both texts begin, in whole tokens: <|user|> and <|end|> begin with no same one."""
+
+    def tokens(text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    common, ids, others = _shared(one, other), tokens(one), tokens(other)
+    while common:
+        own = tokens(common)
+        if own == ids[: len(own)] == others[: len(own)]:
+            break
+        common = common[:-1]
+    return common
 
 
 def _generation_prompt(template: _Template) -> str:

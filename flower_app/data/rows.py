@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, Json, List
 
 
 class Rows:
@@ -44,7 +44,8 @@ class Rows:
             return [row[key] for row in self.select_columns([key])]
         row = self._source[int(self._indices[key])]
         if isinstance(self._source, Dataset):
-            row = {name: without_nulls(row[name]) for name in self.column_names}
+            kinds = self._source.features
+            row = {name: without_nulls(row[name], kinds[name]) for name in self.column_names}
         return {name: row.get(name) for name in self.column_names}
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -70,9 +71,13 @@ class Rows:
         return list(self)
 
 
-def without_nulls(value: Any) -> Any:
-    """Return the value without the keys of objects that hold nothing."""
+def without_nulls(value: Any, kind: Any = None) -> Any:
+    """Return the value without the keys of objects that hold nothing; JSON is as written."""
+    if isinstance(kind, Json):
+        return value
     if isinstance(value, dict):
         kept = {key: inner for key, inner in value.items() if inner is not None}
-        return {key: without_nulls(inner) for key, inner in kept.items()}
-    return [without_nulls(inner) for inner in value] if isinstance(value, list) else value
+        kinds = kind if isinstance(kind, dict) else {}
+        return {key: without_nulls(inner, kinds.get(key)) for key, inner in kept.items()}
+    inside = kind.feature if isinstance(kind, List) else None
+    return [without_nulls(inner, inside) for inner in value] if isinstance(value, list) else value

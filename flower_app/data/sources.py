@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import pydoc_data.topics
 import re
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from datasets import Dataset
 
 from conf.schema import DataConfig
 from flower_app.data.files import read_text, suffix
-from flower_app.data.formats import UNUSED, Layout, no_column, recognise, wanted
+from flower_app.data.formats import UNUSED, no_column, recognise, wanted
 from flower_app.data.jsonl import read_json
 from flower_app.data.refusals import DataError, quiet, reason, shown_names
 from flower_app.data.rows import Rows
@@ -39,6 +39,7 @@ _ABOUT = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state
 """What a data set's own folder says of its rows."""
 _EXACT_JSON = re.compile(r"Value\('(string|large_string|null|bool|u?int\d+)'\)")
 _EXACT_CSV = re.compile(r"Value\('(string|large_string)'\)")
+_JSON_CONTENT = re.compile(r"'(content|value)': Json")
 _GUESSED = re.compile(r"'(content|value)': (Json|Value\('(timestamp|date))|^Json")
 _Reader = Callable[[Path, Collection[str]], Iterable[tuple[str, dict[str, Any], list[str]]]]
 
@@ -74,7 +75,7 @@ def load_rows(config: DataConfig, data_path: str = "") -> Rows:
         rows, where = _load_files(Path(path).expanduser(), config), path
     elif config.source == "hub":
         found, where = _load_hub(config), config.path
-        _check_guesses(found, recognise(config, found.column_names, where), where)
+        _check_guesses(found, config, where, found.builder_name or "")
         rows = _of_dataset(found)
     else:
         rows, where = _load_builtin(config), "the built-in text"
@@ -136,7 +137,9 @@ def _load_files(path: Path, config: DataConfig) -> Rows:
             "Flower chooses; give an absolute one"
         )
     if path.is_dir() and is_saved(path):
-        return _of_dataset(load_saved(path, config.split))
+        saved = load_saved(path, config.split)
+        _check_guesses(saved, config, str(path))
+        return _of_dataset(saved)
     kind, files = _find_files(path)
     if kind == "txt":
         root = path if path.is_dir() else path.parent
@@ -144,6 +147,7 @@ def _load_files(path: Path, config: DataConfig) -> Rows:
         return _running_text(texts, "file", config)
     if kind == "parquet":
         rows, names = load_parquet(files, wanted(config))
+        _check_guesses(rows, config, str(path), columns=names)
         return _of_dataset(rows, names)
     return _read_files(kind, files, config)
 
@@ -200,18 +204,22 @@ def _load_hub(config: DataConfig) -> Dataset:
         ) from None
 
 
-def _check_guesses(rows: Dataset, layout: Layout, where: str) -> None:
-    """Refuse columns of JSON or CSV that `datasets` made something else of than the file says."""
-    exact = {"json": _EXACT_JSON, "csv": _EXACT_CSV}.get(rows.builder_name or "")
-    if exact is None:
-        return
+def _check_guesses(
+    rows: Dataset, config: DataConfig, where: str, builder: str = "", columns: Sequence[str] = ()
+) -> None:
+    """Refuse texts that `datasets` made something else of: JSON, and what it guesses of files."""
+    layout = recognise(config, columns or rows.column_names, where)
+    exact = {"json": _EXACT_JSON, "csv": _EXACT_CSV}.get(builder)
     for column in layout.columns.values():
         kind = str(rows.features[column])
-        guessed = _GUESSED.search(kind) if layout.kind == "messages" else not exact.fullmatch(kind)
+        if layout.kind == "messages":
+            guessed = bool((_GUESSED if exact else _JSON_CONTENT).search(kind))
+        else:
+            guessed = not exact.fullmatch(kind) if exact else kind.startswith("Json")
         if guessed:
             raise DataError(
                 f"{where}: `datasets` guesses what the texts of column {column!r} are, and may "
-                "have changed them: download the files, and read them with data.source=files"
+                "have changed them: give the files that they come from, with data.source=files"
             )
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import datasets
 import pyarrow.parquet
-from datasets import Dataset
+from datasets import Dataset, Features
 
 from flower_app.data.files import read_lines
 from flower_app.data.refusals import DataError, quiet, reason, shown_names
@@ -113,12 +113,17 @@ def load_parquet(files: Sequence[Path], wanted: Collection[str]) -> tuple[Datase
     """Return the wanted columns of parquet files, and the names of all."""
     names = ", ".join(map(str, files))
     try:
-        found = [pyarrow.parquet.read_schema(file).names for file in files]
+        schemas = [pyarrow.parquet.read_schema(file) for file in files]
+        found = [schema.names for schema in schemas]
         check_same_columns(files, [set(each) & set(wanted) for each in found])
         columns = [name for name in found[0] if name in wanted] or found[0][:1]
         with quiet():
             rows = datasets.load_dataset(
-                "parquet", data_files=[str(file) for file in files], split="train", columns=columns
+                "parquet",
+                data_files=[str(file) for file in files],
+                split="train",
+                columns=columns,
+                features=_features_of_all(schemas, columns),
             )
     except DataError:
         raise
@@ -127,8 +132,21 @@ def load_parquet(files: Sequence[Path], wanted: Collection[str]) -> tuple[Datase
         why = reason(error)
         if why.startswith('Instruction "train"'):
             raise DataError(f"{names} holds no documents") from None
-        raise DataError(f"{names} cannot be read as parquet: {why}") from None
+        hint = "; do they have the same types?" if len(files) > 1 else ""
+        raise DataError(f"{names} cannot be read as parquet: {why}{hint}") from None
     return rows, found[0]
+
+
+def _features_of_all(schemas: Sequence[pyarrow.Schema], columns: Sequence[str]) -> Features | None:
+    """Return types that hold the rows of all files, if they differ: each knows only its own nulls
+    and the keys of its own objects."""
+    own = [pyarrow.schema([schema.field(name) for name in columns]) for schema in schemas]
+    if all(schema.equals(own[0]) for schema in own):
+        return None
+    try:
+        return Features.from_arrow_schema(pyarrow.unify_schemas(own, promote_options="permissive"))
+    except pyarrow.ArrowException:
+        return None  # some of these can be cast all the same
 
 
 def is_saved(path: Path) -> bool:

@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from conf import VERSION
 from flower_app.runs.flatten import flatten, unflatten
 from flower_app.runs.folders import CHECKPOINTS, folders, round_of
+from flower_app.runs.journal import replace_whole
 
 FORMAT = 1
 STATE, TENSORS = "state.json", "tensors.safetensors"
@@ -43,7 +44,7 @@ class Facts:
     clients: list[str]
     """Names of those who were connected."""
     loss: float | None
-    """Held-out loss of the round."""
+    """Held-out loss of the round; None too as long as it is not evaluated."""
     started: str
     seconds: float
     """What the run had taken by then."""
@@ -99,6 +100,24 @@ def write(run: Path, facts: Facts, state: Mapping[str, Any]) -> Path:
         shutil.rmtree(draft, ignore_errors=True)
         raise
     return final
+
+
+def amend(run: Path, facts: Facts, state: Mapping[str, Any]) -> None:
+    """Replace what the checkpoint of a round says, at once; its tensors are still those of `state`.
+
+    Raises
+    ------
+    OSError
+        If it cannot be written; what it said stays.
+    """
+    folder = run / CHECKPOINTS / f"round-{facts.round:04d}"
+    try:
+        told = _read_state(folder / STATE)
+    except Damaged:
+        write(run, facts, state)
+        return
+    replace_whole(folder / STATE, _statement(facts, told["tensors"], flatten(state)[1]))
+    _sync(folder)
 
 
 def read(folder: Path, *, load: bool = True) -> Checkpoint:
@@ -174,20 +193,24 @@ def _write_files(draft: Path, facts: Facts, state: Mapping[str, Any]) -> None:
         full = "os error 28" in str(error)
         raise OSError(errno.ENOSPC if full else errno.EIO, str(error), str(path)) from error
     size, digest = _digest(path)
+    text = _statement(facts, {"bytes": size, "sha256": digest}, plan)
+    (draft / STATE).write_text(text, encoding="utf-8")
+    for name in (TENSORS, STATE):
+        _sync(draft / name)
+    _sync(draft)
+
+
+def _statement(facts: Facts, tensors: Mapping[str, Any], plan: Any) -> str:
+    """The text of `state.json`."""
     told = {
         "format": FORMAT,
         "graft": VERSION,
         "torch": torch.__version__,
         **vars(facts),
-        "tensors": {"bytes": size, "sha256": digest},
+        "tensors": tensors,
         "plan": plan,
     }
-    text = json.dumps({"checksum": _checksum(told), **told}, allow_nan=False, indent=1)
-    with (draft / STATE).open("w", encoding="utf-8") as file:
-        file.write(text + "\n")
-    for name in (TENSORS, STATE):
-        _sync(draft / name)
-    _sync(draft)
+    return json.dumps({"checksum": _checksum(told), **told}, allow_nan=False, indent=1) + "\n"
 
 
 def _apart(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

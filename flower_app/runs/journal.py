@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from strategies.events import Event, StepDone, Turnout
+from strategies.events import Event, RoundTrained, StepDone, Stopped, Turnout
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +86,10 @@ def as_record(event: Event) -> dict[str, Any]:
         if event.attempt == 1:
             del record["attempt"]
         return record
+    if isinstance(event, RoundTrained):
+        return {**as_record(event.so_far), "kind": "trained"}
+    if isinstance(event, Stopped):
+        return {"kind": "stop", **vars(event)}
     first = event.training or event.evaluation or Turnout()
     record = {
         "kind": "round",
@@ -131,12 +135,15 @@ def read_records(path: Path) -> Iterator[dict[str, Any]]:
             yield line.record
 
 
-def require_round(path: Path, number: int) -> None:
-    """Refuse a journal, with ValueError, that lost its lines up to the end of a round."""
+def require_round(path: Path, number: int, *, kind: str = "round") -> None:
+    """Refuse a journal, with ValueError, that lost its lines up to the end of a round.
+
+    `kind`: "trained" if the round is yet to be evaluated.
+    """
     if not path.exists():
         raise ValueError(f"{path} is missing: without it this run cannot be resumed")
     records = [line.record for line in _lines(path) if line.record is not None]
-    ended = [record["round"] for record in records if record.get("kind") == "round"]
+    ended = [record["round"] for record in records if record.get("kind") == kind]
     if number not in ended:
         last = max((one for one in ended if one < number), default=0)
         remedy = f"resume from the checkpoint of round {last} or before, or" if last else ""
@@ -146,7 +153,7 @@ def require_round(path: Path, number: int) -> None:
         )
 
 
-def cut_back(path: Path, number: int) -> list[dict[str, Any]]:
+def cut_back(path: Path, number: int, *, unevaluated: bool = False) -> list[dict[str, Any]]:
     """Drop what came after round `number`, whatever it is: cut off lines, NULs, garbage.
 
     Parameters
@@ -155,6 +162,8 @@ def cut_back(path: Path, number: int) -> list[dict[str, Any]]:
         A `metrics.jsonl`; replaced at once, so that a kill leaves the old one or the new one.
     number : int
         The last round that stays.
+    unevaluated : bool
+        Its report goes: it is evaluated again.
 
     Returns
     -------
@@ -167,8 +176,14 @@ def cut_back(path: Path, number: int) -> list[dict[str, Any]]:
         If a line before the end of that round is damaged.
     """
     lines = list(_lines(path))
-    stay = [line for line in lines if line.record is not None and line.record["round"] <= number]
-    ends = [line.place for line in stay if (line.record or {}).get("kind", "round") == "round"]
+    stay = [
+        line
+        for line in lines
+        if line.record is not None
+        and line.record["round"] <= number
+        and not (unevaluated and line.record["round"] == number and _kind(line) == "round")
+    ]
+    ends = [line.place for line in stay if _kind(line) in ("round", "trained")]
     end = max(ends, default=0)
     for line in lines:
         if line.record is None and line.place < end:
@@ -190,6 +205,10 @@ class _Line(NamedTuple):
 
     def complaint(self, path: Path) -> str:
         return f"{path}, line {self.place} is no record of a run: {self.problem}"
+
+
+def _kind(line: _Line) -> str:
+    return str((line.record or {}).get("kind", "round"))
 
 
 def _lines(path: Path) -> Iterator[_Line]:

@@ -20,6 +20,8 @@ logger = logging.getLogger(__name__)
 class Keeper:
     """Writes a checkpoint after every `output.checkpoint_every` rounds and after the last.
 
+    As soon as the round is trained; what its evaluation came to is added.
+
     Parameters
     ----------
     config : Config
@@ -34,11 +36,13 @@ class Keeper:
 
     def __call__(self, number: int, strategy: SplitFed, *, last: bool = False) -> None:
         """Write a checkpoint if one is due, the run ends, or the last could not be written."""
-        every = self._config.output.checkpoint_every
+        run, every = self._recorder.folder, self._config.output.checkpoint_every
+        written = number in dict(folders(run))
         last = last or number == self._config.train.rounds
-        if not every or (number % every and not last and not self._owed):
+        due = every and (not number % every or last or self._owed)
+        if not written and not due:
             return
-        run, loss = self._recorder.folder, strategy.held_out_loss
+        loss = strategy.held_out_loss
         facts = Facts(
             round=number,
             config=to_dict(self._config),
@@ -49,18 +53,24 @@ class Keeper:
         )
         try:
             self._recorder.sync()  # a checkpoint whose records are lost would leave a gap
-            checkpoint.write(run, facts, strategy.state_dict())
+            keep = checkpoint.amend if written else checkpoint.write
+            keep(run, facts, strategy.state_dict())
             self._owed = False
         except OSError as error:
             self._owed = True
-            self._complain(number, error)
+            self._complain(number, error, written=written)
             return
         try:
             checkpoint.prune(run, self._config.output.keep_checkpoints)
         except OSError as error:
             logger.warning("an old checkpoint in %s could not be removed: %s", run, error)
 
-    def _complain(self, number: int, error: OSError) -> None:
+    def _complain(self, number: int, error: OSError, *, written: bool) -> None:
+        if written:
+            text = "the checkpoint of round %d does not know its evaluation: %s. The run goes on; "
+            text += "resumed from there, that round is evaluated again"
+            logger.warning(text, number, error)
+            return
         kept = [round for round, _ in folders(self._recorder.folder)]
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         remedy = "free space on this disk" if full else "mend that"

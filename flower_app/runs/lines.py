@@ -44,12 +44,12 @@ def round_line(record: Mapping[str, Any], rounds: int) -> str:
     return " | ".join(parts)
 
 
-def finished_line(summary: Mapping[str, Any]) -> str:
-    """Return the line of a finished run, of its summary."""
+def ended_line(summary: Mapping[str, Any]) -> str:
+    """Return the line of a run that is finished, or was stopped, of its summary."""
     first, last = summary["eval_loss_first"], summary["eval_loss_last"]
     loss = "not evaluated" if last is None else f"held-out loss {first:.4f} -> {last:.4f}"
     return (
-        f"finished: {loss}, {summary['tokens']:,} tokens, {_traffic(summary)}, "
+        f"{summary['status']}: {loss}, {summary['tokens']:,} tokens, {_traffic(summary)}, "
         f"{summary['seconds']:.0f} s"
     )
 

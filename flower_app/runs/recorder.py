@@ -20,6 +20,7 @@ from flower_app.runs.folders import (
     FAILED,
     FINISHED,
     MODEL,
+    STOPPED,
     SUMMARY,
     RunLock,
     folders,
@@ -34,7 +35,7 @@ from flower_app.runs.resume import Point
 from flower_app.runs.sinks import console, journal
 from flower_app.runs.sinks.registry import ALWAYS, Guarded, Run, Sink
 from flower_app.runs.summary import summarize
-from strategies.events import Event, RoundDone
+from strategies.events import Event, RoundDone, Stopped
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +77,7 @@ class Recorder:
         self._rounds: list[dict[str, Any]] = []
         self._resumed: list[int] = []
         self._adapted: dict[str, float] = {}
+        self._stopped = False
         self._point = point
         self.started, self._before = (point.started, point.seconds) if point else (now(), 0.0)
         self._clock = time.monotonic()
@@ -120,6 +122,7 @@ class Recorder:
         with self._lock:
             if isinstance(event, RoundDone):
                 self._rounds.append(as_record(event))
+            self._stopped = self._stopped or isinstance(event, Stopped)
             for sink in self._sinks:
                 sink.event(event)
 
@@ -146,7 +149,7 @@ class Recorder:
         RuntimeError
             If the records of the complete run cannot be written.
         """
-        summary = self._summary(FINISHED)
+        summary = self._summary(STOPPED if self._stopped else FINISHED)
         summary[MODEL] = None if model_folder is None else self._place(Path(model_folder).resolve())
         try:
             self._close(summary)
@@ -189,8 +192,9 @@ class Recorder:
 
     def _cut_back(self, point: Point) -> None:
         path = self.folder / "metrics.jsonl"
-        require_round(path, point.number)
-        kinds = [(record.get("kind"), record) for record in cut_back(path, point.number)]
+        require_round(path, point.number, kind="trained" if point.unevaluated else "round")
+        stay = cut_back(path, point.number, unevaluated=point.unevaluated)
+        kinds = [(record.get("kind"), record) for record in stay]
         self._rounds = [record for kind, record in kinds if kind == "round"]
         self._resumed = [record["round"] for kind, record in kinds if kind == "resume"]
         (self.folder / SUMMARY).unlink(missing_ok=True)

@@ -31,7 +31,7 @@ class Point:
     source: Path
     """The checkpoint, or the run folder if none was named."""
     number: int
-    """The last round that is over."""
+    """The last round that is trained."""
     config: Config
     clients: list[str]
     """Who was connected."""
@@ -42,6 +42,11 @@ class Point:
     state: dict[str, Any] = field(default_factory=dict)
     lock: RunLock | None = None
     """Of the run folder, held."""
+
+    @property
+    def unevaluated(self) -> bool:
+        """Whether the last round's evaluation is to be made up for."""
+        return self.state.get("unevaluated") is not None
 
 
 def take_up(resume: str, overrides: str | list[str] = "") -> Point:

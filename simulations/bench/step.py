@@ -22,6 +22,7 @@ from models import Cut, split
 from strategies.engine.engine import TrunkEngine
 from strategies.optim import Progress, clipped_step, learning_rate, square_norm, trainable
 from strategies.transport import tickets
+from strategies.transport.codec.registry import find_codec
 from strategies.transport.stream.link import GrpcLink
 from strategies.transport.stream.service import TrunkService
 from strategies.transport.tickets import Guest, Ticket
@@ -162,6 +163,7 @@ def _trunk_process(
     train: TrainConfig, link: LinkConfig, steps: int
 ) -> Iterator[tuple[Ticket, bytes]]:
     """A process that serves the trunk; yields a ticket to it and the key it is for."""
+    find_codec(link.dtype)  # a name that nobody offers is refused in this process, in words
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
     process = context.Process(target=_serve, args=(there, train, link), daemon=True)

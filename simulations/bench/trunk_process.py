@@ -22,6 +22,7 @@ from models.tiny import tiny_config
 from simulations.equality.fold import fold
 from simulations.launch.peak import peak_bytes
 from strategies.engine.engine import TrunkEngine
+from strategies.engine.policies.registry import find_policy
 from strategies.engine.session import Session
 from strategies.optim import trainable
 from strategies.transport import tickets
@@ -138,6 +139,7 @@ def trunk_process(
     spoil : callable, optional
         Done to the engine first, by tests that want a bad one; a function of a module.
     """
+    find_policy(train.strategy)  # a name that nobody offers is refused in this process, in words
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
     node_key = tickets.new_key()

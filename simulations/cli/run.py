@@ -25,7 +25,9 @@ def demo(
 def run(
     experiment: Annotated[str, typer.Argument(help="A name that `graft config` lists, or a file.")],
     overrides: Overrides = None,
-    clients: Annotated[int, typer.Option(help="Simulated clients; 0: Flower's default, 2.")] = 0,
+    clients: Annotated[
+        int, typer.Option(help="Simulated clients; 0: Flower's default, 2.", min=0)
+    ] = 0,
     verbose: Annotated[bool, typer.Option(help="Show Flower's own lines too.")] = False,
 ) -> None:
     """Run an experiment with simulated clients, on a SuperLink of its own."""
@@ -40,7 +42,9 @@ def resume(
         str, typer.Argument(help="A run folder, its name in `graft runs`, or a checkpoint of it.")
     ],
     overrides: Overrides = None,
-    clients: Annotated[int, typer.Option(help="Simulated clients; 0: as many as before.")] = 0,
+    clients: Annotated[
+        int, typer.Option(help="Simulated clients; 0: as many as before.", min=0)
+    ] = 0,
     verbose: Annotated[bool, typer.Option(help="Show Flower's own lines too.")] = False,
 ) -> None:
     """Go on with a run that was stopped or killed, after its last checkpoint."""

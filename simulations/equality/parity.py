@@ -20,6 +20,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from models import Cut, Part, Parts, build_scratch, global_name, load_client, load_part, split
 from models.families import NAMED
+from models.source import find_model
 from models.tiny import roughen, tiny_config
 from models.verify import PADDINGS, TOLERANCE, compare, example
 from models.whole import ATTENTIONS, has_sdpa, load_whole, read_config
@@ -89,7 +90,7 @@ def run_parity(
     batch, tokens : int
         Shape of the random ids.
     """
-    report = ParityReport()
+    report, model = ParityReport(), find_model(model, key="--model")
     config = None if model.endswith(".gguf") else read_config(model)
     for how in _attentions(attention, config):
         whole = load_whole(model, attention=how).eval()

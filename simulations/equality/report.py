@@ -18,6 +18,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from models.source import find_model
 from simulations.equality.claims import CLAIMS
 from simulations.equality.subjects import Subject, checkpoint, tiny
 from simulations.equality.trial import Claim, NotTriedError
@@ -119,6 +120,7 @@ def run_equivalence(
     report = EquivalenceReport()
     with tempfile.TemporaryDirectory(prefix="graft-parity-") as scratch, _one_thread():
         if model:
+            model = find_model(model, key="--model")
             subjects = [checkpoint(model, attention, allow_untested, Path(scratch))]
         else:
             subjects = [tiny(family, attention, Path(scratch)) for family in families]

@@ -40,7 +40,8 @@ def start_watcher(mark: str, folders: Sequence[Path]) -> subprocess.Popen[bytes]
         It ends after its standard input was closed.
     """
     return subprocess.Popen(
-        [sys.executable, "-m", __name__, mark, *map(str, folders)],
+        # As a file, and with -P: a folder `simulations` of the user's is not taken for ours.
+        [sys.executable, "-P", __file__, mark, *map(str, folders)],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

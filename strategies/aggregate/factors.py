@@ -14,4 +14,5 @@ class Factors(Aggregator):
 class FFA(Aggregator):
     """A stays as it is, so that the mean of B is exact (Sun et al. 2024, arXiv:2403.12313)."""
 
-    name, frozen_A = "ffa", True
+    name = "ffa"
+    frozen_A = True

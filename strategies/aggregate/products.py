@@ -8,10 +8,12 @@ from strategies.aggregate.aggregator import Aggregator
 class Exact(Aggregator):
     """What the rank cannot hold goes into the base weights (arXiv:2410.09432, 2409.05976)."""
 
-    name, by_product, exact = "exact", True, True
+    name = "exact"
+    by_product, exact = True, True
 
 
 class SVD(Aggregator):
     """Cut to each recipient's rank: the least error that any adapter of it has."""
 
-    name, by_product = "svd", True
+    name = "svd"
+    by_product = True

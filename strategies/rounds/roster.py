@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from logging import INFO
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
@@ -15,7 +15,8 @@ from torch import Tensor
 
 from conf.load import to_json
 from conf.schema import Config
-from models import Cut
+from models import Cut, Part
+from strategies.engine.engine import TrunkEngine
 from strategies.mail import lifetime, push, receive
 from strategies.records import ARRAYS, CONFIG, TICKET, Form
 from strategies.rounds.answers import Bounds, Profile, read_first_tensors, read_profile
@@ -30,7 +31,8 @@ class Roster:
     """Asks every node at first sight who it is, and keeps what the connected ones answered.
 
     A name belongs to the node that used it first in this run, known by its id, which Flower vouches
-    for, or by its key.
+    for, or by its key. In a resumed run nodes have new keys and are known by their ids, unless no
+    id of before is there: without SuperNode authentication all may be new.
 
     Parameters
     ----------
@@ -46,6 +48,8 @@ class Roster:
         self._count = config.federation.sampling == "weighted" or config.train.global_batch > 0
         self._profiles: dict[int, Profile] = {}
         self._owners: dict[str, Profile] = {}
+        self._here: set[int] = set()
+        self._before: dict[str, int] = {}
         self._refused: dict[int, str] = {}
         self._asked: dict[str, Message] = {}
 
@@ -56,6 +60,28 @@ class Roster:
     def clients(self) -> list[str]:
         """Names of those who could take part when they were last asked."""
         return sorted(profile.client for profile in self._profiles.values())
+
+    @property
+    def names(self) -> dict[str, int]:
+        """Whose each name is: the id of its node."""
+        return {**self._before, **{name: owner.node for name, owner in self._owners.items()}}
+
+    def keep_names(self, names: Mapping[str, int]) -> None:
+        """Go on from the `names` of the run before."""
+        self._before = dict(names)
+
+    def compare(self, grid: Grid, known: Sequence[str]) -> None:
+        """Say so if the clients are not those of the run before."""
+        now = [profile.client for profile in self.gather(grid)]
+        if known and now != known:
+            logger.warning(
+                "the clients differ from those of the run before: missing %s; new %s. The run goes "
+                "on with those who are here, and will not equal one that was never stopped; to "
+                "wait for all, resume with federation.min_clients=%d",
+                ", ".join(sorted({*known} - {*now})) or "none",
+                ", ".join(sorted({*now} - {*known})) or "none",
+                len(known),
+            )
 
     def gather(self, grid: Grid) -> list[Profile]:
         """Who can take part now, by name; waits until `federation.min_clients` are connected.
@@ -86,7 +112,8 @@ class Roster:
         A round waits for the first answers as long as for any other, later only
         `link.grace` for a newcomer's; an answer that comes later counts from then on.
         """
-        self._forget_all_but(set(nodes))
+        self._here = set(nodes)
+        self._forget_all_but(self._here)
         open_to = {message.metadata.dst_node_id for message in self._asked.values()}
         new = [node for node in nodes if node not in self._profiles and node not in open_to]
         waiting, refused = push(grid, [self._question(node) for node in new])
@@ -181,6 +208,13 @@ class Roster:
     def _check_owner(self, profile: Profile) -> None:
         """Names seed the order of the data and weigh in the mean: two nodes may not share one."""
         owner = self._owners.get(profile.client, profile)
+        before = self._before.get(profile.client, profile.node)
+        if owner is profile and before != profile.node and self._here & {*self._before.values()}:
+            raise ValueError(
+                f"it is called '{profile.client}', which was node {before} before this run was "
+                "resumed: the name stays that node's. Give this SuperNode a name of its own (with "
+                "SuperNode authentication, one that is started anew stays the same node)"
+            )
         if owner.node in self._profiles and owner.node != profile.node:
             raise ValueError(
                 f"it is called '{profile.client}' like node {owner.node}, and names seed the "
@@ -194,6 +228,17 @@ class Roster:
                 "name of its own (with SuperNode authentication, one that is started anew stays "
                 "the same node)"
             )
+
+
+def bounds_of(engine: TrunkEngine) -> Bounds:
+    """What clients may say of themselves, given the trunk."""
+    trunk = engine.trunk
+    assert isinstance(trunk, Part)
+    return Bounds(
+        blocks=trunk.num_blocks_total,
+        width=engine.hidden_size,
+        own_cut=engine.policy.replicates,
+    )
 
 
 def wait_for(grid: Grid, least: int, limit: float = math.inf) -> list[int]:

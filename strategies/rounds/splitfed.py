@@ -13,15 +13,15 @@ from flwr.serverapp.strategy import Result, Strategy
 from flwr.supercore import log
 
 from conf.schema import Config
-from models import Cut, Part
+from models import Cut
 from strategies.aggregate.joint import JointModel
 from strategies.engine.engine import TrunkEngine
-from strategies.events import Observer, StepDone
+from strategies.events import Observer, RoundTrained, StepDone, Stopped
 from strategies.records import Form
-from strategies.rounds.answers import Bounds, Profile, is_keyless, join
+from strategies.rounds.answers import Profile, is_keyless, join
 from strategies.rounds.attempt import Attempt, Run
 from strategies.rounds.cohort import Cohort
-from strategies.rounds.roster import Roster
+from strategies.rounds.roster import Roster, bounds_of
 from strategies.rounds.sampling import draw, quorum, sizes
 from strategies.rounds.tally import Tally
 from strategies.transport.conversation import StepReport
@@ -34,20 +34,15 @@ class Keep(Protocol):
     """Who may keep the run's state between two rounds."""
 
     def __call__(self, number: int, strategy: SplitFed, *, last: bool) -> None:
-        """Called when round `number` is over and reported; may ask for `state_dict()`.
+        """Called when round `number` is trained, and again when its evaluation is reported.
 
-        `last`: the run stops here, whatever was planned.
+        May ask for `state_dict()`. `last`: the run stops here, whatever was planned.
         """
 
 
 def needs_first_tensors(config: Config) -> bool:
     """Whether the server must know what the clients start from: not for plain averaging."""
     return config.train.sync == "step" or config.aggregation.optimizer != "fedavg"
-
-
-def never() -> bool:
-    """Nobody wants the run to stop."""
-    return False
 
 
 class SplitFed(Strategy):
@@ -100,9 +95,10 @@ class SplitFed(Strategy):
         self._rounds = config.train.rounds
         self._done = 0
         self._known: list[str] = []
-        self._should_stop, self._stopped = never, False
+        self._should_stop: Callable[[], bool] = bool  # which is False: nobody asks
+        self._stopped = False
         self._attempt: Attempt | None = None
-        self._tally = Tally(number=-1)
+        self._tally, self._unevaluated = Tally(number=-1), False
 
     def summary(self) -> None:
         """Log what the strategy will do."""
@@ -131,21 +127,24 @@ class SplitFed(Strategy):
         read: `federation.round_timeout` is. `should_stop` is asked between rounds.
         """
         self._rounds = num_rounds
-        self._should_stop = should_stop or never
+        self._should_stop = should_stop or bool
         self.summary()
         result, arrays = Result(arrays=initial_arrays), initial_arrays
         if self._done:
             arrays = result.arrays = self.joint.arrays_for()
             if self._done < num_rounds:
-                self._compare_clients(grid)
+                self.roster.compare(grid, self._known)
+            if self._unevaluated and (metrics := self._finish(self._done, arrays, grid)):
+                result.evaluate_metrics_clientapp[self._done] = metrics
         else:
             self._begin(arrays, grid)
         for number in range(self._done + 1, num_rounds + 1):
             if self._stopped:
-                log(INFO, "stopped after round %d of %d, as asked", number - 1, num_rounds)
+                self._observer(Stopped(round=number - 1, rounds=num_rounds))
                 break
             arrays, result.train_metrics_clientapp[number] = self._train(number, arrays, grid)
             result.arrays = arrays
+            self._set_down(number)
             if metrics := self._finish(number, arrays, grid):
                 result.evaluate_metrics_clientapp[number] = metrics
         return result
@@ -157,7 +156,12 @@ class SplitFed(Strategy):
         a seed made of the run's, the round and what it is for (`derive_seed`), the order of a
         client's examples too.
         """
-        return {"engine": self._run.engine.state_dict(), "joint": self.joint.state_dict()}
+        return {
+            "engine": self._run.engine.state_dict(),
+            "joint": self.joint.state_dict(),
+            "names": self.roster.names,
+            "unevaluated": self._tally.state_dict() if self._unevaluated else None,
+        }
 
     def resume(self, number: int, state: Mapping[str, Any], clients: Sequence[str] = ()) -> None:
         """Go on after round `number`.
@@ -165,7 +169,7 @@ class SplitFed(Strategy):
         Parameters
         ----------
         number : int
-            The last round that is over.
+            The last round that is trained. If its evaluation is due, it comes first.
         state : mapping
             What `state_dict` returned after it.
         clients : sequence of str
@@ -178,6 +182,9 @@ class SplitFed(Strategy):
         """
         self._run.engine.load_state_dict(state["engine"])
         self.joint.load_state_dict(state["joint"])
+        self.roster.keep_names(state.get("names", {}))
+        if (told := state.get("unevaluated")) is not None:
+            self._tally, self._unevaluated = Tally.from_state(told), True
         self._done, self._known = number, sorted(clients)
 
     @property
@@ -228,7 +235,7 @@ class SplitFed(Strategy):
         if self._tally.number != server_round:
             self._tally = Tally(number=server_round)
         self._attempt, federation = None, self.config.federation
-        if federation.fraction_evaluate == 0 or self.config.data.heldout == 0:
+        if not self._evaluates:
             return []
         try:
             present = self.roster.gather(grid)
@@ -285,15 +292,29 @@ class SplitFed(Strategy):
         messages = self.configure_evaluate(number, arrays, ConfigRecord(), grid)
         return self.aggregate_evaluate(number, self._exchange(messages, grid))
 
+    @property
+    def _evaluates(self) -> bool:
+        return self.config.federation.fraction_evaluate > 0 and self.config.data.heldout > 0
+
+    def _set_down(self, number: int) -> None:
+        """Record and keep a round that was trained, before it is evaluated."""
+        if self._evaluates:
+            self._unevaluated = True
+            self._observer(RoundTrained(so_far=self._tally.event()))
+            if self._keep is not None:
+                self._keep(number, self, last=False)
+
     def _finish(self, number: int, arrays: ArrayRecord, grid: Grid) -> MetricRecord | None:
-        """Evaluate a round that was trained; it is recorded and kept whatever becomes of that."""
+        """Evaluate a round that was trained, report it and keep what it came to."""
         try:
-            return self._evaluate(number, arrays, grid)
+            metrics = self._evaluate(number, arrays, grid)
         finally:
             self._observer(self._tally.event())
-            self._stopped = number < self._rounds and self._should_stop()
-            if self._keep is not None:
-                self._keep(number, self, last=self._stopped)
+        self._unevaluated = False
+        self._stopped = number < self._rounds and self._should_stop()
+        if self._keep is not None:
+            self._keep(number, self, last=self._stopped)
+        return metrics
 
     def _open(
         self, number: int, cohort: Sequence[Profile], count: int, *, training: bool
@@ -313,19 +334,6 @@ class SplitFed(Strategy):
                 self.roster.forget(reply.metadata.src_node_id)
             yield reply
 
-    def _compare_clients(self, grid: Grid) -> None:
-        """Say so if the clients are not those of the run before."""
-        now = [profile.client for profile in self.roster.gather(grid)]
-        if self._known and now != self._known:
-            logger.warning(
-                "the clients differ from those of the run before: missing %s; new %s. The run goes "
-                "on with those who are here, and will not equal one that was never stopped; to "
-                "wait for all, resume with federation.min_clients=%d",
-                ", ".join(sorted({*self._known} - {*now})) or "none",
-                ", ".join(sorted({*now} - {*self._known})) or "none",
-                len(self._known),
-            )
-
     def _give_up(self, cohort: Cohort) -> None:
         """Undo a training round without quorum; `RuntimeError` if it may not be tried again."""
         tally, federation = self._tally, self.config.federation
@@ -337,14 +345,3 @@ class SplitFed(Strategy):
         self._run.engine.abandon_round()
         tally.abandoned.append(cohort.turnout)
         logger.warning("%s. Attempt %d of %d follows", text, tally.attempt, federation.retries + 1)
-
-
-def bounds_of(engine: TrunkEngine) -> Bounds:
-    """What clients may say of themselves, given the trunk."""
-    trunk = engine.trunk
-    assert isinstance(trunk, Part)
-    return Bounds(
-        blocks=trunk.num_blocks_total,
-        width=engine.hidden_size,
-        own_cut=engine.policy.replicates,
-    )

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from strategies.events import RoundDone, Turnout
 from strategies.rounds.answers import Answer
@@ -37,6 +38,21 @@ class Tally:
         self.bytes_up += int(sum(answer.metrics["bytes-up"] for answer in answers))
         self.bytes_down += int(sum(answer.metrics["bytes-down"] for answer in answers))
         return {"loss": loss, "num-tokens": tokens, "clients": len(answers)}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What of a trained round its report will need; it is not evaluated yet."""
+        kept = asdict(self)
+        del kept["started"], kept["evaluation"], kept["evaluate"]
+        return {**kept, "seconds": time.monotonic() - self.started}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> Tally:
+        """Go back to a `state_dict`."""
+        told = dict(state)
+        started = time.monotonic() - told.pop("seconds")
+        training = Turnout(**told.pop("training"))
+        abandoned = [Turnout(**turnout) for turnout in told.pop("abandoned")]
+        return cls(**told, started=started, training=training, abandoned=abandoned)
 
     def event(self) -> RoundDone:
         """The round, now that it is over.

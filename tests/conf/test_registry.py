@@ -23,6 +23,21 @@ def test_a_new_file_is_offered_and_loaded(tmp_path: Path, monkeypatch: pytest.Mo
     assert registry.load("toy_things", "a-second-one").NAME == "a_second_one"
 
 
+def test_a_name_is_read_from_the_source_without_an_import(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "toy_kinds"
+    package.mkdir()
+    for name in ("__init__", "mine"):
+        (package / f"{name}.py").write_text('class Mine:\n    name = "my-own"\n', encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+
+    assert registry.declares("toy_kinds", "my-own")
+    assert not registry.declares("toy_kinds", "mine")
+    assert not registry.declares("nowhere_at_all", "mine")
+    assert "toy_kinds.mine" not in sys.modules
+
+
 def test_an_unknown_name_is_refused_with_all_and_the_nearest() -> None:
     with pytest.raises(ConfigError, match=r"^a\.b must be one of one, two, got 'tow'.*'two'\?$"):
         check_known("a.b", "tow", ["one", "two"])

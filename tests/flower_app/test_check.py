@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 from typer.testing import CliRunner
 
@@ -36,3 +39,18 @@ def test_graft_config_refuses_it_too() -> None:
     result = CliRunner().invoke(app, ["config", "demo", "train.strategy=merge"])
     assert result.exit_code != 0
     assert "did you mean 'merged'?" in str(result.exception or "") + result.output
+
+
+def test_graft_config_does_not_wait_for_torch() -> None:
+    names = '["config", "lora", "train.strategy=merged", "aggregation.lora=ffa", "link.dtype=bf16"]'
+    code = f"import sys; from simulations.cli.app import app; app({names}, standalone_mode=False)"
+
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}; sys.exit('torch' in sys.modules)"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert done.returncode == 0, done.stderr
+    assert "strategy: merged" in done.stdout

@@ -44,11 +44,11 @@ def _warning(words: str, project: Path) -> tuple[str, str]:
     """The module and the text of a `logger.warning(...)` with these words."""
     for path in (path for package in PACKAGES for path in (project / package).rglob("*.py")):
         for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(call, ast.Call) and ast.unparse(call.func) == "logger.warning":
-                text = str(ast.literal_eval(call.args[0]))
-                if words in text:
-                    module = path.relative_to(project).with_suffix("").as_posix()
-                    return module.replace("/", "."), text
+            match call:
+                case ast.Call(func=ast.Attribute(attr="warning"), args=[ast.Constant(text), *_]):
+                    if words in text:
+                        module = path.relative_to(project).with_suffix("").as_posix()
+                        return module.replace("/", "."), text
     raise AssertionError(f"nothing warns with {words!r}")
 
 

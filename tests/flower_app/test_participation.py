@@ -16,6 +16,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from safetensors.torch import load_file
 
 from conf.schema import Config, LinkConfig
+from flower_app.runs.resume import take_up
 from strategies.errors import TrunkError
 from strategies.rounds.splitfed import SplitFed
 from strategies.transport.stream.link import GrpcLink
@@ -396,7 +397,12 @@ def test_a_run_stops_between_rounds_when_it_is_asked_to(
     )
     config = configured(tmp_path, "train.rounds=3 output.checkpoint_every=3")
 
-    folder, rounds, _ = run(config, InProcessGrid(clients=2))
+    folder, rounds, text = run(config, InProcessGrid(clients=2))
 
     assert [record["round"] for record in rounds] == [0, 1]
     assert (folder / "checkpoints" / "round-0001").is_dir()
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(lines[-1]) == {"kind": "stop", "round": 1, "rounds": 3}
+    assert json.loads((folder / "summary.json").read_text())["status"] == "stopped"
+    assert "stops after round 1 of 3, as it was asked to" in text
+    assert take_up(str(folder)).number == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -226,6 +227,26 @@ def test_wrong_sources_are_refused_in_words(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"not safetensors at all")
     with pytest.raises(ValueError, match="not a readable safetensors"):
         load_part("trunk", str(tmp_path), CUT)
+    with pytest.raises(ValueError, match="cannot load"):
+        load_whole(str(tmp_path))
+    (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(ValueError, match="git lfs pull"):
+        load_part("trunk", str(tmp_path), CUT)
+    for content in ("{}", "{", "[]"):
+        (tmp_path / "model.safetensors.index.json").write_text(content)
+        with pytest.raises(ValueError, match="is no index of shards .*download it anew"):
+            load_part("trunk", str(tmp_path), CUT)
+
+
+def test_attentions_that_the_config_asks_for_do_not_matter(tmp_path: Path) -> None:
+    saved(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "output_attentions": True}))
+    whole = load_whole(str(tmp_path))
+    bottom, top = load_client(str(tmp_path), CUT)
+    parts = bottom, load_part("trunk", str(tmp_path), CUT), top
+    with torch.no_grad():
+        assert_same_logits(run(parts, ids()), whole(ids()).logits)
 
 
 def test_loading_leaves_the_global_generator_alone(tmp_path: Path) -> None:
@@ -242,3 +263,56 @@ def test_load_whole_is_strict(tmp_path: Path) -> None:
     rewrite(tmp_path, without("model.norm.weight"))
     with pytest.raises(ValueError, match=r"missing_keys.*model\.norm\.weight"):
         load_whole(str(tmp_path))
+
+
+def in_each_block(suffix: str) -> Callable[[dict[str, Tensor]], None]:
+    """A change that adds a tensor to every block, as old checkpoints have it."""
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        pattern = re.compile(r"^(.*\.\d+\.)")
+        blocks = {found[1] for name in tensors if (found := pattern.match(name))}
+        tensors.update({block + suffix: torch.ones(4) for block in blocks})
+
+    return change
+
+
+def old_norms(tensors: dict[str, Tensor]) -> None:
+    for name in list(tensors):
+        old = name.replace("LayerNorm.weight", "LayerNorm.gamma")
+        tensors[old.replace("LayerNorm.bias", "LayerNorm.beta")] = tensors.pop(name)
+
+
+@pytest.mark.parametrize(
+    "family,change",
+    [
+        ("llama", in_each_block("self_attn.rotary_emb.inv_freq")),
+        ("gpt_neox", in_each_block("attention.rotary_emb.inv_freq")),
+        ("gpt_neox", in_each_block("attention.masked_bias")),
+        ("gpt2", in_each_block("attn.bias")),
+        ("gpt2", in_each_block("attn.masked_bias")),
+        ("gpt_neo", in_each_block("attn.attention.bias")),
+        ("gpt_neo", in_each_block("attn.attention.masked_bias")),
+        ("bert", lambda t: t.update({"bert.embeddings.position_ids": torch.arange(4)[None]})),
+        ("bert", old_norms),
+    ],
+)
+def test_what_transformers_drops_or_renames_is_no_stranger(
+    family: str, change: Callable[[dict[str, Tensor]], None], tmp_path: Path
+) -> None:
+    saved(tmp_path, family)
+    rewrite(tmp_path, change)
+    plain = load_whole(str(tmp_path), attention="eager").eval()
+    bottom, top = load_client(str(tmp_path), CUT, attention="eager")
+    trunk = load_part("trunk", str(tmp_path), CUT, attention="eager")
+    with torch.no_grad():
+        assert_same_logits(run((bottom, trunk, top), ids()), plain(ids()).logits)
+
+
+def test_another_classs_checkpoint_is_named(tmp_path: Path) -> None:
+    saved(tmp_path)
+    rewrite(tmp_path, lambda t: t.update({"score.weight": torch.ones(2, 32)}))
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["architectures"] = ["LlamaForSequenceClassification"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"score\.weight; it was saved as LlamaForSequenceClass"):
+        load_client(str(tmp_path), CUT)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from models.source import Source, find_source, tokenizer_of
+from models.source import Source, find_model, find_source, tokenizer_of
 from tests.models.helpers import saved
 
 
@@ -32,6 +32,15 @@ def test_folders_files_hub_ids_and_adapters_are_told_apart(tmp_path: Path) -> No
     assert find_source("org/name-1.5") == Source("org/name-1.5")
     assert find_source(str(own)) == Source(str(tmp_path / "base"), own)
     assert find_source(str(gone), str(tmp_path / "base")) == Source(str(tmp_path / "base"), gone)
+
+
+def test_what_wants_a_whole_model_refuses_an_adapter_and_names_its_base(tmp_path: Path) -> None:
+    saved(tmp_path / "base")
+    own = adapter(tmp_path / "adapter", str(tmp_path / "base"))
+
+    assert find_model(str(tmp_path / "base"), key="--model") == str(tmp_path / "base")
+    with pytest.raises(ValueError, match=f"^--model .* is an adapter: .* {tmp_path / 'base'}$"):
+        find_model(str(own), key="--model")
 
 
 def test_an_adapter_without_a_tokenizer_has_that_of_its_base(tmp_path: Path) -> None:

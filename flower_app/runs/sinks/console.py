@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from flower_app.runs.folders import FINISHED
+from flower_app.runs.folders import FAILED
 from flower_app.runs.journal import as_record
-from flower_app.runs.lines import finished_line, round_line, step_line
+from flower_app.runs.lines import ended_line, round_line, step_line
 from flower_app.runs.sinks.registry import Run
-from strategies.events import Event, StepDone
+from strategies.events import Event, RoundDone, StepDone, Stopped
 
 
 class Sink:
@@ -27,13 +27,17 @@ class Sink:
 
     def event(self, event: Event) -> None:
         """Say a round, or a step if it is its turn."""
-        if not isinstance(event, StepDone):
+        if isinstance(event, RoundDone):
             self._say(round_line(as_record(event), self._rounds))
+        elif isinstance(event, Stopped):
+            self._say(f"stops after round {event.round} of {event.rounds}, as it was asked to")
+        elif not isinstance(event, StepDone):
+            return
         elif event.step % self._every == 0 or event.step == event.steps:
             self._say(step_line(as_record(event), self._rounds))
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Say how it ended."""
-        done = summary["status"] == FINISHED
-        self._say(finished_line(summary) if done else f"failed: {summary['error']}")
+        failed = summary["status"] == FAILED
+        self._say(f"failed: {summary['error']}" if failed else ended_line(summary))
         self._say(f"run folder: {self._run.folder}")

@@ -44,7 +44,7 @@ class Sink(Protocol):
         """Something happened in it."""
 
     def finish(self, summary: Mapping[str, Any]) -> None:
-        """It ended as `summary.json` says; `status` is finished or failed, then with `error`."""
+        """It ended as `summary.json` says; `status` is finished, stopped or failed (`error`)."""
 
 
 def names() -> list[str]:

@@ -12,6 +12,8 @@ from flower_app.data.chat import encode_chat
 from flower_app.data.client import load_client_data
 from flower_app.data.examples import Encoded
 from flower_app.data.refusals import DataError
+from flower_app.data.sources import load_rows
+from flower_app.data.text import encode
 from tests.flower_app.data.helpers import (
     CHAT,
     byte_tokenizer,
@@ -171,11 +173,50 @@ def test_a_call_without_words_is_learned_as_the_template_writes_it() -> None:
         encode_chat([user(), answer(None, tool_calls=[call])], byte_tokenizer(CHAT))
 
 
+def test_a_call_that_later_turns_render_otherwise_is_still_told_apart() -> None:
+    """As Qwen3: thoughts in the last turn only, and a word between words and calls."""
+    template = (
+        "{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' and loop.last %}"
+        "<think></think>{% endif %}{{ m.content }}{% for c in m.tool_calls %}{% if m.content %}"
+        " and {% endif %}[{{ c.function.name }}({{ c.function.arguments }})]{% endfor %}"
+        "<end>{% endfor %}" + PROMPT
+    )
+    calls = [{"function": {"name": name, "arguments": "1"}} for name in "fg"]
+    turns = [user(), answer(None, tool_calls=calls), {"role": "tool", "content": "2"}, answer()]
+    assert said(turns, template) == "[f(1)][g(1)]<end>|<think></think>yo<end>|"
+
+
+def test_a_turn_ends_with_whole_tokens() -> None:
+    """As Phi-3: the end token follows the last turn only, and begins as the next role does."""
+    template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}|{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% else %}{{ eos_token }}{% endif %}"
+    )
+    tokenizer = fast_tokenizer(template)
+    found = encode_chat([user(), answer(), user(), answer("so")], tokenizer)
+    assert learned_text(found, tokenizer) == "yo||so|<eos>|"
+
+
 def test_nothing_is_not_written_as_python_writes_it() -> None:
     for template in (CHAT, CHAT.replace("m['content']", "m['content'] + ''")):
         tokenizer = byte_tokenizer(template)
         found = encode_chat([user(None), answer("None")], tokenizer)
         assert tokenizer.decode(found.ids) == "<user>\n<assistant>None\n"
+
+
+def test_a_number_for_content_is_as_the_file_writes_it(tmp_path: Path) -> None:
+    path = tmp_path / "d.jsonl"
+    path.write_text(
+        '{"messages": [{"role": "user", "content": 7}, {"role": "assistant", "content": 2.50}]}\n'
+        '{"conversations": [{"from": "human", "value": 7}, {"from": "gpt", "value": 1e5}]}\n'
+    )
+    tokenizer = byte_tokenizer(CHAT)
+    for number, written in ((0, "2.50"), (1, "1e5")):
+        chosen = "messages" if number == 0 else "sharegpt"
+        row = load_rows(files_config(path, format=chosen))[number]
+        found = encode(row, files_config(path, format=chosen), tokenizer)
+        assert found is not None
+        assert learned_text(found, tokenizer) == f"{written}\n|"
 
 
 def load(path: Path, tokenizer: Any, **values: Any) -> list[Encoded]:

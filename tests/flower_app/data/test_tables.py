@@ -8,7 +8,7 @@ from typing import Any
 
 import datasets
 import pytest
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, Features, Json, List, Value
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -86,6 +86,40 @@ def test_nulls_that_arrow_invented_are_dropped_at_every_depth(tmp_path: Path) ->
     Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
     for path in (tmp_path / "d.parquet", tmp_path / "saved"):
         assert load_rows(files_config(path)).to_list() == rows
+
+
+def test_each_parquet_file_may_have_nulls_and_keys_of_its_own(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [
+        {"messages": talk("a", x=1), "text": None},
+        {"messages": talk("b", city="Paris"), "text": "2024-01-01"},
+    ]
+    for number, row in enumerate(rows):
+        Dataset.from_list([row]).to_parquet(tmp_path / f"{number}.parquet")
+    assert load_rows(files_config(tmp_path, format="messages")).to_list() == [
+        {"messages": row["messages"]} for row in rows
+    ]
+    assert load_rows(files_config(tmp_path, format="text"))["text"] == [None, "2024-01-01"]
+
+
+def test_nulls_within_json_are_as_written(tmp_path: Path) -> None:
+    rows = [{"messages": talk("f", city="Paris", country=None)}]
+    call = {"type": Value("string"), "function": Json()}
+    turn = {"role": Value("string"), "content": Value("string"), "tool_calls": List(call)}
+    saved = Dataset.from_list(rows, features=Features({"messages": List(turn)}))
+    saved.to_parquet(tmp_path / "d.parquet")
+    assert load_rows(files_config(tmp_path)).to_list() == rows
+
+
+@pytest.mark.parametrize("name", ["d.parquet", "saved"])
+def test_texts_that_were_stored_as_json_are_refused(tmp_path: Path, name: str) -> None:
+    """ "007" and 7 are the same there: `datasets` returns 7 for both."""
+    found = Dataset.from_list([{"text": "007"}], features=Features({"text": Json()}))
+    if name == "saved":
+        found.save_to_disk(tmp_path / name)
+    else:
+        found.to_parquet(tmp_path / name)
+    with pytest.raises(DataError, match="may have changed them"):
+        load_rows(files_config(tmp_path / name))
 
 
 def test_parquet_keeps_its_types(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from conf.load import load_config
 from conf.schema import Config
 from flower_app.build import resolve_model
+from flower_app.runs import checkpoint
 from flower_app.runs.folders import find_last_run, folders
 from flower_app.runs.plots import plot_loss
 from flower_app.runs.recorder import Recorder
@@ -214,6 +215,52 @@ def test_it_may_be_killed_again_and_again(tmp_path: Path) -> None:
 
     assert_equal_runs(broken, smooth)
     assert [r["round"] for r in records(broken) if r["kind"] == "resume"] == [1, 1, 2, 3]
+
+
+@pytest.mark.parametrize("round", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_a_kill_in_an_evaluation_costs_no_training(round: int, tmp_path: Path) -> None:
+    """The round is on disk before; its evaluation, which nobody has seen, is made up for."""
+    config = configured(tmp_path, "aggregation.optimizer=fedadam output.keep_checkpoints=1")
+    grid = InProcessGrid(2, first_id=5000)
+
+    smooth = run(config, InProcessGrid(2))
+    broken = run(config, killing(InProcessGrid(2), round, "evaluate"))
+    kept = [number for number, _ in folders(broken)]
+    (before,) = (r for r in records(broken) if (r["kind"], r["round"]) == ("trained", round))
+    (broken / "summary.json").unlink(missing_ok=True)
+    resume(broken, grid)
+
+    assert kept[-1] == round
+    assert before["train"]["loss"] > 0
+    assert before["evaluate"] is None
+    tickets = [m for m in grid.seen if m.metadata.message_type == "train"]
+    assert {m.content.config_records["ticket"]["round"] for m in tickets} == {*range(round + 1, 5)}
+    assert_equal_runs(broken, smooth)
+    states = [
+        [json.loads((path / "state.json").read_text()) for _, path in folders(folder)]
+        for folder in (broken, smooth)
+    ]
+    one, other = ([(s["round"], s["loss"], s["tensors"]) for s in told] for told in states)
+    assert one == other
+
+
+def test_a_report_that_its_checkpoint_does_not_know_is_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed between the round's line and the last word of its checkpoint."""
+    config = configured(tmp_path)
+    smooth = run(config, InProcessGrid(2))
+
+    def killed(*args: Any) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "amend", killed)
+        broken = run(config, InProcessGrid(2))
+    assert records(broken)[-1]["kind"] == "round"
+    resume(broken, InProcessGrid(2))
+
+    assert_equal_runs(broken, smooth)
 
 
 def test_the_summary_covers_the_whole_run(tmp_path: Path) -> None:

@@ -101,6 +101,26 @@ def test_a_missing_argument_is_named(command: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("run demo --clients=-1", "-1 is not in the range"),
+        ("resume . --clients=-1", "-1 is not in the range"),
+        ("parity --model /nope/here", "error: --model /nope/here does not exist"),
+        ("parity --all --model /nope/here", "error: --model /nope/here does not exist"),
+        ("bench step --wire bf61", "did you mean 'bf16'?"),
+        ("bench load --strategy merge", "did you mean 'merged'?"),
+        ("bench soak --strategy merge", "did you mean 'merged'?"),
+    ],
+)
+def test_a_wrong_value_is_refused_in_words_and_code_2(command: str, words: str) -> None:
+    result = _graft(*command.split())
+
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert words in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
     ("how", "code", "stderr"),
     [
         ("on", 0, ""),

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from simulations.launch.watcher import MARK, end_marked, marked
+from simulations.launch.watcher import MARK, end_marked, marked, start_watcher
 
 PROGRAM = """
 import os, sys, time
@@ -79,6 +79,22 @@ def test_nohup_is_obeyed(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "went on\n"
+
+
+def test_the_watcher_is_ours_wherever_the_program_is_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for package in ("simulations", "psutil"):
+        (tmp_path / package).mkdir()
+        (tmp_path / package / "__init__.py").write_text("raise SystemExit(9)")
+    (tmp_path / "session").mkdir()
+    monkeypatch.chdir(tmp_path)
+
+    watcher = start_watcher(uuid.uuid4().hex, [tmp_path / "session"])
+    watcher.communicate(timeout=30)
+
+    assert watcher.returncode == 0
+    assert not (tmp_path / "session").exists()
 
 
 def test_only_what_bears_the_mark_is_ended() -> None:

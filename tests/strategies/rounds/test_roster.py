@@ -196,6 +196,29 @@ def test_a_node_that_comes_back_under_its_key_has_its_name() -> None:
         roster[1]
 
 
+def test_a_name_stays_with_its_node_across_a_resume(caplog: pytest.LogCaptureFixture) -> None:
+    """Keys are new then, and ids are not: the owner comes back, nobody takes its place."""
+    before = Roster(config(), BOUNDS)
+    gather(before, Nodes(n7={"client": "a"}, n8={"client": "b"}))
+    new = {"public-key": KEY[::-1]}
+    roster, nodes = Roster(config(), BOUNDS), Nodes(n3={"client": "a"}, n8={"client": "b", **new})
+    roster.keep_names(before.names)
+
+    assert gather(roster, nodes) == ["b"]
+    assert "it is called 'a', which was node 7 before this run was resumed" in caplog.text
+    nodes.says[7] = {"client": "a", **new}
+    assert gather(roster, nodes) == ["a", "b"]
+    assert roster.names == {"a": 7, "b": 8}
+
+
+def test_names_are_free_after_a_resume_in_which_every_node_is_new() -> None:
+    """As in a simulation, or without SuperNode authentication."""
+    roster = Roster(config(), BOUNDS)
+    roster.keep_names({"a": 7, "b": 8})
+
+    assert gather(roster, Nodes(n1={"client": "a"}, n2={"client": "b"})) == ["a", "b"]
+
+
 def test_a_silent_newcomer_holds_up_one_round_and_not_for_long(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
