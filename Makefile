@@ -38,8 +38,8 @@ demo: $(STAMP)  ## train the demo: a split transformer across simulated clients
 deployment-demo: $(STAMP)  ## the same app under a SuperLink and two SuperNodes, TLS and node keys
 	@$(BIN)/graft deployment-demo
 
-test: $(STAMP)  ## the fast tests
-	$(BIN)/python -m pytest
+test: $(STAMP)  ## the fast tests, two at a time
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 test-all: $(STAMP)  ## every test, the slow ones too
 	$(BIN)/python -m pytest -m ''

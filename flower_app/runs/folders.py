@@ -57,13 +57,13 @@ def read_summary(run: Path) -> dict[str, Any] | None:
         summary = json.loads((run / SUMMARY).read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return None
-    return summary if isinstance(summary, dict) else None
+    return summary if isinstance(summary, dict) and "status" in summary else None
 
 
 def unfinished_runs(folder: str | Path = "") -> list[Path]:
     """Return the runs under `folder` that were stopped, killed or still go, the oldest first."""
     begun = _runs(folder, "metrics.jsonl")
-    return in_order(path for path in begun if not (path / SUMMARY).exists())
+    return in_order(path for path in begun if read_summary(path) is None)
 
 
 def in_order(runs: Iterable[Path]) -> list[Path]:

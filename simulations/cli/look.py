@@ -62,14 +62,15 @@ def _stopped(name: str, last: int | None) -> list[Any]:
 
 
 def _ended(name: str, summary: dict[str, Any]) -> list[Any]:
+    speed, seconds = summary.get("tokens_per_second"), summary.get("seconds")
     return [
         name,
         summary["status"],
-        summary["rounds"],
-        summary["clients"],
-        f"{number(summary['eval_loss_first'])} -> {number(summary['eval_loss_last'])}",
-        f"{summary['tokens_per_second']:,.0f}",
-        f"{summary['seconds']:.0f}",
+        summary.get("rounds", "-"),
+        summary.get("clients", "-"),
+        f"{number(summary.get('eval_loss_first'))} -> {number(summary.get('eval_loss_last'))}",
+        "-" if speed is None else f"{speed:,.0f}",
+        "-" if seconds is None else f"{seconds:.0f}",
     ]
 
 

@@ -265,7 +265,7 @@ class Sessions:
         self._session.close()
         if left := self.engine.in_flight.bytes:
             raise Wrong(f"{left} bytes are in flight after all sessions have ended")
-        if self._session.tokens:
+        if self._session.tokens and self.kind.training:  # who evaluates has no replica
             self._trained[self._talk.key] = float(self._session.tokens)
 
     def end(self) -> None:

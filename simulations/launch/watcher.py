@@ -71,14 +71,21 @@ def marked(mark: str) -> list[psutil.Process]:
 
 
 def end_marked(mark: str) -> None:
-    """End every marked process: ask first, then by force, until none is left."""
-    ask, deadline = True, time.monotonic() + 3 * GRACE_SECONDS
-    while (left := marked(mark)) and time.monotonic() < deadline:
+    """End every marked process: ask first, then by force, until none is left.
+
+    None means twice in a row: one that is becoming another program has no environment for a moment.
+    """
+    ask, missed, deadline = True, 0, time.monotonic() + 10 * GRACE_SECONDS
+    while missed < 2 and time.monotonic() < deadline:
+        left = marked(mark)
         for process in left:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.terminate() if ask else process.kill()
         psutil.wait_procs(left, timeout=GRACE_SECONDS)
-        ask = False
+        ask = ask and not left
+        missed = 0 if left else missed + 1
+        if missed:
+            time.sleep(0.2)
 
 
 def main() -> None:

@@ -80,6 +80,7 @@ class Session:
         self._check_step(step)
         self._lane.begin()
         with self._working():
+            self.check_fresh(step, micro)
             self._check_compute(step, micro)
             self._hold(h_BTD.nbytes)
             h_out_BTD = self._lane.forward(step, micro, h_BTD, mask_BT)
@@ -89,9 +90,18 @@ class Session:
             self.moves += 1
             return h_out_BTD
 
-    def _check_compute(self, step: int, micro: int) -> None:
-        if micro in self._pending or micro in self._gone_back:
+    def check_fresh(self, step: int, micro: int, *, back: bool = False) -> None:
+        """Refuse as `stale` what came before: its codec has decoded it once, and must not twice."""
+        if not self.round.training:
+            return
+        if step < self.applied:
+            raise TrunkError(
+                f"step {step} came again, step {self.applied} is the current one", kind="stale"
+            )
+        if micro in self._gone_back or (micro in self._pending and not back):
             raise TrunkError(f"step {step}, micro-batch {micro} came before", kind="stale")
+
+    def _check_compute(self, step: int, micro: int) -> None:
         if micro >= (most := self._bench.max_micro_batches):
             raise TrunkError(
                 f"micro-batch {micro} came; train.accumulate="
@@ -143,9 +153,8 @@ class Session:
     def _check_backward(self, step: int, micro: int, grad_BTD: Tensor, last: bool) -> None:
         if not self.round.training:
             raise TrunkError("this session evaluates: it has no backward", kind="order")
+        self.check_fresh(step, micro, back=True)
         self._check_step(step)
-        if micro in self._gone_back:
-            raise TrunkError(f"step {step}, micro-batch {micro} has gone back", kind="stale")
         if micro not in self._pending:
             raise TrunkError(
                 f"step {step}, micro-batch {micro} has no forward to go back through", kind="order"

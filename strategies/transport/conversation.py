@@ -178,6 +178,7 @@ class Conversation:
             shape_of(frame.activations, "activations"),
             shape_of(frame.mask, "mask") if masked else None,
         )
+        self.session.check_fresh(frame.step, frame.micro)
         h_BTD = self._codecs.h1.decode(frame.activations, "activations")
         mask_BT = decode(frame.mask, "mask") if masked else None
         if mask_BT is not None and mask_BT.dtype != torch.bool:
@@ -193,6 +194,7 @@ class Conversation:
 
     def _backward(self, frame: pb.Backward, started: float) -> pb.Gradients:
         self.session.check_shapes(shape_of(frame.gradient, "gradient"), None)
+        self.session.check_fresh(frame.step, frame.micro, back=True)
         grad_BTD, square = self.session.backward(
             frame.step,
             frame.micro,

@@ -11,6 +11,7 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 from peft import PeftModel
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -133,7 +134,7 @@ def test_a_rank_counts_only_where_a_client_has_adapters(tmp_path: Path) -> None:
 def test_the_blocks_are_counted_without_the_weights(tmp_path: Path) -> None:
     config = configured(tmp_path)
     build_scratch(config.model.scratch, 0).save_pretrained(tmp_path / "base")
-    (tmp_path / "base" / "model.safetensors").write_bytes(b"never read")
+    save_file({}, tmp_path / "base" / "model.safetensors")
     path = replace(config.model, scratch={}, path=str(tmp_path / "base"))
     assert num_blocks(config) == num_blocks(replace(config, model=path)) == 4
     gguf = replace(config.model, scratch={}, path="/a/model.gguf")

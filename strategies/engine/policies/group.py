@@ -3,7 +3,8 @@
 Every session has its own thread, as under the other policies; here they meet. A member asks for
 one thing at a time (a forward, a backward, a step) and waits; when all members wait, what they ask
 for is done for all at once. One that ends or dies leaves, and nobody waits for it; one whose
-numbers are out of range is named and sent away, and the others' step goes on without it.
+numbers are out of range is named and sent away. Either way the others' step goes on as if it had
+never begun it: their gradient is built again without its share.
 
 With every client present this is centralised training on the concatenated batch: gradients are
 summed with the weights of the tokens, whoever has them.
@@ -77,6 +78,8 @@ class Group:
         self._gone_back: list[Batch] = []
         self._tokens: dict[Member, int] = {}
         self._reference = 0.0
+        self._torn = False
+        """Whether the gradient holds a share of one who has left; it is built again before use."""
         self._trunk_square: float | None = None
         """None until the gradient of this step is whole: the last micro-batch of all is back."""
 
@@ -91,6 +94,7 @@ class Group:
         with self._meeting.changed:
             self._meeting.leave(member, TrunkError("the session has ended", kind="closed"))
             self._batches.pop(member, None)
+            self._torn |= self._tokens.pop(member, None) is not None
 
     def miss(self) -> None:
         """Expect one member less."""
@@ -221,7 +225,7 @@ class Group:
 
     def _last_backward(self, requests: list[Request]) -> None:
         self._backward(requests)
-        square = self._normed()
+        square = self._again(self._tokens.keys()) if self._torn else self._normed()
         if not square <= LARGEST**2:
             square = self._without_the_overflowing()
         self._trunk_square = square
@@ -245,6 +249,7 @@ class Group:
     def _again(self, members: Collection[Member]) -> float:
         """The trunk's gradients of this step from these members alone; returns the squared norm."""
         self._clear_gradients()
+        self._torn = False
         for batch in dict.fromkeys(self._gone_back):
             batch.backward_again(members)
         return self._normed()
@@ -261,6 +266,8 @@ class Group:
         )
 
     def _take_step(self, requests: list[Request]) -> None:
+        if self._torn and self._trunk_square is not None:
+            self._trunk_square = self._again(self._tokens.keys()) if self._tokens else None
         total = sum(request.payload[1] for request in requests)
         trunk = self._trunk_square or 0.0
         clients = self._clients_square(requests, total) if total else 0.0
@@ -308,4 +315,4 @@ class Group:
         self._step += 1
         self._gone_back.clear()
         self._tokens.clear()
-        self._reference, self._trunk_square = 0.0, None
+        self._reference, self._torn, self._trunk_square = 0.0, False, None

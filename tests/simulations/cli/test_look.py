@@ -44,6 +44,26 @@ def test_runs_and_plot_show_what_was_run() -> None:
     assert json.loads((recorder.folder / "summary.json").read_text())["status"] == "finished"
 
 
+def test_runs_lists_a_run_whose_summary_is_damaged_or_lacks_figures() -> None:
+    texts = {"damaged": "[1", "other": "{}", "short": '{"status": "finished"}'}
+    folders = {}
+    for name, text in texts.items():
+        recorder = Recorder(Config(), say=lambda line: None)
+        recorder.finish()
+        (recorder.folder / "summary.json").write_text(text)
+        folders[name] = recorder.folder.name
+
+    result = _graft("runs")
+
+    assert result.exit_code == 0, result.output
+    rows = {line.split()[0]: line.split()[1] for line in result.output.splitlines()}
+    assert {name: rows[folder] for name, folder in folders.items()} == {
+        "damaged": "unfinished",
+        "other": "unfinished",
+        "short": "finished",
+    }
+
+
 def test_runs_lists_what_was_stopped_as_unfinished() -> None:
     recorder = Recorder(Config(), say=lambda line: None)
     ended = Recorder(Config(), say=lambda line: None)

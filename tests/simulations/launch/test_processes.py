@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from simulations.launch import watcher
 from simulations.launch.watcher import MARK, end_marked, marked, start_watcher
 
 PROGRAM = """
@@ -90,10 +91,10 @@ def test_the_watcher_is_ours_wherever_the_program_is_started(
     (tmp_path / "session").mkdir()
     monkeypatch.chdir(tmp_path)
 
-    watcher = start_watcher(uuid.uuid4().hex, [tmp_path / "session"])
-    watcher.communicate(timeout=30)
+    started = start_watcher(uuid.uuid4().hex, [tmp_path / "session"])
+    started.communicate(timeout=30)
 
-    assert watcher.returncode == 0
+    assert started.returncode == 0
     assert not (tmp_path / "session").exists()
 
 
@@ -113,3 +114,14 @@ def test_only_what_bears_the_mark_is_ended() -> None:
         for each in (ours, *others):
             each.kill()
             each.wait()
+
+
+def test_one_that_was_not_seen_at_first_is_ended_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    late = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    seen: list[list[psutil.Process]] = [[], [psutil.Process(late.pid)]]
+    monkeypatch.setattr(watcher, "marked", lambda mark: seen.pop(0) if seen else [])
+    try:
+        end_marked("a mark")
+        assert not psutil.pid_exists(late.pid)
+    finally:
+        late.kill()

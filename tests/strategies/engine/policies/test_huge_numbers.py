@@ -134,6 +134,35 @@ def test_what_is_left_is_the_step_of_those_who_are_left(
     assert largest_difference(engine.trunk, alone.trunk) < 1e-6
 
 
+@pytest.mark.parametrize("when", ["between its backwards", "before its step", "refused its norm"])
+def test_a_step_is_that_of_those_who_take_it(when: str) -> None:
+    """What one who left had given stayed in the trunk's step, weighed as if it were whole."""
+
+    def leaves(session: Session) -> None:
+        grad = 70 * ONES * torch.randn(H.shape, generator=torch.Generator().manual_seed(1))
+        for micro in range(2):
+            session.compute(0, micro, H + 1, None)
+        session.backward(0, 0, grad, last=False, tokens=20)
+        if when != "between its backwards":
+            session.backward(0, 1, grad, last=True, tokens=20)
+        if when == "refused its norm":
+            with pytest.raises(TrunkError, match="square norm"):
+                session.apply(0, client_square_norm=1e300, tokens=20)
+        session.close()
+
+    engine, sessions = cohort_of("abc", bare, clip=0.0)
+    alone, honest = cohort_of("ac", bare, clip=0.0)
+
+    with ThreadPoolExecutor(3) as pool:
+        gone = pool.submit(leaves, sessions.pop("b"))
+        stayed = [pool.submit(work, session, {}) for session in sessions.values()]
+        assert [each.result(20) for each in (gone, *stayed)] == [None] * 3
+    assert together(honest, {}) == {"a": None, "c": None}
+
+    assert largest_difference(engine.trunk, alone.trunk) < 1e-6
+    assert largest_difference(engine.trunk, bare()) > 1e-3
+
+
 def test_dropout_is_the_same_when_a_step_is_built_again() -> None:
     def gpt2() -> torch.nn.Module:
         return split(tiny_model("gpt2", resid_pdrop=0.5), CUT).trunk

@@ -203,6 +203,29 @@ def test_a_lost_reply_is_sent_again_as_it_was() -> None:
     assert engine.in_flight.bytes == 0
 
 
+def test_what_comes_after_its_reply_was_dropped_is_not_decoded_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The thread of a broken stream may bring a frame late; a codec's state moved a second time."""
+    codec, decoded = find_codec("fp32"), []
+    usual = codec.decode
+    monkeypatch.setattr(
+        codec, "decode", lambda self, *what: (decoded.append(what[1]), usual(self, *what))[1]
+    )
+    engine = open_engine(accumulate=2)
+    talk = Conversation("a", engine.open("a", steps=2), "fp32", lambda report: None, 2**20)
+    tensor = encode(H, torch.float32)
+    compute = client_frame(compute=pb.Compute(activations=tensor))
+    backward = client_frame(backward=pb.Backward(gradient=tensor, last=True))
+    apply = client_frame(apply=pb.Apply(tokens=4))
+
+    replies = [talk.answer(raw) for raw in (compute, backward, compute, apply, compute, backward)]
+
+    bodies = [read_server_frame(raw).WhichOneof("body") for raw in replies]
+    assert bodies == ["activations", "gradients", "failure", "applied", "failure", "failure"]
+    assert decoded == ["activations", "gradient"]
+
+
 def test_kept_replies_are_bounded_by_what_may_be_in_flight() -> None:
     """A reply counts like the activations it answers."""
     engine = open_engine()
