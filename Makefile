@@ -24,11 +24,13 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Graft needs Python 3.11 or newer; $(PYTHON) is " + sys.version.split()[0] + ". Try: make PYTHON=python3.11")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "installing Graft into $(VENV): the $$(grep -c == constraints.txt) packages it was tested with"
-	@{ $(PIP) install --no-deps -r constraints.txt | $(SHOWN) && echo "  graft" \
+	@{ $(PIP) install --no-deps --no-compile -r constraints.txt | $(SHOWN) && echo "  graft" \
 	  && $(PIP) install --quiet --no-deps --no-build-isolation -e . && $(PIP) check; } || { \
 	  echo "that set is not whole on this machine (another Python, platform or torch);" \
 	    "now pip chooses, as near to it as it can: this takes minutes"; \
 	  $(PIP) install -c constraints.txt -e '.[dev,gguf]' | $(SHOWN); }
+	@echo "  compiling, all cores at once"
+	@$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true  # some packages ship templates
 	@touch $@
 	@echo "done. Activate it with: source $(VENV)/bin/activate"
 

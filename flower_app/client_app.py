@@ -61,11 +61,11 @@ def _query(site: Site, context: Context) -> RecordDict:
         "cut-bottom": config.cut.bottom,
         "cut-top": config.cut.top,
         "lora-rank": config.lora.rank,
-        "examples": len(site.data()[0].train) if site.ticket["count-examples"] else 0,
+        "examples": len(site.data()[0].train) if site.asked.count_examples else 0,
         "public-key": site.public_key(),
     }
     content = RecordDict({PROFILE: Record(told)})
-    if site.ticket.get("send-tensors"):
+    if site.asked.send_tensors:
         content[ARRAYS] = to_arrays(client_state(*site.parts()))
     return content
 
@@ -80,7 +80,7 @@ def _train(site: Site, context: Context) -> RecordDict:
         site.config,
         site.place,
         pad_id=padding_id(bottom, tokenizer),
-        sizes=site.batch_sizes,
+        sizes=site.asked.batch_sizes,
     )
     if parked:
         return messaged.Training(site, parked, bottom, top, plan).answer()

@@ -29,7 +29,7 @@ from models.checked import split
 from models.cut import ROLES, Cut
 from models.families import require_tested
 from models.parts import Part
-from models.shards import Checkpoint
+from models.shards import Shards
 from models.verify import check_twin
 from models.whole import (
     build_hollow,
@@ -120,7 +120,7 @@ def _load(
 
 def _outline(
     path_or_id: str, cut: Cut, dtype: str, attention: str, allow_untested: bool
-) -> tuple[PreTrainedModel, Checkpoint]:
+) -> tuple[PreTrainedModel, Shards]:
     """Return the whole model on the meta device, and the checkpoint it would be read from."""
     kind = parse_dtype(dtype)
     config = read_config(path_or_id)
@@ -129,11 +129,11 @@ def _outline(
         raise ValueError(f"{path_or_id} is quantized; split an unquantized checkpoint")
     if not require_tested(config, allow_untested):
         check_twin(config, cut)
-    checkpoint = Checkpoint.find(path_or_id)
+    checkpoint = Shards.find(path_or_id)
     return build_hollow(config, dtype=kind, attn_implementation=how), checkpoint
 
 
-def _targets(hollow: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, str]:
+def _targets(hollow: PreTrainedModel, checkpoint: Shards) -> dict[str, str]:
     """Return for each key of the checkpoint the model's name of it, as transformers reads it.
 
     What transformers drops without a word (old rotary buffers, masked biases) is left out; other
@@ -188,7 +188,7 @@ def _saved_as_another(hollow: PreTrainedModel) -> str:
 def _fill(
     part: Part,
     hollow: PreTrainedModel,
-    checkpoint: Checkpoint,
+    checkpoint: Shards,
     target_of: dict[str, str],
     loaded: dict[int, nn.Parameter],
 ) -> None:

@@ -19,7 +19,7 @@ PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
 @dataclass
-class Checkpoint:
+class Shards:
     """A checkpoint whose shards are fetched and opened only when asked for."""
 
     source: str
@@ -28,7 +28,7 @@ class Checkpoint:
     """Name of the file that holds a key, for every key."""
 
     @classmethod
-    def find(cls, source: str) -> Checkpoint:
+    def find(cls, source: str) -> Shards:
         """List the keys of a checkpoint.
 
         Raises

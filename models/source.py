@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from conf.places import follow
-from models.shards import Checkpoint
+from models.shards import Shards
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -96,7 +96,7 @@ def _check_folder(folder: Path, key: str) -> None:
         raise ValueError(
             f"{key} {folder} is no model: it has no config.json, but {', '.join(names[:5])}{hint}"
         )
-    Checkpoint.find(str(folder))
+    Shards.find(str(folder))
 
 
 _CONFIGS = ("config.json", ADAPTER_CONFIG)

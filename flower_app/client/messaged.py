@@ -45,7 +45,7 @@ class Parked:
 
     def __init__(self, site: Site, context: Context) -> None:
         self._site, self._state = site, context.state
-        self.begun = bool(site.frames)
+        self.begun = bool(site.asked.frames)
         self.tensors: dict[str, Tensor] = {}
         self.numbers: dict[str, float] = dict.fromkeys(
             ("step", "tokens", "loss", "step-loss", "bytes-up", "bytes-down", "bottom", "top"), 0.0
@@ -106,8 +106,8 @@ class Mail(Framed):
     def __init__(self, site: Site, parked: Parked) -> None:
         super().__init__(site.config.link, site.session)
         self._numbers = parked.numbers
-        self._numbers["bytes-down"] += sum(map(len, site.frames))
-        self.frames = [refuse_failure(read_server_frame(raw)) for raw in site.frames]
+        self._numbers["bytes-down"] += sum(map(len, site.asked.frames))
+        self.frames = [refuse_failure(read_server_frame(raw)) for raw in site.asked.frames]
         self.out: list[bytes] = []
 
     def send(self, request: Request) -> None:

@@ -14,12 +14,12 @@ from conf.load import from_json, to_json
 from flower_app.build import build_client, describe, set_threads, take_residuals
 from flower_app.client.node import client_name, own_config, private_key, public_key
 from flower_app.client.place import Place
+from flower_app.client.received import read_message
 from flower_app.data.client import ClientData, load_client_data
 from flower_app.data.text import load_tokenizer
 from models import Part, fold_residuals, load_client_state
-from strategies.records import ARRAYS, CONFIG, FRAMES, KEY_LOST, TICKET, read_arrays
+from strategies.records import KEY_LOST, read_arrays
 from strategies.transport.stream.link import GrpcLink
-from strategies.transport.tickets import Ticket
 
 Connect = Callable[..., GrpcLink]
 
@@ -32,24 +32,17 @@ class Site:
 
     def __init__(self, message: Message, context: Context, connect: Connect | None = None) -> None:
         self._connect = connect or GrpcLink
-        content, self._node, self._state = message.content, context.node_config, context.state
-        self.ticket = content.config_records[TICKET]
-        self._arrays = content.array_records[ARRAYS]
-        shared = from_json(str(content.config_records[CONFIG]["json"]))
-        self.config = config = own_config(shared, self._node)
+        self._node, self._state = context.node_config, context.state
+        self.asked = asked = read_message(message.content)
+        self.config = config = own_config(asked.config, self._node)
         self.place = Place(
             seed=config.seed,
             client=client_name(context),
-            round=int(self.ticket["round"]),  # type: ignore[arg-type]
-            rounds=int(self.ticket["rounds"]),  # type: ignore[arg-type]
+            round=asked.round,
+            rounds=asked.rounds,
         )
-        by_messages = config.link.transport == "messages"
-        self.session = str(self.ticket.get("session", "")) if by_messages else ""
+        self.session = asked.session if config.link.transport == "messages" else ""
         """Under link.transport=messages, what this node's state belongs to; else empty."""
-        self.batch_sizes: list[int] = list(self.ticket.get("batch-sizes", []))  # type: ignore[arg-type]
-        """Examples of each step as the server drew them; empty without train.global_batch."""
-        records = content.config_records
-        self.frames: list[bytes] = list(records[FRAMES]["frames"]) if FRAMES in records else []  # type: ignore[arg-type]
         set_threads(config.runtime.client_threads)
 
     def data(self) -> tuple[ClientData, PreTrainedTokenizerBase]:
@@ -82,7 +75,7 @@ class Site:
             bottom, top = build_client(self.config)
         else:  # every trained tensor is replaced below: another message's parts will do
             bottom, top = _parts_to_fill(to_json(self.config), threading.get_ident())
-        mine, trunk = describe(bottom), str(self.ticket["model"])
+        mine, trunk = describe(bottom), self.asked.model
         if mine != trunk:
             raise ValueError(
                 f"this node's model is {mine}; the trunk was cut from {trunk}. Give both the same "
@@ -96,7 +89,7 @@ class Site:
     def _received(self) -> dict[str, Tensor]:
         """The tensors that came with this message: fp32 and finite; the parts check the rest."""
         try:
-            return read_arrays(self._arrays)
+            return read_arrays(self.asked.arrays)
         except ValueError as error:
             raise ValueError(f"what the server sent cannot be trained on: {error}") from error
 
@@ -113,8 +106,7 @@ class Site:
                 f"{KEY_LOST}: its SuperNode was started anew; it takes part again when the server "
                 "has asked it who it is"
             )
-        ticket = Ticket.from_record(self.ticket)
-        return self._connect(ticket, key, steps=steps, config=self.config.link)
+        return self._connect(self.asked.ticket(), key, steps=steps, config=self.config.link)
 
     def public_key(self) -> bytes:
         """What tickets for this node are made for."""

@@ -145,13 +145,13 @@ def test_a_role_reads_its_own_tensors_alone(
 ) -> None:
     model = saved(tmp_path)
     read: list[str] = []
-    original = models.shards.Checkpoint.slices
+    original = models.shards.Shards.slices
 
     def spy(self, keys, stack):  # type: ignore[no-untyped-def]
         read.extend(keys := set(keys))
         return original(self, keys, stack)
 
-    monkeypatch.setattr(models.shards.Checkpoint, "slices", spy)
+    monkeypatch.setattr(models.shards.Shards, "slices", spy)
     load_part(role, str(tmp_path), CUT)
     own = {n.removeprefix("model.") for n, _ in getattr(split(model, CUT), role).named_parameters()}
     assert set(read) == own
