@@ -1,4 +1,4 @@
-"""What a run tells the console: one line per step, round and end."""
+"""The words of a run's lines: of a step, a round, the end."""
 
 from __future__ import annotations
 

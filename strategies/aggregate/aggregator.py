@@ -1,4 +1,4 @@
-"""How clients' tensors become one: what every kind that `aggregation.lora` may name is asked."""
+"""Where adapters are averaged: what each aggregator, named by `aggregation.lora`, does with states."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Averages of adapters' factors as they are: of one rank, and a product of means is no mean."""
+"""The aggregators `factors` and `ffa`: A and B are averaged each on its own, and are of one rank."""
 
 from __future__ import annotations
 

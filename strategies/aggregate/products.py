@@ -1,4 +1,4 @@
-"""Averages of what adapters add to their layers, whatever their ranks; see `lora`."""
+"""The aggregators `exact` and `svd`: products of A and B are averaged, of any rank, by `lora`."""
 
 from __future__ import annotations
 

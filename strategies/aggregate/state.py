@@ -1,4 +1,4 @@
-"""What the clients of a round trained becomes one model: averaging over the whole of it.
+"""The federation's tensors: a round's are averaged as the aggregator says, and kept.
 
 A contribution is everything a client trained, by its name in the whole model, wherever it ran: the
 ends at the client and, under splitfed-v1, its replica of the trunk at the server.

@@ -1,4 +1,4 @@
-"""The lines that a run prints."""
+"""Prints a run's lines as events come; `lines` words them."""
 
 from __future__ import annotations
 
