@@ -1,4 +1,4 @@
-"""Where adapters are averaged: what each aggregator, named by `aggregation.lora`, does with states."""
+"""Where adapters are averaged: what an aggregator, which `aggregation.lora` names, does with them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The aggregators `factors` and `ffa`: A and B are averaged each on its own, and are of one rank."""
+"""The aggregators `factors` and `ffa`: A and B are averaged each on its own, of one rank."""
 
 from __future__ import annotations
 
