@@ -1,4 +1,4 @@
-"""Where adapters are averaged: what an aggregator, which `aggregation.lora` names, does with them."""
+"""Where adapters are averaged: what an aggregator, which `aggregation.lora` names, does."""
 
 from __future__ import annotations
 
