@@ -13,6 +13,7 @@ import pyarrow
 from flower_app.data.refusals import DataError, reason
 
 COMPRESSED = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
+_BEGINNINGS = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bz2"}
 _MARKS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
     # Before UTF-16, whose mark this one begins with.
@@ -66,7 +67,7 @@ def read_lines(path: Path, newline: str | None = None) -> Iterator[str]:
         name = encoding.removesuffix("-sig").upper()
         raise DataError(f"{path} is not {name} text, in {_bad_line(path, encoding)}") from None
     except OSError as error:
-        kind = COMPRESSED.get(path.suffix.lower())
+        kind = _compression(path)
         if not kind or error.errno:
             raise
         raise DataError(
@@ -75,8 +76,16 @@ def read_lines(path: Path, newline: str | None = None) -> Iterator[str]:
         ) from None
 
 
+def _compression(path: Path) -> str | None:
+    """Return how a file says it is compressed: by its name, or else by how it begins."""
+    with path.open("rb") as file:
+        head = file.read(4)
+    begins = (kind for start, kind in _BEGINNINGS.items() if head.startswith(start))
+    return COMPRESSED.get(path.suffix.lower()) or next(begins, None)
+
+
 def _open_bytes(path: Path) -> Any:
-    kind = COMPRESSED.get(path.suffix.lower())
+    kind = _compression(path)
     if not kind:
         return path.open("rb")
     return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.OSFile(str(path)), kind))

@@ -34,7 +34,10 @@ logger = logging.getLogger(__name__)
 
 PASSAGE = 2000
 """Characters of a passage of running text, at least; long contexts get eight per token."""
-FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "txt"}
+FORMATS = {
+    ".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet",
+    ".txt": "txt",
+}  # fmt: skip
 _ABOUT = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")
 """What a data set's own folder says of its rows."""
 _EXACT_JSON = re.compile(r"Value\('(string|large_string|null|bool|u?int\d+)'\)")

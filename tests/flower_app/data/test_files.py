@@ -48,6 +48,15 @@ def test_compressed_files_are_read(tmp_path: Path, ending: str, name: str) -> No
     assert load_rows(files_config(tmp_path))["text"] == ["ö"]
 
 
+@pytest.mark.parametrize("ending", PACKERS)
+def test_a_compressed_file_by_another_name_is_known_by_how_it_begins(
+    tmp_path: Path, ending: str
+) -> None:
+    path = tmp_path / "rows.ndjson"
+    path.write_bytes(PACKERS[ending](b'{"text": "one"}\n{"text": "two"}\n'))
+    assert load_rows(files_config(path))["text"] == ["one", "two"]
+
+
 @pytest.mark.parametrize("ending", [".gz", ".zst"])
 def test_frames_that_follow_one_another_are_one_file(tmp_path: Path, ending: str) -> None:
     path = tmp_path / f"rows.jsonl{ending}"
