@@ -13,7 +13,7 @@ from strategies.errors import TrunkError
 from strategies.optim import build_optimizer, square_norm
 
 
-class Ends:
+class CommonEnds:
     """The clients' bottom and top, which under `train.sync=step` take one common step.
 
     Parameters

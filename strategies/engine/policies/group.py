@@ -27,7 +27,7 @@ from strategies.engine.bench import Bench
 from strategies.engine.checks import LARGEST
 from strategies.engine.member import Member
 from strategies.engine.policies.batches import Batch, Micro, Runner, buckets
-from strategies.engine.policies.common_ends import Ends
+from strategies.engine.policies.common_ends import CommonEnds
 from strategies.engine.policies.meeting import Meeting, Request
 from strategies.errors import TrunkError
 from strategies.optim import Progress, clipped_step, learning_rate, square_norm
@@ -52,7 +52,7 @@ class Group:
         Those of it that are trained.
     optimizer : torch.optim.Optimizer, optional
         The trunk's; None if it is frozen.
-    ends : Ends, optional
+    ends : CommonEnds, optional
         With `train.sync=step`, the clients' common tensors.
     bench : Bench
         Where it runs.
@@ -63,7 +63,7 @@ class Group:
         trunk: nn.Module,
         parameters: Sequence[nn.Parameter],
         optimizer: torch.optim.Optimizer | None,
-        ends: Ends | None,
+        ends: CommonEnds | None,
         bench: Bench,
     ) -> None:
         self._parameters, self._optimizer, self.ends = parameters, optimizer, ends

@@ -15,7 +15,7 @@ from strategies.engine.bench import Bench
 from strategies.engine.checks import LARGEST, check_bounded
 from strategies.engine.lane import Lane, StepResult
 from strategies.engine.member import Member
-from strategies.engine.policies.common_ends import Ends
+from strategies.engine.policies.common_ends import CommonEnds
 from strategies.engine.policies.group import Group
 from strategies.engine.policy import Policy
 from strategies.errors import TrunkError
@@ -36,7 +36,7 @@ class Merged(Policy):
         super().__init__(trunk, train, bench)
         self._parameters = trainable(trunk)
         self._optimizer = build_optimizer(self._parameters, train)
-        self.common: Ends | None = None
+        self.common: CommonEnds | None = None
         self._group: Group | None = None
 
     @classmethod
@@ -47,7 +47,7 @@ class Merged(Policy):
     def start_ends(self, state: Mapping[str, Tensor]) -> None:
         """Set the clients' common tensors, which `train.sync=step` moves."""
         if self.train.sync == "step":
-            self.common = Ends(state, self.train)
+            self.common = CommonEnds(state, self.train)
 
     def ends(self) -> dict[str, Tensor]:
         """The clients' common tensors as the last step left them."""
@@ -94,7 +94,7 @@ class Merged(Policy):
         self.common = None
         if state["ends"] is not None:
             tensors, optimizer = state["ends"]
-            self.common = Ends(tensors, self.train)
+            self.common = CommonEnds(tensors, self.train)
             if self.common.optimizer is not None:
                 self.common.optimizer.load_state_dict(optimizer)
 
