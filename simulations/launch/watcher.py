@@ -8,6 +8,7 @@ removes the folders that it was told of.
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import signal
 import subprocess
@@ -70,14 +71,29 @@ def marked(mark: str) -> list[psutil.Process]:
     return found
 
 
+def _with_their_sessions(found: list[psutil.Process], sessions: set[int]) -> list[psutil.Process]:
+    """Add who shares a session with a marked leader: Ray's agents write over their environment."""
+    pids = {process.pid for process in found}
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            sessions |= {os.getsid(pid)} & pids
+    others = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if process.pid not in pids and os.getsid(process.pid) in sessions:
+                others.append(process)
+    return [*found, *others]
+
+
 def end_marked(mark: str) -> None:
-    """End every marked process: ask first, then by force, until none is left.
+    """End every marked process, and their sessions: ask first, then by force, until none is left.
 
     None means twice in a row: one that is becoming another program has no environment for a moment.
     """
+    sessions: set[int] = set()
     ask, missed, deadline = True, 0, time.monotonic() + 10 * GRACE_SECONDS
     while missed < 2 and time.monotonic() < deadline:
-        left = marked(mark)
+        left = _with_their_sessions(marked(mark), sessions)
         for process in left:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.terminate() if ask else process.kill()
