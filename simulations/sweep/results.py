@@ -162,7 +162,7 @@ def table(sweep: Sweep, rows: DataFrame) -> str:
         _row([*sweep.keys, "n", *(_COLUMNS[name][0] for name in told)]),
         _row(["---"] * (len(sweep.keys) + 1 + len(told))),
     ]
-    for index, row in means.iterrows():
+    for index, row in enumerate(means.to_dict("records")):
         cells = [shown(row[key]) for key in sweep.keys] + [str(row["n"])]
         cells += [_spread(row[name], row[f"{name}_std"], _COLUMNS[name][1]) for name in told]
         lines.append(_row([f"**{cell}**" if index == best else cell for cell in cells]))

@@ -50,7 +50,13 @@ class Room:
 
 
 def begin(
-    spec: Spec, room: Room, superlink: str = "", *, pruner: str = "median", say: Say = print
+    spec: Spec,
+    room: Room,
+    superlink: str = "",
+    *,
+    pruner: str = "median",
+    say: Say = print,
+    runner: Runner | None = None,
 ) -> Sweep:
     """Begin a sweep, and run it to its end.
 
@@ -66,6 +72,8 @@ def begin(
         Of a search: what ends hopeless points early.
     say : callable
         Takes a line for the console.
+    runner : Runner, optional
+        Runs a point in place of Flower.
     """
     if spec.search:
         sweep = plan_search(spec, pruner, superlink, say)
@@ -75,10 +83,17 @@ def begin(
         say(f"(a sweep of the same points is unfinished: graft sweep --resume {other.name})")
     folder = make_folder(sweep)
     say(f"sweep folder: {folder}")
-    return _run(folder, sweep, room, say)
+    return _run(folder, sweep, room, say, runner)
 
 
-def go_on(name: str, room: Room, *, retry: bool = False, say: Say = print) -> Sweep:
+def go_on(
+    name: str,
+    room: Room,
+    *,
+    retry: bool = False,
+    say: Say = print,
+    runner: Runner | None = None,
+) -> Sweep:
     """Go on with a sweep that was stopped or killed.
 
     Parameters
@@ -89,8 +104,8 @@ def go_on(name: str, room: Room, *, retry: bool = False, say: Say = print) -> Sw
         What it may take.
     retry : bool
         Run crashed points again.
-    say : callable
-        Takes a line for the console.
+    say, runner
+        As in `begin`.
     """
     folder = find_sweep(name)
     sweep = read_sweep(folder)
@@ -99,20 +114,20 @@ def go_on(name: str, room: Room, *, retry: bool = False, say: Say = print) -> Sw
             point.status = PENDING
     left = sum(point.open for point in sweep.points)
     say(f"sweep folder: {folder}; {sweep.count(FINISHED)} points are finished, {left} are left")
-    return _run(folder, sweep, room, say)
+    return _run(folder, sweep, room, say, runner)
 
 
-def _run(folder: Path, sweep: Sweep, room: Room, say: Say) -> Sweep:
+def _run(folder: Path, sweep: Sweep, room: Room, say: Say, runner: Runner | None) -> Sweep:
     lock = lock_sweep(folder)
     total = sweep.search.get("points", len(sweep.points))
     try:
         write_sweep(folder, sweep)
-        limits, runner, need = _places(folder, sweep, room, say)
+        limits, place, need = _places(folder, sweep, room, say)
         with _display(sweep, total, say) as display:
             Execution(
                 folder=folder,
                 sweep=sweep,
-                runner=runner,
+                runner=runner or place,
                 source=_source(folder, sweep),
                 limits=limits,
                 display=display,
