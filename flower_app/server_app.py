@@ -94,7 +94,8 @@ def run_experiment(
     trunk = build_trunk(config)
     if note := describe_start(config):
         recorder.say(note)
-    recorder.adapted(adapted_shares(trunk, asdict(config.tuning), config.lora))
+    model, shares = describe(trunk), adapted_shares(trunk, asdict(config.tuning), config.lora)
+    recorder.built(model, shares)
     engine, plane = _serving(config, trunk, serve)
     strategy = SplitFed(
         engine,
@@ -102,7 +103,7 @@ def run_experiment(
         config,
         recorder,
         form=partial(client_form, config),
-        model=describe(trunk),
+        model=model,
         keep=Keeper(config, recorder),
     )
     if point is not None:
