@@ -18,7 +18,6 @@ from typing import Any
 import torch
 import transformers
 
-from conf.schema import Config
 from simulations.bench.compare import report
 from simulations.bench.compare.counted import count_round
 from simulations.bench.compare.data import all_heldout

@@ -19,8 +19,8 @@ from flower_app.client import streamed
 from flower_app.client.place import Place
 from simulations.bench.compare.fedavg.app import load_model, plain_optimizer, train_steps
 from simulations.bench.compare.flops import full_batch
-from simulations.launch.peak import peak_bytes
 from strategies.engine.lane import StepResult
+from strategies.memory import peak_bytes
 
 STEPS = 3
 _MIB = 2**20

@@ -36,10 +36,11 @@ def run_central(config: Config, folder: Path, threads: int = 1) -> dict[str, Any
         As `run_method`.
     """
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(_central, config, folder, threads).result()
+        return pool.submit(train_central, config, folder, threads).result()
 
 
-def _central(config: Config, folder: Path, threads: int) -> dict[str, Any]:
+def train_central(config: Config, folder: Path, threads: int) -> dict[str, Any]:
+    """Do what `run_central` does, in this process; of each round its steps' ``losses`` besides."""
     torch.set_num_threads(threads)
     model, held = fedavg.load_model(config), list(all_heldout(config))
     optimizer = fedavg.plain_optimizer(model, config.train)
@@ -58,7 +59,8 @@ def _central(config: Config, folder: Path, threads: int) -> dict[str, Any]:
                 "whole": time.monotonic() - began,
                 "tokens": done.tokens,
                 "steps": done.seconds,
-                "client": sum(done.seconds),
+                "losses": done.losses,
+                "server": sum(done.seconds),
             }
         )
     model.save_pretrained(str(folder / "model"))
