@@ -32,3 +32,9 @@ def check_names(config: Config) -> None:
         find_aggregator(config.aggregation.lora)
     for sink in config.tracking.sinks:
         check_known("tracking.sinks", sink, sinks.names())
+
+
+def check_extras(config: Config) -> None:
+    """Refuse a tracker whose library is not installed; `ConfigError` with the extra to install."""
+    for sink in config.tracking.sinks:
+        sinks.check_installed(sink)

@@ -23,7 +23,7 @@ from flower_app.build import (
     resolve_model,
     set_threads,
 )
-from flower_app.check import check_names
+from flower_app.check import check_extras, check_names
 from flower_app.data.text import load_tokenizer
 from flower_app.export import export_model
 from flower_app.logs import mark_lines
@@ -53,6 +53,7 @@ def main(grid: Grid, context: Context) -> None:
     else:
         config = resolve_model(load_config(str(run["experiment"]), str(run["overrides"])))
     check_names(config)
+    check_extras(config)
     recorder = Recorder(config, point=point)
     recorder.start()
     try:

@@ -57,10 +57,11 @@ def check_config(config: Config, clients: int = 0) -> Config:
 def _check_contents(config: Config, clients: int) -> Config:
     """Check what it takes torch to read: not for a misspelt key."""
     from flower_app.build import num_blocks, resolve_model
-    from flower_app.check import check_names
+    from flower_app.check import check_extras, check_names
     from models import Cut
 
     check_names(config)
+    check_extras(config)
     _check_exists("model.tokenizer", config.model.tokenizer)
     config = resolve_model(config)
     blocks = num_blocks(config)
