@@ -41,7 +41,10 @@ class Sink:
             client.update_run(self._id, status="RUNNING")
         else:
             experiment = self._experiment(project(self._run, "MLFLOW_EXPERIMENT_NAME"))
-            tags = {"graft.run_folder": str(folder), "graft.experiment": self._run.config.experiment}
+            tags = {
+                "graft.run_folder": str(folder),
+                "graft.experiment": self._run.config.experiment,
+            }
             made = client.create_run(experiment, run_name=folder.name, tags=tags)
             self._id = made.info.run_id
             keep(self._run, "mlflow", run_id=self._id, tracking_uri=uri)

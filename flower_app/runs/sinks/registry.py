@@ -1,9 +1,9 @@
 """What a sink is, and how those that `tracking.sinks` names are found and kept from doing harm.
 
 A sink is a module of this folder with a class `Sink`. Its three calls come one at a time. Those of
-a tracker come from a thread of its own, so that no client's step waits for it, nor the run's end for
-longer than `FLUSH` seconds. A module that says `NEEDS = "library"` is refused before a run starts
-where that cannot be imported; the extra that brings it has the sink's name.
+a tracker come from a thread of its own, so that no client's step waits for it, and the run's end
+`FLUSH` seconds at most. A module that says `NEEDS = "library"` is refused before a run starts where
+that cannot be imported; the extra that brings it has the sink's name.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ ALWAYS = ("journal", "console")
 WAITING = 10_000
 """Steps that may wait for a slow tracker; later ones are left out, rounds never."""
 BEGIN, FLUSH = 10.0, 30.0
-"""Seconds that a run waits for a tracker: until it has begun, and to take in the rest at the end."""
+"""Seconds that a run waits for a tracker: to begin, and to take in the rest at the end."""
 
 
 @dataclass(frozen=True, kw_only=True)
