@@ -108,7 +108,8 @@ def _run_experiment(
     trunk = build_trunk(config)
     if note := describe_start(config):
         recorder.say(note)
-    recorder.adapted(adapted_shares(trunk, asdict(config.tuning), config.lora))
+    model, shares = describe(trunk), adapted_shares(trunk, asdict(config.tuning), config.lora)
+    recorder.built(model, shares)
     engine, plane = _serving(config, trunk, serve, metrics)
     strategy = SplitFed(
         engine,
@@ -116,7 +117,7 @@ def _run_experiment(
         config,
         metrics.observer,
         form=partial(client_form, config),
-        model=describe(trunk),
+        model=model,
         keep=Keeper(config, recorder),
     )
     if point is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
@@ -12,6 +13,7 @@ from conf.load import to_json
 from conf.schema import Config
 from models import Cut
 from strategies.engine.engine import TrunkEngine
+from strategies.events import Answered, Asked, Observer
 from strategies.mail import lifetime
 from strategies.records import ARRAYS, CONFIG, TICKET, Form, check_values
 from strategies.rounds.answers import Answer, Profile, Seen, read_evaluated, read_trained
@@ -21,7 +23,7 @@ from strategies.transport.plane import Plane
 from strategies.transport.tickets import Guest
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Run:
     """What all rounds of a run share."""
 
@@ -32,6 +34,8 @@ class Run:
     """What the trunk was cut from, in words; a client with another model refuses to train."""
     form: Callable[[Cut, int], Form]
     """Names and shapes of what a client of this cut and rank trains."""
+    observer: Observer
+    """Told who is asked, and what becomes of each answer."""
 
 
 class Attempt:
@@ -70,6 +74,7 @@ class Attempt:
             # Whoever gives nothing to any step is not asked.
             profiles = [profile for profile in profiles if any(drawn[profile.client])]
             count = min(count, len(profiles))
+        self._place: dict[str, Any] = {"round": number, "attempt": attempt, "training": training}
         stem = f"{'train' if training else 'evaluate'}-{number}.{attempt}"
         self.cohort = Cohort(profiles, count, stem)
         # Before anybody is asked: to outline a model is nothing to do while others train.
@@ -86,6 +91,7 @@ class Attempt:
             cohort=len(cohort.profiles),
             revocable=self._training and run.config.federation.retries > 0,
         )
+        run.observer(Asked(**self._place, clients=cohort.turnout.asked))
         shared = ConfigRecord({"json": to_json(run.config)})
         return [
             Message(
@@ -119,9 +125,12 @@ class Attempt:
 
     def collect(self, replies: Iterable[Message]) -> list[Answer]:
         """Check the replies as they come; returns the answers that hold, by name."""
-        answers = self.cohort.collect(replies, self._read)
+        answers = self.cohort.collect(replies, self._read, self._tell)
         self._run.plane.end_round()
         return answers
+
+    def _tell(self, client: str, why: str) -> None:
+        self._run.observer(Answered(**self._place, client=client, why=why))
 
     def _read(self, reply: Message, profile: Profile, key: str) -> Answer:
         # Its last word: what the trunk has seen of it does not change any more.

@@ -88,7 +88,7 @@ class SplitFed(Strategy):
         model: str = "",
         keep: Keep | None = None,
     ) -> None:
-        self._run = Run(engine=engine, plane=plane, config=config, model=model, form=form)
+        self._run = Run(engine, plane, config, model, form, observer)
         self.config, self._observer, self._keep = config, observer, keep
         self.roster = Roster(config, bounds_of(engine))
         self.joint = JointModel(engine, config)

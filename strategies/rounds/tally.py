@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from strategies.events import RoundDone, Turnout
+from strategies.memory import server_memory
 from strategies.rounds.answers import Answer
 
 
@@ -70,4 +71,5 @@ class Tally:
             bytes_up=self.bytes_up,
             bytes_down=self.bytes_down,
             seconds=time.monotonic() - self.started,
+            memory=server_memory(),
         )

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from flower_app.runs.folders import FAILED, STOPPED
+from flower_app.runs.history import read_history
 from flower_app.runs.instants import instant
-from flower_app.runs.journal import as_record, read_records
+from flower_app.runs.journal import as_record
 from flower_app.runs.sinks._scalars import ROUND, hyperparameters, scalars
 from flower_app.runs.sinks.registry import Run
 from strategies.events import Event
@@ -78,11 +79,10 @@ class Sink:
 
     def _before(self) -> list[dict[str, Any]]:
         """What the journal holds up to where a stopped run goes on."""
-        if self._run.after is None:
+        if (after := self._run.after) is None:
             return []
-        records = list(read_records(self._run.folder / "metrics.jsonl"))
-        marks = [place for place, record in enumerate(records) if record["kind"] == "resume"]
-        return records[: marks[-1]] if marks else []
+        history = read_history(self._run.folder)
+        return [told for told in (*history.steps, *history.rounds) if told["round"] <= after]
 
 
 def _failed(ended: Any) -> Any:
