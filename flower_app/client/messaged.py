@@ -128,7 +128,7 @@ class Training:
 
     def __init__(self, site: Site, parked: Parked, bottom: Part, top: Part, plan: Plan) -> None:
         self._parked, self._numbers, self._mail = parked, parked.numbers, Mail(site, parked)
-        self._bottom, self._top, self._plan = bottom, top, plan
+        self._site, self._bottom, self._top, self._plan = site, bottom, top, plan
         self._common = site.config.train.sync == "step"
         self._ends = self._taken_up(site)
         self._step = self._current()
@@ -154,7 +154,7 @@ class Training:
         tokens = int(self._numbers["tokens"])
         outcome = Outcome(loss=self._numbers["loss"] / max(1, tokens), tokens=tokens, steps=count)
         content = _finish(self._parked, outcome)
-        content[ARRAYS] = to_arrays(client_state(self._bottom, self._top))
+        content[ARRAYS] = to_arrays(self._site.shared(self._bottom, self._top))
         return content
 
     def _taken_up(self, site: Site) -> Ends:

@@ -89,7 +89,8 @@ def as_record(event: Event) -> dict[str, Any]:
     if isinstance(event, RoundTrained):
         return {**as_record(event.so_far), "kind": "trained"}
     if isinstance(event, Stopped):
-        return {"kind": "stop", **vars(event)}
+        told = {"kind": "stop", **vars(event)}
+        return told if event.why else {k: v for k, v in told.items() if k != "why"}
     first = event.training or event.evaluation or Turnout()
     record = {
         "kind": "round",
@@ -104,6 +105,8 @@ def as_record(event: Event) -> dict[str, Any]:
         "bytes_down": event.bytes_down,
         "seconds": event.seconds,
     }
+    if event.central is not None:
+        record["central"] = dict(event.central)
     if event.training and event.evaluation:
         record["evaluation"] = _turnout(event.evaluation)
     if event.abandoned:

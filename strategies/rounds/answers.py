@@ -160,11 +160,13 @@ def read_profile(node: int, reply: Message, config: Config, bounds: Bounds) -> P
 def _ranges(config: Config, bounds: Bounds) -> dict[str, tuple[int, int]]:
     """Least and most of what a profile's numbers can be."""
     cut, rank = config.cut, config.lora.rank
-    any_rank = find_aggregator(config.aggregation.lora).by_product
+    alike = config.aggregation.ends == "average"  # ends of their own are of one form
+    any_rank = alike and find_aggregator(config.aggregation.lora).by_product
+    own_cut = alike and bounds.own_cut
     most = bounds.blocks - 1
     return {
-        "cut-bottom": (cut.bottom, most if bounds.own_cut else cut.bottom),
-        "cut-top": (cut.top, most if bounds.own_cut else cut.top),
+        "cut-bottom": (cut.bottom, most if own_cut else cut.bottom),
+        "cut-top": (cut.top, most if own_cut else cut.top),
         "lora-rank": (1, max(rank, bounds.width)) if any_rank else (rank, rank),
         "examples": (0, config.data.max_examples or MOST_EXAMPLES),
     }

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from strategies.events import RoundDone, Turnout
+from strategies.events import RoundDone, StepDone, Turnout
 from strategies.rounds.answers import Answer
+from strategies.transport.conversation import StepReport
 
 
 @dataclass(kw_only=True)
@@ -22,6 +23,7 @@ class Tally:
     abandoned: list[Turnout] = field(default_factory=list)
     train: dict[str, float] | None = None
     evaluate: dict[str, float] | None = None
+    central: Mapping[str, float] | None = None
     tokens: int = 0
     bytes_up: int = 0
     bytes_down: int = 0
@@ -42,7 +44,7 @@ class Tally:
     def state_dict(self) -> dict[str, Any]:
         """What of a trained round its report will need; it is not evaluated yet."""
         kept = asdict(self)
-        del kept["started"], kept["evaluation"], kept["evaluate"]
+        del kept["started"], kept["evaluation"], kept["evaluate"], kept["central"]
         return {**kept, "seconds": time.monotonic() - self.started}
 
     @classmethod
@@ -63,6 +65,7 @@ class Tally:
             round=self.number,
             train=self.train,
             evaluate=self.evaluate,
+            central=self.central,
             training=self.training,
             evaluation=self.evaluation,
             abandoned=tuple(self.abandoned),
@@ -71,3 +74,11 @@ class Tally:
             bytes_down=self.bytes_down,
             seconds=time.monotonic() - self.started,
         )
+
+
+def step_done(report: StepReport) -> StepDone:
+    """A step from the data plane, with the round it belongs to."""
+    number, attempt = map(int, report.key.split("-")[1].split("."))
+    told = {**vars(report), "round": number, "attempt": attempt, "step": report.step + 1}
+    del told["key"]
+    return StepDone(**told)
