@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from conf.places import follow_model
-from conf.rules import ConfigError, nearest
+from conf.rules import ConfigError, checked, nearest
 from conf.schema import Config
 
 logger = logging.getLogger(__name__)
@@ -103,6 +103,26 @@ def override(config: Config, overrides: str | list[str]) -> Config:
     except OmegaConfBaseException as error:
         raise ConfigError(_first_line(error)) from error
     return _build(tree).check()
+
+
+def read_value(key: str, text: str) -> Any:
+    """Return one value as the configuration reads it in `key=text`.
+
+    Raises
+    ------
+    ConfigError
+        If the key is none of a run's, or the value is not one of its.
+    """
+    tree = OmegaConf.create({"seed": 0} | {section: {} for section in _SECTIONS})
+    _apply(tree, f"{key}={text}", {})
+    value = OmegaConf.to_container(tree)
+    for name in key.split("."):
+        value = value[name]  # type: ignore[call-overload, index]
+    if key not in _KINDS:  # inside a mapping whose keys are its own
+        return value
+    section, _, name = key.rpartition(".")
+    item = {each.name: each for each in dataclasses.fields(_SECTIONS.get(section, Config))}[name]
+    return checked(value, str(item.type), item.metadata.get("rule"), key)
 
 
 def to_dict(config: Config) -> dict[str, Any]:

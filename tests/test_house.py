@@ -25,6 +25,7 @@ ROOMS = (
     "flower_app",
     "flower_app/client",
     "simulations/launch",
+    "simulations/sweep",
     "simulations/deploy",
     "simulations/equality",
     "simulations/disturb",

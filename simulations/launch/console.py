@@ -53,7 +53,7 @@ class Console:
             self._failures.add(line.removeprefix("failed: "))
         if self._verbose or (not self._is_trace(line) and worth_reading(line)):
             ours = _ACTOR.sub("", line)
-            self._say(ours.removeprefix(MARK) if ours.startswith(MARK) else line)
+            self._say(without_actor(line) if ours.startswith(MARK) else line)
 
     def _is_trace(self, line: str) -> bool:
         text = _ACTOR.sub("", line)
@@ -69,3 +69,14 @@ class Console:
         # The line below a traceback names the error; the recorder may have said it already.
         below, self._in_trace = self._in_trace, False
         return below and text in self._failures
+
+
+def without_actor(line: str) -> str:
+    """Return a line without what Ray puts before those of its processes, and without our mark.
+
+    Parameters
+    ----------
+    line : str
+        A line without colours.
+    """
+    return _ACTOR.sub("", line).removeprefix(MARK)

@@ -84,6 +84,7 @@ class LocalFlower:
         federation: str = "",
         app: Path = PROJECT,
         echo: Callable[[str], None] | None = None,
+        started: Callable[[subprocess.Popen[str]], None] | None = None,
     ) -> Outcome:
         """Run an app and wait for its end.
 
@@ -99,6 +100,8 @@ class LocalFlower:
             Folder of the app.
         echo : callable, optional
             Takes each line as it arrives.
+        started : callable, optional
+            Takes the process that waits for the run; to end it ends the waiting.
 
         Returns
         -------
@@ -116,11 +119,31 @@ class LocalFlower:
         command += ["--run-config", str(config)]
         if federation:
             command += ["--federation-config", federation]
-        lines = list(self._stream(command, echo))
-        run_id = _first(r"Successfully started run (\d+)", lines)
+        lines = list(self._stream(command, echo, started))
+        run_id = run_id_in(lines)
         if run_id is None:
             raise RuntimeError("`flwr run` started nothing:\n" + "\n".join(lines[-30:]))
-        status, details = self._status(run_id)
+        return self._outcome(run_id, lines)
+
+    def follow(
+        self,
+        run_id: str,
+        *,
+        echo: Callable[[str], None] | None = None,
+        started: Callable[[subprocess.Popen[str]], None] | None = None,
+    ) -> Outcome:
+        """Wait for the end of a run that was started before, as `run` does."""
+        command = [*self.within, program("flwr"), "log", run_id, self.superlink, "--stream"]
+        return self._outcome(run_id, list(self._stream(command, echo, started)))
+
+    def status(self, run_id: str) -> tuple[str, str]:
+        """Return a run's status and its details, in Flower's words."""
+        answer = self.flwr("list", self.superlink, "--run-id", run_id, "--format", "json")
+        run = json.loads(answer)["runs"][0]
+        return run["status"], run["status-details"]
+
+    def _outcome(self, run_id: str, lines: list[str]) -> Outcome:
+        status, details = self.status(run_id)
         folder = _first(r"^run folder: (.+)$", lines)
         return Outcome(
             run_id=run_id,
@@ -155,7 +178,12 @@ class LocalFlower:
             raise RuntimeError(f"flwr {' '.join(arguments)}: {done.stdout}{done.stderr}")
         return done.stdout
 
-    def _stream(self, command: list[str], echo: Callable[[str], None] | None) -> Iterator[str]:
+    def _stream(
+        self,
+        command: list[str],
+        echo: Callable[[str], None] | None,
+        started: Callable[[subprocess.Popen[str]], None] | None,
+    ) -> Iterator[str]:
         with subprocess.Popen(
             command,
             env=dict(self.env),
@@ -166,6 +194,8 @@ class LocalFlower:
             text=True,
         ) as process:
             assert process.stdout is not None
+            if started is not None:
+                started(process)
             try:
                 for line in process.stdout:
                     plain = without_colours(line.rstrip("\n"))
@@ -175,11 +205,6 @@ class LocalFlower:
             except BaseException:
                 process.terminate()
                 raise
-
-    def _status(self, run_id: str) -> tuple[str, str]:
-        answer = self.flwr("list", self.superlink, "--run-id", run_id, "--format", "json")
-        run = json.loads(answer)["runs"][0]
-        return run["status"], run["status-details"]
 
 
 @contextlib.contextmanager
@@ -312,6 +337,11 @@ def worth_reading(line: str) -> bool:
         False for Flower's and Ray's notices.
     """
     return _CHATTER.search(line) is None
+
+
+def run_id_in(lines: list[str]) -> str | None:
+    """Return the run that `flwr run` says it has started; None if it has not yet."""
+    return _first(r"Successfully started run (\d+)", lines)
 
 
 def _first(pattern: str, lines: list[str]) -> str | None:

@@ -54,6 +54,24 @@ def check_config(config: Config, clients: int = 0) -> Config:
     return _check_contents(config, count)
 
 
+def check_deployed(config: Config) -> Config:
+    """Check of a run what does not depend on the machine: SuperLink and nodes have their own.
+
+    Parameters
+    ----------
+    config : Config
+        The run's.
+    """
+    from flower_app.build import num_blocks
+    from flower_app.check import check_names
+    from models import Cut
+
+    check_names(config)
+    if config.model.scratch and (blocks := num_blocks(config)) is not None:
+        Cut(bottom=config.cut.bottom, top=config.cut.top).ranges(blocks)
+    return config
+
+
 def _check_contents(config: Config, clients: int) -> Config:
     """Check what it takes torch to read: not for a misspelt key."""
     from flower_app.build import num_blocks, resolve_model

@@ -1,0 +1,51 @@
+"""The command that runs many points of an experiment."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+commands = typer.Typer()
+
+Changes = Annotated[
+    list[str] | None,
+    typer.Argument(
+        help="What is swept, train.lr=1e-3,3e-3 seed=range(3), and what is fixed, train.rounds=2",
+        metavar="KEY=V1,V2",
+    ),
+]
+
+
+@commands.command(rich_help_panel="Run")
+def sweep(
+    what: Annotated[
+        str, typer.Argument(help="An experiment, a sweep's file, or the name of one that ships.")
+    ] = "",
+    changes: Changes = None,
+    clients: Annotated[str, typer.Option(help="Simulated clients, as 2,4.")] = "",
+    resume: Annotated[str, typer.Option(help="Go on with the sweep of this folder.")] = "",
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="With --resume: crashed points again, too.")
+    ] = False,
+    jobs: Annotated[str, typer.Option(help="Points at a time; auto: as many as fit.")] = "auto",
+    cores: Annotated[int, typer.Option(help="Cores to use; 0: all.", min=0)] = 0,
+    memory: Annotated[float, typer.Option(help="GB to use; 0: 90 % of what is free.", min=0)] = 0,
+    superlink: Annotated[
+        str, typer.Option(help="A connection of your Flower configuration to run on.")
+    ] = "",
+) -> None:
+    """Run many points of an experiment, several at a time; its folder has table and plots."""
+    from simulations.sweep.spec import read_spec
+    from simulations.sweep.state import CRASHED
+    from simulations.sweep.sweep import Room, begin, go_on
+
+    if jobs != "auto" and not (jobs.isdecimal() and int(jobs)):
+        raise ValueError(f"--jobs {jobs}: give auto, or a whole number, 1 or more")
+    room = Room(jobs=0 if jobs == "auto" else int(jobs), cores=cores, memory_gb=memory)
+    if resume:
+        done = go_on(resume, room, retry=retry_failed, say=typer.echo)
+    else:
+        done = begin(read_spec(what, changes or [], clients), room, superlink, say=typer.echo)
+    if done.count(CRASHED):
+        raise typer.Exit(1)
