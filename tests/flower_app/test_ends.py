@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,13 @@ import pytest
 import torch
 from flwr.app import Message
 from flwr.supercore.task_identity import TaskIdentity
+from peft import AutoPeftModelForCausalLM
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from conf.schema import Config
-from flower_app.build import resolve_model
+from flower_app.client.node import own_config
 from models import build_scratch
 from simulations.equality.reference import train_whole
 from strategies.aggregate.means import weighted_mean
@@ -28,7 +29,8 @@ from tests.flower_app.test_app import site_steps
 from tests.strategies.helpers import largest_difference
 
 UNTIED = "model.scratch.tie_word_embeddings=false"
-EXACT = "train.lr=0.01 train.warmup=0 train.local_steps=0 data.max_examples=0"
+EXACT = "train.optimizer=sgd train.lr=0.3 train.warmup=0 train.local_steps=0 data.max_examples=0"
+"""Adam would make whole steps of the rounding of gradients that are next to nothing."""
 
 
 @pytest.fixture(autouse=True)
@@ -74,22 +76,58 @@ def is_common(name: str, ends: str) -> bool:
     return block in ("0", "1", "2") or "embed_tokens" in name
 
 
-def fed_per(config: Config, grid: InProcessGrid) -> list[PreTrainedModel]:
-    """FedPer (Arivazhagan et al. 2019, arXiv:1912.00818) on unsplit models: all rounds."""
+def fed_per(
+    config: Config, grid: InProcessGrid, cohorts: Mapping[int, set[str]] | None = None
+) -> list[PreTrainedModel]:
+    """FedPer (Arivazhagan et al. 2019, arXiv:1912.00818) on unsplit models: all rounds.
+
+    `cohorts` are those who take part in each round; by default all.
+    """
     models = [build_scratch(config.model.scratch, config.seed) for _ in range(grid.clients)]
-    for round in range(1, config.train.rounds + 1):
-        tokens = []
+    parameters = [dict(model.named_parameters()) for model in models]
+    common = [n for n in parameters[0] if is_common(n, config.aggregation.ends)]
+    rounds = config.train.rounds
+    for round in range(1, rounds + 1):
+        states, tokens = [], []
         for number, model in enumerate(models):
-            path = str(grid.node_configs[number]["data-path"])
-            steps = site_steps(config, path, f"site-{number}", round)
-            tokens.append(train_whole(model, steps, config.train, round, config.train.rounds)[1])
-        states = [dict(model.named_parameters()) for model in models]
-        common = [n for n in states[0] if is_common(n, config.aggregation.ends)]
-        mean = weighted_mean([{n: s[n].detach() for n in common} for s in states], tokens)
+            name = f"site-{number}"
+            if cohorts is None or name in cohorts[round]:
+                steps = site_steps(config, str(grid.node_configs[number]["data-path"]), name, round)
+                tokens.append(train_whole(model, steps, config.train, round, rounds)[1])
+                states.append({n: parameters[number][n].detach() for n in common})
+        mean = weighted_mean(states, tokens)
         with torch.no_grad():
-            for state, name in itertools.product(states, common):
-                state[name].copy_(mean[name])
+            for own, name in itertools.product(parameters, common):
+                own[name].copy_(mean[name])
     return models
+
+
+def in_turn(config: Config, grid: InProcessGrid) -> list[PreTrainedModel]:
+    """One trunk that each client takes over from the one before, between ends of its own."""
+    models = [build_scratch(config.model.scratch, config.seed) for _ in range(grid.clients)]
+    trunk = {n: p for n, p in models[0].named_parameters() if is_common(n, "local")}
+    for round, number in itertools.product(range(1, config.train.rounds + 1), range(len(models))):
+        own = dict(models[number].named_parameters())
+        with torch.no_grad():
+            for name, tensor in trunk.items():
+                own[name].copy_(tensor)
+        path = str(grid.node_configs[number]["data-path"])
+        steps = site_steps(config, path, f"site-{number}", round)
+        train_whole(models[number], steps, config.train, round, config.train.rounds)
+        trunk = {name: own[name].detach().clone() for name in trunk}
+    for model in models:
+        with torch.no_grad():
+            for name, tensor in trunk.items():
+                dict(model.named_parameters())[name].copy_(tensor)
+    return models
+
+
+def assert_saved(sites: Path, expected: list[PreTrainedModel]) -> None:
+    """Every site's own model is the expected one."""
+    (run,) = sites.iterdir()
+    for number, model in enumerate(expected):
+        saved = AutoModelForCausalLM.from_pretrained(run / f"site-{number}" / "model")
+        assert largest_difference(saved, model) < 1e-5
 
 
 def arrays_in(messages: list[Message]) -> set[str]:
@@ -107,32 +145,236 @@ def names_on_disk(folder: Path) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("transport", ["stream", "messages"])
-@pytest.mark.parametrize("ends", ["local", "local-top"])
+@pytest.mark.parametrize(
+    ("ends", "transport"),
+    [
+        ("local", "stream"),
+        ("local", "messages"),
+        ("local-top", "stream"),
+        pytest.param("local-top", "messages", marks=pytest.mark.slow),
+    ],
+)
 def test_each_site_has_the_model_that_fedper_of_unsplit_models_gives_it(
     ends: str, transport: str, tmp_path: Path, sites: Path
 ) -> None:
-    """Three clients of unequal size, three rounds; the server is never told what stays."""
+    """Three clients of unequal size; the server is never told what stays, nor writes it down."""
     config = test_app.tiny_config(
         tmp_path,
-        f"{EXACT} {UNTIED} train.rounds=3 aggregation.ends={ends} output.share_trunk=true "
-        f"link.transport={transport}",
+        f"{EXACT} {UNTIED} aggregation.ends={ends} output.share_trunk=true "
+        f"train.rounds={3 if transport == 'stream' else 2} link.transport={transport}",
     )
     grid = grid_of(tmp_path)
 
     folder, _, _ = test_app.run(config, grid)
 
     expected = fed_per(config, grid)
-    (run,) = sites.iterdir()
-    for number, model in enumerate(expected):
-        saved = AutoModelForCausalLM.from_pretrained(run / f"site-{number}" / "model")
-        assert largest_difference(saved, model) < 1e-4
-    apart = dict(expected[0].named_parameters()), dict(expected[1].named_parameters())
-    assert (apart[0]["lm_head.weight"] - apart[1]["lm_head.weight"]).abs().max() > 1e-2
+    assert_saved(sites, expected)
+    apart = [dict(model.named_parameters())["lm_head.weight"] for model in expected]
+    assert (apart[0] - apart[1]).abs().max() > 1e-2
     every = {name for name, _ in expected[0].named_parameters()}
     stays = {name for name in every if not is_common(name, ends)}
     assert stays
     assert not arrays_in(grid.seen) & stays
-    assert not {n.split("/")[-1] for n in names_on_disk(folder)} & stays
+    assert not {name.split("/")[-1] for name in names_on_disk(folder)} & stays
     assert not (folder / "model").exists()
     assert load_file(folder / "common.safetensors").keys() == every - stays
+
+
+def test_a_trunk_in_turns_between_ends_of_each_clients_own(tmp_path: Path, sites: Path) -> None:
+    """splitfed-v2, SGD: the trunk goes from client to client, no end does."""
+    config = test_app.tiny_config(
+        tmp_path,
+        f"{EXACT} train.strategy=splitfed-v2 aggregation.ends=local output.share_trunk=true",
+    )
+    grid = grid_of(tmp_path, 2)
+
+    test_app.run(config, grid)
+
+    assert_saved(sites, in_turn(config, grid))
+
+
+class Forgetful(Watched):
+    """The first answer in round 2 is lost, after the client's work."""
+
+    lost = ""
+
+    def _deliver(self, message: Message) -> Message | None:
+        reply = super()._deliver(message)
+        number = message.content.config_records["ticket"]["round"]
+        if message.metadata.message_type != "train" or number != 2 or self.lost:
+            return reply
+        self.lost = f"site-{self._number(message)}"
+        return None
+
+
+def test_what_did_not_count_is_not_gone_on_from_and_who_was_not_asked_keeps_its_own(
+    tmp_path: Path, sites: Path
+) -> None:
+    """Half of the clients in each round; one answer of round 2 is lost after its training."""
+    config = test_app.tiny_config(
+        tmp_path,
+        f"{EXACT} {UNTIED} aggregation.ends=local output.share_trunk=true train.rounds=4 "
+        "federation.fraction_train=0.67 federation.min_clients=1 federation.round_timeout=1",
+    )
+    grid = grid_of(tmp_path, kind=Forgetful)
+
+    _, metrics, _ = test_app.run(config, grid)
+
+    cohorts = {m["round"]: {*m["clients"]} for m in metrics if m["kind"] == "round"}
+    assert grid.lost not in cohorts[2]
+    assert any(grid.lost in cohorts[number] for number in (3, 4))
+    assert len({frozenset(cohort) for cohort in cohorts.values()}) > 2
+    assert_saved(sites, fed_per(config, grid, cohorts))
+
+
+def own_ends(sites: Path, run: str) -> dict[str, dict[str, torch.Tensor]]:
+    """What each site saved of its own, without the trunk."""
+    found = (sites / run).glob("*/ends.safetensors")
+    return {path.parent.name: load_file(path) for path in found}
+
+
+def assert_alike(one: Any, other: Any) -> None:
+    """To the bit, at every site."""
+    assert one.keys() == other.keys()
+    assert one
+    for client, state in one.items():
+        assert all(torch.equal(other[client][name], tensor) for name, tensor in state.items())
+
+
+LOCAL = "aggregation.ends=local model.scratch.attention_dropout=0.2"
+
+
+@pytest.mark.parametrize("transport", ["stream", pytest.param("messages", marks=pytest.mark.slow)])
+def test_a_killed_run_goes_on_with_each_sites_own_ends(
+    transport: str, tmp_path: Path, sites: Path
+) -> None:
+    """Everything is new after the kill but the sites' folders: SuperLink, nodes, Flower's state."""
+    config = test_resume.configured(tmp_path, f"{LOCAL} link.transport={transport}")
+    smooth = test_resume.run(config, InProcessGrid(2))
+    (first,) = (path.name for path in sites.iterdir())
+
+    broken = test_resume.run(config, test_resume.killing(InProcessGrid(2), 3))
+    test_resume.resume(broken, InProcessGrid(2, first_id=5000))
+
+    (second,) = {path.name for path in sites.iterdir()} - {first}
+    assert_alike(own_ends(sites, second), own_ends(sites, first))
+    assert test_resume.curve(broken) == test_resume.curve(smooth)
+    one, other = (load_file(folder / "common.safetensors") for folder in (broken, smooth))
+    assert all(torch.equal(one[name], tensor) for name, tensor in other.items())
+
+    # The round before can be gone back to as well: the sites have it, as the server has.
+    test_resume.resume(broken / "checkpoints" / "round-0003", InProcessGrid(2))
+    assert_alike(own_ends(sites, second), own_ends(sites, first))
+
+
+def test_ends_that_are_gone_are_never_begun_anew(tmp_path: Path, sites: Path) -> None:
+    """A SuperNode that was started anew goes on from its folder; without one it says what to do."""
+    config = test_resume.configured(tmp_path, "aggregation.ends=local train.rounds=3")
+    grid = InProcessGrid(3)
+
+    def lose(message: Message) -> None:
+        ticket = message.content.config_records["ticket"]
+        if (ticket["round"], message.metadata.message_type) != (2, "train"):
+            return
+        for number in (0, 1):
+            kept = grid.states[number]
+            for name in [n for n in kept.array_records if n.startswith("graft-ends")]:
+                del kept[name]
+        (run,) = sites.iterdir()
+        shutil.rmtree(run / "client-1", ignore_errors=True)
+
+    grid.meanwhile = lose
+    folder = test_resume.run(config, grid)
+
+    rounds = {r["round"]: r for r in test_resume.records(folder) if r["kind"] == "round"}
+    assert rounds[2]["clients"] == ["client-0", "client-2"]
+    why = rounds[2]["missing"]["client-1"]
+    assert "own ends after round 1 are gone" in why
+    assert "begin the run anew" in why
+
+
+def test_another_runs_ends_are_not_taken_for_this_ones(tmp_path: Path, sites: Path) -> None:
+    """The nodes stay up: what they have of one run, state and folder, means nothing to the next."""
+    config = test_resume.configured(tmp_path, "aggregation.ends=local train.rounds=2")
+    grid = InProcessGrid(2)
+
+    one, other = (test_resume.run(config, grid) for _ in range(2))
+
+    assert test_resume.curve(one) == test_resume.curve(other)
+    first, second = (own_ends(sites, path.name) for path in sites.iterdir())
+    assert_alike(first, second)
+    names = {name.split("/")[1] for name in grid.states[0].array_records if "/" in name}
+    assert len(names) == 1, "what was kept of the run before goes"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        "train.strategy=merged link.transport=messages",
+        "tuning.trunk=frozen",
+        "train.strategy=splitfed-v2 tuning.trunk=frozen",
+    ],
+)
+def test_nothing_to_average_is_no_trouble(changes: str, tmp_path: Path, sites: Path) -> None:
+    config = test_resume.configured(tmp_path, f"aggregation.ends=local train.rounds=2 {changes}")
+
+    folder = test_resume.run(config, InProcessGrid(2))
+
+    losses = [r["evaluate"]["loss"] for r in test_resume.records(folder) if r["kind"] == "round"]
+    assert losses[-1] < losses[0]
+    (run,) = sites.iterdir()
+    one, other = own_ends(sites, run.name).values()
+    assert any(not torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("how", ["factors", "ffa", "exact"])
+def test_a_sites_adapter_is_its_own_ends_around_the_common_trunk(
+    how: str, tmp_path: Path, sites: Path
+) -> None:
+    """PEFT, or transformers where the rank cannot hold the mean, loads what the site evaluated."""
+    base = build_scratch(test_app.tiny_config(tmp_path).model.scratch, seed=3)
+    base.save_pretrained(tmp_path / "base")
+    config = test_app.tiny_config(
+        tmp_path,
+        f"model.path={tmp_path / 'base'} model.tokenizer=bytes train.lr=0.05 lora.rank=2 "
+        f"aggregation.ends=local output.share_trunk=true aggregation.lora={how}",
+        experiment="lora",
+    )
+
+    _, metrics, _ = test_app.run(config, InProcessGrid(2))
+
+    (run,) = sites.iterdir()
+    kind = AutoModelForCausalLM if how == "exact" else AutoPeftModelForCausalLM
+    evaluated = metrics[-1].get("per_client", {})
+    total = tokens = 0.0
+    for number in range(2):
+        model = kind.from_pretrained(run / f"client-{number}" / "model").eval()
+        loss, count = test_app.held_out_of(model, config, number)
+        total, tokens = total + loss, tokens + count
+        if evaluated:
+            told = evaluated[f"client-{number}"]["evaluate"]["loss"]
+            assert loss / count == pytest.approx(told, abs=1e-5)
+    assert total / tokens == pytest.approx(metrics[-1]["evaluate"]["loss"], abs=1e-5)
+
+
+def test_a_head_that_is_the_averaged_embedding_cannot_stay(tmp_path: Path) -> None:
+    config = test_app.tiny_config(tmp_path, "aggregation.ends=local-top")
+
+    with pytest.raises(ValueError, match=r"head is its embedding .*aggregation.ends=local"):
+        test_app.run(config, InProcessGrid(2))
+
+
+def test_own_cuts_and_ranks_are_refused_in_words(tmp_path: Path) -> None:
+    """Their blocks would stay at one client and be averaged at another."""
+    config = test_app.tiny_config(tmp_path, "aggregation.ends=local federation.min_clients=1")
+    grid = InProcessGrid(2)
+    grid.node_configs[1] = {"partition-id": 1, "num-partitions": 2, "cut-bottom": 2}
+
+    with pytest.raises(ValueError, match="cut-bottom=2 .*aggregation.ends=local; take cut-bottom"):
+        own_config(config, grid.node_configs[1])
+    lora = test_app.tiny_config(
+        tmp_path,
+        "tuning.bottom=lora tuning.top=lora aggregation.lora=svd aggregation.ends=local",
+    )
+    with pytest.raises(ValueError, match="lora-rank=3 .*aggregation.ends=local"):
+        own_config(lora, {"lora-rank": 3})
