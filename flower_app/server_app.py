@@ -21,9 +21,10 @@ from flower_app.build import (
     set_threads,
 )
 from flower_app.central import evaluates_centrally
-from flower_app.check import check_names
+from flower_app.check import check_extras, check_names
 from flower_app.ending import leave
 from flower_app.logs import mark_lines
+from flower_app.metrics.of_run import Metrics, metrics_of
 from flower_app.runs.keeper import Keeper
 from flower_app.runs.recorder import Recorder
 from flower_app.runs.resume import Point, take_up
@@ -50,6 +51,7 @@ def main(grid: Grid, context: Context) -> None:
     else:
         config = resolve_model(load_config(str(run["experiment"]), str(run["overrides"])))
     check_names(config)
+    check_extras(config)
     recorder = Recorder(config, point=point)
     recorder.start()
     try:
@@ -87,19 +89,32 @@ def run_experiment(
     Path or None
         Folder of the final model; None if `output.save_model` is off, or each client has its own.
     """
+    with metrics_of(config, recorder) as metrics:
+        return _run_experiment(config, grid, recorder, point, serve, metrics)
+
+
+def _run_experiment(
+    config: Config,
+    grid: Grid,
+    recorder: Recorder,
+    point: Point | None,
+    serve: type[TrunkService] | None,
+    metrics: Metrics,
+) -> Path | None:
     set_threads(config.runtime.trunk_threads)
     trunk = build_trunk(config)
     if note := describe_start(config):
         recorder.say(note)
-    recorder.adapted(adapted_shares(trunk, asdict(config.tuning), config.lora))
-    engine, plane = _serving(config, trunk, serve)
+    model, shares = describe(trunk), adapted_shares(trunk, asdict(config.tuning), config.lora)
+    recorder.built(model, shares)
+    engine, plane = _serving(config, trunk, serve, metrics)
     strategy = SplitFed(
         engine,
         plane,
         config,
-        recorder,
+        metrics.observer,
         form=partial(client_form, config),
-        model=describe(trunk),
+        model=model,
         keep=Keeper(config, recorder),
         central=evaluates_centrally(config, engine),
     )
@@ -121,7 +136,7 @@ def run_experiment(
 
 
 def _serving(
-    config: Config, trunk: Part, serve: type[TrunkService] | None
+    config: Config, trunk: Part, serve: type[TrunkService] | None, metrics: Metrics
 ) -> tuple[TrunkEngine, Plane]:
     """The trunk's engine, and the plane by which clients reach it."""
     kind: type[Lockstep | TrunkService] = serve or TrunkService
@@ -138,7 +153,9 @@ def _serving(
         max_sequences=config.train.batch_size,
         max_tokens=config.data.context,
         max_in_flight=int(config.link.max_in_flight_mb * 2**20),
+        meter=metrics.meter,
     )
+    metrics.attach(engine)
     return engine, kind(engine, config.link)
 
 

@@ -20,6 +20,29 @@ class Turnout:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Asked:
+    """A cohort is asked to train, or to evaluate."""
+
+    round: int
+    attempt: int
+    """At the round, from 1."""
+    training: bool
+    clients: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answered:
+    """A client's answer came, or it is known that none will; follows an `Asked` of its attempt."""
+
+    round: int
+    attempt: int
+    training: bool
+    client: str
+    why: str = ""
+    """Why the answer does not count; empty: it does, if the attempt has its quorum."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class StepDone:
     """A client's optimizer step that the trunk has applied. Comes from several threads."""
 
@@ -63,6 +86,10 @@ class RoundDone:
     bytes_up: int = 0
     bytes_down: int = 0
     seconds: float = 0.0
+    per_client: Mapping[str, Mapping[str, Mapping[str, float]]] = field(default_factory=dict)
+    """By client, `train` and `evaluate`: what its answers that count say."""
+    memory: Mapping[str, float] = field(default_factory=dict)
+    """Of the server's process in MB: `server_mb`, `server_peak_mb`, `gpu_peak_mb` on a GPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,5 +115,5 @@ class Stopped:
     """Why training is over (`train.patience`); empty: it was asked to stop, and can be resumed."""
 
 
-Event = StepDone | RoundTrained | RoundDone | Stopped
+Event = Asked | Answered | StepDone | RoundTrained | RoundDone | Stopped
 Observer = Callable[[Event], None]

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from strategies.events import Event, RoundTrained, StepDone, Stopped, Turnout
+from strategies.events import Answered, Asked, Event, RoundTrained, StepDone, Stopped, Turnout
 
 logger = logging.getLogger(__name__)
 
@@ -88,6 +88,8 @@ def as_record(event: Event) -> dict[str, Any]:
         return record
     if isinstance(event, RoundTrained):
         return {**as_record(event.so_far), "kind": "trained"}
+    if isinstance(event, Asked | Answered):
+        return {"kind": type(event).__name__.lower(), **vars(event)}
     if isinstance(event, Stopped):
         told = {"kind": "stop", **vars(event)}
         return told if event.why else {k: v for k, v in told.items() if k != "why"}
@@ -112,6 +114,9 @@ def as_record(event: Event) -> dict[str, Any]:
     if event.abandoned:
         record["attempts"] = len(event.abandoned) + 1
         record["abandoned"] = [_turnout(turnout) for turnout in event.abandoned]
+    for key in ("per_client", "memory"):
+        if told := getattr(event, key):
+            record[key] = told
     return record
 
 
@@ -136,6 +141,11 @@ def read_records(path: Path) -> Iterator[dict[str, Any]]:
             raise ValueError(damaged.complaint(path))
         else:
             yield line.record
+
+
+def read_line(line: bytes) -> dict[str, Any] | None:
+    """Return the record of one line; None if it is none."""
+    return _read_line(0, line.removeprefix(codecs.BOM_UTF8)).record
 
 
 def require_round(path: Path, number: int, *, kind: str = "round") -> None:
@@ -166,7 +176,7 @@ def cut_back(path: Path, number: int, *, unevaluated: bool = False) -> list[dict
     number : int
         The last round that stays.
     unevaluated : bool
-        Its report goes: it is evaluated again.
+        Its report goes, and who was asked to evaluate it: it is evaluated again.
 
     Returns
     -------
@@ -184,7 +194,7 @@ def cut_back(path: Path, number: int, *, unevaluated: bool = False) -> list[dict
         for line in lines
         if line.record is not None
         and line.record["round"] <= number
-        and not (unevaluated and line.record["round"] == number and _kind(line) == "round")
+        and not (unevaluated and line.record["round"] == number and _evaluates(line.record))
     ]
     ends = [line.place for line in stay if _kind(line) in ("round", "trained")]
     end = max(ends, default=0)
@@ -208,6 +218,11 @@ class _Line(NamedTuple):
 
     def complaint(self, path: Path) -> str:
         return f"{path}, line {self.place} is no record of a run: {self.problem}"
+
+
+def _evaluates(record: Mapping[str, Any]) -> bool:
+    """Whether a line is of what comes after a round's training."""
+    return record.get("kind", "round") == "round" or record.get("training") is False
 
 
 def _kind(line: _Line) -> str:

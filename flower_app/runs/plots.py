@@ -1,29 +1,30 @@
-"""The loss plot of a run, drawn from its `metrics.jsonl`."""
+"""The loss plot of a run, drawn from its history."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from flower_app.runs.journal import read_records
+from flower_app.runs.history import History
 
 NAMED_CLIENTS = 8
 """Clients that get a legend entry of their own."""
 
 
-def read_metrics(folder: Path) -> Iterator[dict[str, Any]]:
-    """Yield the `step`, `round` and `resume` records of a run folder, oldest first."""
-    return read_records(folder / "metrics.jsonl")
+def plot_loss(history: History) -> Path:
+    """Draw training loss per step and client, and held-out loss per round, as `loss.png`.
 
-
-def plot_loss(folder: Path) -> Path:
-    """Draw training loss per step and client, and held-out loss per round, as `loss.png`."""
+    Returns
+    -------
+    Path
+        The picture, in the run folder.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    train, evaluated = _curves(folder)
+    train, evaluated = _curves(history)
+    folder = history.folder
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
@@ -41,28 +42,27 @@ def plot_loss(folder: Path) -> Path:
     return folder / "loss.png"
 
 
-def _curves(folder: Path) -> tuple[dict[str, list[float]], list[tuple[int, float]]]:
+def _curves(history: History) -> tuple[dict[str, list[float]], list[tuple[int, float]]]:
     """Return training losses by client, and held-out losses as (steps so far, loss)."""
     train: dict[str, list[float]] = defaultdict(list)
     evaluated: list[tuple[int, float]] = []
-    before: dict[str, int] = {}
-    attempt = 1
-    for record in read_metrics(folder):
-        if record["kind"] == "step":
-            if record.get("attempt", 1) > attempt:  # what the round did so far was undone
-                attempt = record["attempt"]
-                for client, losses in train.items():
-                    del losses[before.get(client, 0) :]
-            loss = record["loss"]
-            train[record["client"]].append(float("nan") if loss is None else loss)
-            continue
-        if record["kind"] == "resume":
-            continue
-        before, attempt = {client: len(losses) for client, losses in train.items()}, 1
-        if (record.get("evaluate") or {}).get("loss") is not None:
-            steps = max((len(losses) for losses in train.values()), default=0)
-            evaluated.append((steps, record["evaluate"]["loss"]))
+    steps = iter([*history.steps, None])
+    step = next(steps)
+    for record in history.rounds:
+        while step is not None and step["round"] <= record["round"]:
+            _add(train, step)
+            step = next(steps)
+        loss = (record.get("evaluate") or {}).get("loss")
+        if loss is not None:
+            evaluated.append((max(map(len, train.values()), default=0), loss))
+    while step is not None:  # of a round that is not over
+        _add(train, step)
+        step = next(steps)
     return train, evaluated
+
+
+def _add(train: dict[str, list[float]], step: dict[str, Any]) -> None:
+    train[step["client"]].append(float("nan") if step["loss"] is None else step["loss"])
 
 
 def _draw_client(axes: Any, index: int, client: str, losses: list[float]) -> None:

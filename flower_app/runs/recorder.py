@@ -27,6 +27,7 @@ from flower_app.runs.folders import (
     new_folder,
     runs_folder,
 )
+from flower_app.runs.history import read_history
 from flower_app.runs.instants import instant, now
 from flower_app.runs.journal import as_record, cut_back, dumps, replace_whole, require_round
 from flower_app.runs.lines import adapted_line
@@ -112,8 +113,18 @@ class Recorder:
         self._open()
         self._track()
 
-    def adapted(self, shares: Mapping[str, float]) -> None:
-        """Say which share of each part has an adapter, in [0, 1]; the summary tells it too."""
+    def built(self, model: str, shares: Mapping[str, float]) -> None:
+        """Record what the trunk was cut from, and say which share of each part has an adapter.
+
+        Parameters
+        ----------
+        model : str
+            In words.
+        shares : mapping
+            By part, in [0, 1]; empty: nothing is adapted. The summary tells it too.
+        """
+        if self._point is None:  # a resumed run has said it
+            self._journal.model(model)
         self._adapted = dict(shares)
         if shares:
             self.say(adapted_line(shares))
@@ -236,10 +247,11 @@ class Recorder:
             self._alone.release()
 
     def _draw(self) -> None:
-        if (self.folder / "metrics.jsonl").stat().st_size == 0:
+        history = read_history(self.folder)
+        if not history.steps and not history.rounds:
             return
         try:
-            plot_loss(self.folder)
+            plot_loss(history)
         except OSError as error:
             logger.warning(
                 "loss.png cannot be written: %s; `graft plot %s` draws it again",

@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from simulations.launch.peak import peak_bytes
+from strategies.memory import peak_bytes
 
 CONFIG = {
     "model_type": "llama",

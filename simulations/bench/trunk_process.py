@@ -20,10 +20,10 @@ from conf.schema import LinkConfig, TrainConfig
 from models import Cut, split
 from models.tiny import tiny_config
 from simulations.equality.fold import fold
-from simulations.launch.peak import peak_bytes
 from strategies.engine.engine import TrunkEngine
 from strategies.engine.policies.registry import find_policy
 from strategies.engine.session import Session
+from strategies.memory import peak_bytes
 from strategies.optim import trainable
 from strategies.transport import tickets
 from strategies.transport.stream.service import TrunkService

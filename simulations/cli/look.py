@@ -80,12 +80,13 @@ def plot(
 ) -> None:
     """Draw the loss of a run again, also of one that was killed."""
     from flower_app.runs.folders import runs_folder
+    from flower_app.runs.history import read_history
     from flower_app.runs.plots import plot_loss
 
     folder = Path(run) if Path(run).is_dir() else runs_folder() / run
     if not (folder / "metrics.jsonl").exists():
         raise ValueError(f"{run} is not a run: there is no {folder / 'metrics.jsonl'}")
-    typer.echo(plot_loss(folder.resolve()))
+    typer.echo(plot_loss(read_history(folder.resolve())))
 
 
 @commands.command(rich_help_panel="Look")

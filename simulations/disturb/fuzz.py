@@ -26,8 +26,8 @@ import torch
 
 from simulations.disturb.inputs import DTYPES, LIMIT, Inputs
 from simulations.disturb.sessions import OFTEN, Sessions, Wrong, check_words
-from simulations.launch.peak import peak_bytes
 from strategies.errors import TrunkError
+from strategies.memory import peak_bytes
 from strategies.transport import trunk_pb2 as pb
 from strategies.transport.codec.tensors import decode
 from strategies.transport.frames import read_client_frame, read_server_frame, refuse_failure

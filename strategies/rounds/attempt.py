@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
@@ -13,6 +14,7 @@ from conf.load import to_json
 from conf.schema import Config
 from models import Cut
 from strategies.engine.engine import TrunkEngine
+from strategies.events import Answered, Asked, Observer
 from strategies.mail import lifetime
 from strategies.records import ARRAYS, CONFIG, TICKET, Form, check_values
 from strategies.rounds.answers import Answer, Profile, Seen, read_evaluated, read_trained
@@ -26,7 +28,7 @@ from strategies.transport.tickets import Guest
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Run:
     """What all rounds of a run share."""
 
@@ -37,6 +39,8 @@ class Run:
     """What the trunk was cut from, in words; a client with another model refuses to train."""
     form: Callable[[Cut, int], Form]
     """Names and shapes of what a client of this cut and rank trains, and answers with."""
+    observer: Observer
+    """Told who is asked, and what becomes of each answer."""
     local: LocalEnds | None = None
     """Of which round each client's own ends are; None: all have the average."""
 
@@ -77,6 +81,7 @@ class Attempt:
             # Whoever gives nothing to any step is not asked.
             profiles = [profile for profile in profiles if any(drawn[profile.client])]
             count = min(count, len(profiles))
+        self._place: dict[str, Any] = {"round": number, "attempt": attempt, "training": training}
         stem = f"{'train' if training else 'evaluate'}-{number}.{attempt}"
         self.cohort = Cohort(profiles, count, stem)
         # Before anybody is asked: to outline a model is nothing to do while others train.
@@ -93,6 +98,7 @@ class Attempt:
             cohort=len(cohort.profiles),
             revocable=self._training and run.config.federation.retries > 0,
         )
+        run.observer(Asked(**self._place, clients=cohort.turnout.asked))
         shared = ConfigRecord({"json": to_json(run.config)})
         return [
             Message(
@@ -126,7 +132,7 @@ class Attempt:
 
     def collect(self, replies: Iterable[Message]) -> list[Answer]:
         """Check the replies as they come; returns the answers that hold, by name."""
-        answers = self.cohort.collect(replies, self._read)
+        answers = self.cohort.collect(replies, self._read, self._tell)
         self._run.plane.end_round()
         return answers
 
@@ -141,6 +147,9 @@ class Attempt:
         engine.abandon_round()
         tally.abandoned.append(self.cohort.turnout)
         logger.warning("%s. Attempt %d of %d follows", text, tally.attempt, federation.retries + 1)
+
+    def _tell(self, client: str, why: str) -> None:
+        self._run.observer(Answered(**self._place, client=client, why=why))
 
     def _read(self, reply: Message, profile: Profile, key: str) -> Answer:
         # Its last word: what the trunk has seen of it does not change any more.

@@ -10,6 +10,8 @@ from strategies.events import Turnout
 from strategies.rounds.answers import Answer, Profile
 from strategies.rounds.sampling import quorum
 
+Tell = Callable[[str, str], None]
+"""Takes a client's name, and why its answer does not count; empty: it does."""
 Read = Callable[[Message, Profile, str], Answer]
 """Reads the reply of a client whose session has this key; `ValueError` if it cannot count."""
 
@@ -58,7 +60,7 @@ class Cohort:
             f"({', '.join(turnout.clients)}); {turnout.reasons()}"
         )
 
-    def collect(self, replies: Iterable[Message], read: Read) -> list[Answer]:
+    def collect(self, replies: Iterable[Message], read: Read, tell: Tell) -> list[Answer]:
         """Read replies as they come; the turnout learns who is missing.
 
         Parameters
@@ -67,6 +69,8 @@ class Cohort:
             At most one for each node.
         read : callable
             Checks one.
+        tell : callable
+            Told of each client once, as soon as it is known what becomes of its answer.
 
         Returns
         -------
@@ -78,8 +82,10 @@ class Cohort:
             profile = waiting.pop(reply.metadata.src_node_id, None)
             if profile is not None:
                 self._take(reply, profile, read)
+                tell(profile.client, self.missing.get(profile.client, ""))
         for profile in waiting.values():
             self.missing[profile.client] = "no answer"
+            tell(profile.client, "no answer")
         self.answers.sort(key=lambda answer: answer.client)
         return list(self.answers)
 

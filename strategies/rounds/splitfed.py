@@ -89,9 +89,7 @@ class SplitFed(Strategy):
         central: Callable[[ArrayRecord], Mapping[str, float] | None] | None = None,
     ) -> None:
         self.local = None if config.aggregation.ends == "average" else LocalEnds()
-        self._run = Run(
-            engine=engine, plane=plane, config=config, model=model, form=form, local=self.local
-        )
+        self._run = Run(engine, plane, config, model, form, observer, self.local)
         self.config, self._observer, self._keep = config, observer, keep
         self._central, self.losses = central, Losses(config.train.patience)
         self.roster = Roster(config, bounds_of(engine))

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from strategies.events import RoundDone, StepDone, Turnout
+from strategies.memory import server_memory
 from strategies.rounds.answers import Answer
 from strategies.transport.conversation import StepReport
 
@@ -73,6 +74,7 @@ class Tally:
             bytes_up=self.bytes_up,
             bytes_down=self.bytes_down,
             seconds=time.monotonic() - self.started,
+            memory=server_memory(),
         )
 
 

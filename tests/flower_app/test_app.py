@@ -67,7 +67,7 @@ def losses(metrics: list[dict[str, Any]]) -> list[tuple[str, float]]:
     return [
         (m["client"], m["loss"]) if m["kind"] == "step" else ("held-out", m["evaluate"]["loss"])
         for m in metrics
-        if m["kind"] != "trained"
+        if m["kind"] in ("step", "round")
     ]
 
 

@@ -16,6 +16,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from safetensors.torch import load_file
 
 from conf.schema import Config, LinkConfig
+from flower_app.runs.history import read_history
 from flower_app.runs.resume import take_up
 from strategies.errors import TrunkError
 from strategies.rounds.splitfed import SplitFed
@@ -75,6 +76,15 @@ def test_a_client_that_dies_in_mid_round_leaves_nothing_behind(tmp_path: Path) -
         assert why.startswith("its stream broke after step 2 of 3 and no answer came within ")
     assert "clients 2 of 3: client-0, client-1 | missing: client-2 (its stream broke" in text
     assert summary(folder)["dropped"] == {"client-2": 2}
+    history = read_history(folder)
+    places = [(asked["round"], asked["training"]) for asked in history.asked]
+    assert places == [(1, True), (2, True)]
+    assert {tuple(asked["clients"]) for asked in history.asked} == {tuple(rounds[1]["asked"])}
+    for record in rounds[1:]:
+        told = [a for a in history.answered if a["training"] and a["round"] == record["round"]]
+        assert {a["client"] for a in told if not a["why"]} == set(record["clients"])
+        assert {a["client"]: a["why"] for a in told if a["why"]} == record["missing"]
+    assert all(record["memory"]["server_peak_mb"] > 100 for record in rounds)
 
 
 def test_a_dead_client_is_not_waited_for_until_the_deadline(tmp_path: Path) -> None:
@@ -120,7 +130,12 @@ def test_a_round_without_quorum_is_undone_and_tried_again(strategy: str, tmp_pat
         assert [r[key] for r in rounds] == [r[key] for r in smooth_rounds]
     assert summary(folder)["tokens"] == summary(smooth)["tokens"]
     assert summary(folder)["dropped"] == {"client-1": 1}
-    marked = [m for m in map(json.loads, (folder / "metrics.jsonl").open()) if m.get("attempt")]
+    steps = [m for m in map(json.loads, (folder / "metrics.jsonl").open()) if m["kind"] == "step"]
+    marked = [step for step in steps if step.get("attempt")]
+    history = read_history(folder)
+    assert len(history.steps) == 3 * 2 * 3, "those of the attempt that was undone do not count"
+    tried = [(a["round"], a["attempt"]) for a in history.asked if a["training"]]
+    assert tried == [(1, 1), (2, 1), (2, 2), (3, 1)]
     assert {(m["round"], m["attempt"]) for m in marked} == {(2, 2)}
     assert len(marked) == 6
 
@@ -402,7 +417,9 @@ def test_a_run_stops_between_rounds_when_it_is_asked_to(
     assert [record["round"] for record in rounds] == [0, 1]
     assert (folder / "checkpoints" / "round-0001").is_dir()
     lines = (folder / "metrics.jsonl").read_text().splitlines()
-    assert json.loads(lines[-1]) == {"kind": "stop", "round": 1, "rounds": 3}
+    told = json.loads(lines[-1])
+    del told["time"]
+    assert told == {"kind": "stop", "round": 1, "rounds": 3}
     assert json.loads((folder / "summary.json").read_text())["status"] == "stopped"
     assert "stops after round 1 of 3, as it was asked to" in text
     assert take_up(str(folder)).number == 1

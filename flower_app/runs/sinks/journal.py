@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from flower_app.runs.environment import describe_environment
 from flower_app.runs.instants import now
 from flower_app.runs.journal import Journal, as_record, dumps
 from flower_app.runs.sinks.registry import Run
@@ -19,10 +20,15 @@ class Sink:
         self._journal: Journal | None = None
 
     def start(self) -> None:
-        """Open the file, and mark where a stopped run goes on."""
+        """Open the file, and say where the run begins, or where a stopped one goes on."""
         self._journal = Journal(self._run.folder / "metrics.jsonl", self._run.say)
-        if self._run.after is not None:
-            self._write({"kind": "resume", "round": self._run.after, "time": now()})
+        after = self._run.after
+        kind = "start" if after is None else "resume"
+        self._write({"kind": kind, "round": after or 0, "environment": describe_environment()})
+
+    def model(self, description: str) -> None:
+        """Say what the trunk was cut from."""
+        self._write({"kind": "model", "round": 0, "model": description})
 
     def event(self, event: Event) -> None:
         """Write its line."""
@@ -40,4 +46,4 @@ class Sink:
 
     def _write(self, record: Mapping[str, Any]) -> None:
         assert self._journal is not None, "an event before the start"
-        self._journal.write(dumps(record))
+        self._journal.write(dumps({**record, "time": now()}))

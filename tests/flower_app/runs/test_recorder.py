@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,9 @@ import pytest
 
 from conf.schema import Config, OutputConfig
 from flower_app.runs.folders import find_last_run, new_folder, read_summaries, runs_folder
-from flower_app.runs.plots import _smoothing, plot_loss, read_metrics
+from flower_app.runs.history import read_history
+from flower_app.runs.journal import read_records
+from flower_app.runs.plots import _smoothing, plot_loss
 from flower_app.runs.recorder import Recorder
 from strategies.events import RoundDone, StepDone, Turnout
 
@@ -37,6 +39,13 @@ SUMMARY_KEYS = {
 @pytest.fixture
 def config(tmp_path: Path) -> Config:
     return replace(Config(), output=OutputConfig(folder=str(tmp_path), log_every=2))
+
+
+def read_metrics(folder: Path) -> Iterator[dict[str, Any]]:
+    """What follows the first line, which tells of the start."""
+    first, *others = read_records(folder / "metrics.jsonl")
+    assert first["kind"] == "start"
+    return iter(others)
 
 
 def _step(recorder: Recorder, **changes: Any) -> None:
@@ -277,7 +286,7 @@ def test_killed_run_can_still_be_read_and_drawn(config: Config) -> None:
     with (recorder.folder / "metrics.jsonl").open("a") as metrics:
         metrics.write('{"kind": "st')
     assert len(list(read_metrics(recorder.folder))) == 1
-    assert plot_loss(recorder.folder).stat().st_size > 10_000
+    assert plot_loss(read_history(recorder.folder)).stat().st_size > 10_000
 
 
 def test_runs_folder_honours_the_environment(

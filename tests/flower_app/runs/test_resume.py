@@ -22,6 +22,7 @@ from conf.schema import Config
 from flower_app.build import resolve_model
 from flower_app.runs import checkpoint
 from flower_app.runs.folders import find_last_run, folders
+from flower_app.runs.history import read_history
 from flower_app.runs.plots import plot_loss
 from flower_app.runs.recorder import Recorder
 from flower_app.runs.resume import look_up, take_up
@@ -98,7 +99,7 @@ def curve(folder: Path) -> list[tuple[Any, ...]]:
         if r["kind"] == "step"
         else (r["round"], 1, r["train"], r["evaluate"], r["clients"], r["tokens"])
         for r in records(folder)
-        if r["kind"] != "resume"
+        if r["kind"] in ("step", "trained", "round")
     ]
     return sorted(found, key=lambda entry: entry[: 2 if entry[1] else 4])
 
@@ -279,7 +280,10 @@ def test_the_summary_covers_the_whole_run(tmp_path: Path) -> None:
     assert again == broken
     assert lines[0] == lines[-1] == f"run folder: {broken}"
     assert lines[1] == "going on after round 2 of 4"
-    assert plot_loss(broken).stat().st_size > 5000
+    history = read_history(broken)
+    assert (history.status, len(history.resumes), history.planned) == ("finished", 1, 4)
+    assert len(history.steps) == len(read_history(smooth).steps) == 4 * 2 * 2
+    assert plot_loss(history).stat().st_size > 5000
 
 
 def test_a_run_killed_before_its_model_was_saved_only_saves_it(tmp_path: Path) -> None:
