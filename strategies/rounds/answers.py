@@ -22,10 +22,15 @@ from strategies.aggregate.state import Contribution
 from strategies.records import ARRAYS, KEY_LOST, METRICS, OUTCOME, PROFILE, Form, read_arrays
 from strategies.transport.tickets import is_usable
 
-COUNTERS = ("num-tokens", "loss", "steps", "bytes-up", "bytes-down")
-"""What the metrics of an answer hold: finite numbers."""
+COUNTERS = (
+    "num-tokens", "loss", "steps", "bytes-up", "bytes-down", "peak-memory-mb",
+    "seconds-bottom", "seconds-network", "seconds-trunk", "seconds-top",
+)  # fmt: skip
+"""What the metrics of an answer hold: finite numbers, none below 0."""
 
-MOST = {"loss": 1e6}
+MOST = {"loss": 1e6, "peak-memory-mb": 1e8} | {
+    name: 1e8 for name in COUNTERS if name.startswith("seconds-")
+}
 """Largest counters that are believed; all others below 2**53, up to which floats count."""
 
 MOST_EXAMPLES = 10_000_000

@@ -222,7 +222,7 @@ class SplitFed(Strategy):
             self._attempt.give_up(self._tally)
             return None, None
         error = self.joint.update(server_round, join(answers, replicas))
-        metrics = self._tally.fold(answers) | statistics
+        metrics = self._tally.fold(answers, "train") | statistics
         if error is not None:
             metrics["lora-error"] = error
         self._tally.training, self._tally.train = cohort.turnout, metrics
@@ -263,7 +263,7 @@ class SplitFed(Strategy):
             text += "federation.fraction_evaluate=0 asks nobody to evaluate)"
             logger.warning(text, server_round, turnout.reasons())
             return None
-        self._tally.evaluate = metrics = self._tally.fold(answers)
+        self._tally.evaluate = metrics = self._tally.fold(answers, "evaluate")
         return MetricRecord(dict(metrics))
 
     def on_step(self, report: StepReport) -> None:

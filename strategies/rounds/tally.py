@@ -12,6 +12,9 @@ from strategies.memory import server_memory
 from strategies.rounds.answers import Answer
 from strategies.transport.conversation import StepReport
 
+_CALLED = {"steps": "num-steps"}
+"""What a client's counters are called in a round's record, where that differs."""
+
 
 @dataclass(kw_only=True)
 class Tally:
@@ -28,14 +31,18 @@ class Tally:
     tokens: int = 0
     bytes_up: int = 0
     bytes_down: int = 0
+    per_client: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
 
     @property
     def attempt(self) -> int:
         """Number of the attempt that is due, from 1."""
         return len(self.abandoned) + 1
 
-    def fold(self, answers: Sequence[Answer]) -> dict[str, float]:
-        """Sum counters and weight the loss by tokens."""
+    def fold(self, answers: Sequence[Answer], what: str) -> dict[str, float]:
+        """Sum counters and weight the loss by tokens; keep each client's by `what` they are of."""
+        for answer in answers:
+            told = {_CALLED.get(name, name): value for name, value in answer.metrics.items()}
+            self.per_client[answer.client] = self.per_client.get(answer.client, {}) | {what: told}
         tokens = sum(answer.metrics["num-tokens"] for answer in answers)
         loss = sum(a.metrics["loss"] * a.metrics["num-tokens"] for a in answers) / tokens
         self.bytes_up += int(sum(answer.metrics["bytes-up"] for answer in answers))
@@ -74,6 +81,7 @@ class Tally:
             bytes_up=self.bytes_up,
             bytes_down=self.bytes_down,
             seconds=time.monotonic() - self.started,
+            per_client={name: self.per_client[name] for name in sorted(self.per_client)},
             memory=server_memory(),
         )
 
