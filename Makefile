@@ -12,7 +12,7 @@ export FLWR_TELEMETRY_ENABLED = 0
 export FLWR_DISABLE_UPDATE_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo deployment-demo test test-all check lint bench parity proto clean
+.PHONY: help setup demo deployment-demo test test-all test-trackers check lint bench parity proto clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) \
@@ -45,6 +45,10 @@ test: $(STAMP)  ## the fast tests, two at a time
 
 test-all: $(STAMP)  ## every test, the slow ones too
 	$(BIN)/python -m pytest -m ''
+
+test-trackers: $(STAMP)  ## install Trackio, W&B and MLflow, and test their sinks with them
+	$(PIP) install --quiet -c constraints.txt -c constraints-trackers.txt -e '.[trackio,wandb,mlflow]'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/flower_app/runs/sinks/test_trackers.py
 
 check: $(STAMP)  ## format, lint and type-check (changes files)
 	$(BIN)/ruff format .

@@ -101,6 +101,7 @@ BELOW_ONE = Rule("a number in [0, 1)", lambda value: 0 <= value < 1)
 UP_TO_HALF = Rule("a number in [0, 0.5]", lambda value: 0 <= value <= 0.5)
 COUNT = Rule("a whole number, 1 or more", lambda value: value >= 1)
 COUNT_OR_ZERO = Rule("a whole number, 0 or more", lambda value: value >= 0)
+PORT_OR_ZERO = Rule("a port up to 65535; 0: none", lambda value: 0 <= value <= 65535)
 SEED = Rule("a whole number in [0, 2**32)", lambda value: 0 <= value < 2**32)
 CONTEXT = Rule("a whole number, 2 or more (nothing is predicted in one token)", lambda v: v >= 2)
 NAME = Rule(
@@ -108,6 +109,7 @@ NAME = Rule(
     lambda value: re.fullmatch(r"[A-Za-z0-9][\w-]*", value, re.ASCII) is not None,
 )
 """Of what a registry knows, which `conf` does not; `check_known` refuses the others."""
+NAME_OR_EMPTY = Rule(f"empty or {NAME.words}", lambda value: value == "" or NAME.holds(value))
 NOT_EMPTY = Rule("text that is not empty", lambda value: value != "")
 BETAS = Rule("two numbers in [0, 1)", lambda value: all(0 <= beta < 1 for beta in value))
 NAMES = Rule("a list of names", all)

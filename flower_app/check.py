@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 from conf.registry import declares
-from conf.rules import check_known
+from conf.rules import ConfigError, check_known
 from conf.schema import Config
 from flower_app.runs.sinks import registry as sinks
 
@@ -32,3 +34,15 @@ def check_names(config: Config) -> None:
         find_aggregator(config.aggregation.lora)
     for sink in config.tracking.sinks:
         check_known("tracking.sinks", sink, sinks.names())
+
+
+def check_extras(config: Config) -> None:
+    """Refuse what needs a library that is not installed; `ConfigError` with the extra."""
+    for sink in config.tracking.sinks:
+        sinks.check_installed(sink)
+    if config.runtime.metrics_port and find_spec("prometheus_client") is None:
+        raise ConfigError(
+            f"runtime.metrics_port={config.runtime.metrics_port} needs prometheus_client, which is "
+            "not installed: pip install 'graft[prometheus]', or set runtime.metrics_port=0",
+            key="runtime.metrics_port",
+        )

@@ -23,10 +23,11 @@ from flower_app.build import (
     resolve_model,
     set_threads,
 )
-from flower_app.check import check_names
+from flower_app.check import check_extras, check_names
 from flower_app.data.text import load_tokenizer
 from flower_app.export import export_model
 from flower_app.logs import mark_lines
+from flower_app.metrics.of_run import Metrics, metrics_of
 from flower_app.runs.keeper import Keeper
 from flower_app.runs.recorder import Recorder
 from flower_app.runs.resume import Point, take_up
@@ -53,6 +54,7 @@ def main(grid: Grid, context: Context) -> None:
     else:
         config = resolve_model(load_config(str(run["experiment"]), str(run["overrides"])))
     check_names(config)
+    check_extras(config)
     recorder = Recorder(config, point=point)
     recorder.start()
     try:
@@ -90,18 +92,30 @@ def run_experiment(
     Path or None
         Folder of the final model; None if `output.save_model` is off.
     """
+    with metrics_of(config, recorder) as metrics:
+        return _run_experiment(config, grid, recorder, point, serve, metrics)
+
+
+def _run_experiment(
+    config: Config,
+    grid: Grid,
+    recorder: Recorder,
+    point: Point | None,
+    serve: type[TrunkService] | None,
+    metrics: Metrics,
+) -> Path | None:
     set_threads(config.runtime.trunk_threads)
     trunk = build_trunk(config)
     if note := describe_start(config):
         recorder.say(note)
     model, shares = describe(trunk), adapted_shares(trunk, asdict(config.tuning), config.lora)
     recorder.built(model, shares)
-    engine, plane = _serving(config, trunk, serve)
+    engine, plane = _serving(config, trunk, serve, metrics)
     strategy = SplitFed(
         engine,
         plane,
         config,
-        recorder,
+        metrics.observer,
         form=partial(client_form, config),
         model=model,
         keep=Keeper(config, recorder),
@@ -126,7 +140,7 @@ def run_experiment(
 
 
 def _serving(
-    config: Config, trunk: Part, serve: type[TrunkService] | None
+    config: Config, trunk: Part, serve: type[TrunkService] | None, metrics: Metrics
 ) -> tuple[TrunkEngine, Plane]:
     """The trunk's engine, and the plane by which clients reach it."""
     kind: type[Lockstep | TrunkService] = serve or TrunkService
@@ -143,7 +157,9 @@ def _serving(
         max_sequences=config.train.batch_size,
         max_tokens=config.data.context,
         max_in_flight=int(config.link.max_in_flight_mb * 2**20),
+        meter=metrics.meter,
     )
+    metrics.attach(engine)
     return engine, kind(engine, config.link)
 
 

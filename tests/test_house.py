@@ -22,6 +22,7 @@ ROOMS = (
     "strategies/rounds",
     "flower_app/data",
     "flower_app/runs",
+    "flower_app/metrics",
     "flower_app",
     "flower_app/client",
     "simulations/launch",

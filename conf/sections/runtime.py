@@ -1,4 +1,4 @@
-"""`runtime`: Threads and devices."""
+"""`runtime`: Threads and devices, and where a run may be looked at."""
 
 from __future__ import annotations
 
@@ -21,3 +21,7 @@ class RuntimeConfig(Section):
     trunk_threads: int = setting(1, rules.COUNT_OR_ZERO)
     client_device: str = setting("cpu", rules.DEVICE)
     trunk_device: str = setting("cpu", rules.DEVICE)
+    metrics_port: int = setting(0, rules.PORT_OR_ZERO)
+    """Of the ServerApp's metrics for Prometheus; 0: none are kept."""
+    metrics_host: str = setting("127.0.0.1", rules.NOT_EMPTY)
+    """Address that serves them, in clear and to whoever asks."""

@@ -18,3 +18,5 @@ class TrackingConfig(Section):
 
     sinks: tuple[str, ...] = setting((), rules.NAMES)
     """Modules of flower_app/runs/sinks."""
+    project: str = setting("", rules.NAME_OR_EMPTY)
+    """What trackers file the run under; empty: their own variable (WANDB_PROJECT), else graft."""

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from simulations.cli.show import figures, progress
+from simulations.cli.show import figures, progress, table
 
 commands = typer.Typer()
 bench = typer.Typer(no_args_is_help=True, help="Measure what splitting costs and saves.")
@@ -80,6 +80,29 @@ def bench_scale(
     from simulations.bench.scale import bench_scale as measure
 
     figures(measure(clients, fraction, rounds, steps, transport, progress), as_json)
+
+
+@bench.command("compare")
+def bench_compare(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="The same in small.")] = False,
+    out: Annotated[str, typer.Option(help="Leave JSON, tables and figure in this folder.")] = "",
+) -> None:
+    """Compare the unsplit model, central and federated, with every strategy: one table."""
+    import json
+
+    from simulations.bench.compare.compare import bench_compare as measure
+    from simulations.bench.compare.report import notes, tables
+
+    result = measure(quick, Path(out) if out else None, progress)
+    if as_json:
+        typer.echo(json.dumps(result, indent=2))
+        return
+    for columns, rows in tables(result):
+        table(columns, rows)
+        typer.echo("")
+    for note in notes(result):
+        typer.echo(note)
 
 
 @commands.command(rich_help_panel="Check and measure")

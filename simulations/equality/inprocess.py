@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -35,10 +35,19 @@ class InProcessGrid(Grid):
         turn: with messages they share what a process keeps from one message to the next.
     app : ClientApp
         Answers the messages.
+    run_config : mapping, optional
+        The app's, for a client that reads it; Graft's does not.
     """
 
-    def __init__(self, clients: int, *, at_once: bool, app: ClientApp = client_app.app) -> None:
-        self._app = app
+    def __init__(
+        self,
+        clients: int,
+        *,
+        at_once: bool,
+        app: ClientApp = client_app.app,
+        run_config: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._app, self._run_config = app, dict(run_config or {})
         self._clients, self._at_once, self._ids = clients, at_once, itertools.count(1)
         self._states: dict[int, RecordDict] = {}
         self._replies: dict[str, Message] = {}
@@ -71,7 +80,7 @@ class InProcessGrid(Grid):
         node = message.metadata.dst_node_id
         state = self._states.setdefault(node, RecordDict())
         config: dict[str, Any] = {"partition-id": node - 1, "num-partitions": self._clients}
-        reply = self._app(message, Context(1, node, config, state, {}))
+        reply = self._app(message, Context(1, node, config, state, self._run_config))
         self._replies[message.metadata.message_id] = reply
 
     def create_message(self, *args: Any, **kwargs: Any) -> Message:

@@ -51,6 +51,7 @@ def check_config(config: Config, clients: int = 0) -> Config:
     make_parent(runs_folder(config.output.folder))
     if config.link.transport == "stream":
         _check_link(config.link)
+    _check_metrics(config.runtime)
     return _check_contents(config, count)
 
 
@@ -75,10 +76,11 @@ def check_deployed(config: Config) -> Config:
 def _check_contents(config: Config, clients: int) -> Config:
     """Check what it takes torch to read: not for a misspelt key."""
     from flower_app.build import num_blocks, resolve_model
-    from flower_app.check import check_names
+    from flower_app.check import check_extras, check_names
     from models import Cut
 
     check_names(config)
+    check_extras(config)
     _check_exists("model.tokenizer", config.model.tokenizer)
     config = resolve_model(config)
     blocks = num_blocks(config)
@@ -125,6 +127,17 @@ def _check_link(link: LinkConfig) -> None:
             f"link.bind={link.bind}: another program has this port, or the address is not this "
             "machine's; choose a free port, or port 0 for any",
             key="link.bind",
+        )
+
+
+def _check_metrics(runtime: RuntimeConfig) -> None:
+    host, port = runtime.metrics_host, runtime.metrics_port
+    if port and not is_free(host, port):
+        raise ConfigError(
+            f"runtime.metrics_port={port}: another program has this port, or {host} is no address "
+            "of this machine; choose a free port, runtime.metrics_host=127.0.0.1, or port 0 for "
+            "no metrics",
+            key="runtime.metrics_port",
         )
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from conf.schema import TrainConfig
 from strategies.engine.checks import InFlight, check_shapes
 from strategies.engine.member import Member
+from strategies.engine.meter import SILENT, Meter
 from strategies.optim import autocast, derive_seed
 
 
@@ -40,6 +41,8 @@ class Bench:
         Micro-batches of one session whose graphs may wait at once; 0: all of a step.
     max_in_flight : int
         Most bytes that wait for their step, over all sessions.
+    meter : Meter
+        Told of the work.
     """
 
     def __init__(
@@ -54,7 +57,9 @@ class Bench:
         max_tokens: int,
         max_graphs: int,
         max_in_flight: int,
+        meter: Meter = SILENT,
     ) -> None:
+        self.meter = meter
         self.device, self.train, self.timeout = device, train, timeout
         self.hidden_size = hidden_size
         self.max_sequences, self.max_tokens = max_sequences, max_tokens

@@ -23,7 +23,7 @@ class InFlight:
     """
 
     def __init__(self, limit: int) -> None:
-        self._limit, self._taken = limit, 0
+        self.limit, self._taken = limit, 0
         self._lock = threading.Lock()
 
     @property
@@ -34,11 +34,11 @@ class InFlight:
     def take(self, count: int) -> None:
         """Count `count` bytes more; `TrunkError` if they are too many."""
         with self._lock:
-            if self._taken + count > self._limit:
+            if self._taken + count > self.limit:
                 raise TrunkError(
                     f"{self._taken / 2**20:.4g} MiB of activations wait for their step, and "
                     f"{count / 2**20:.4g} more exceed link.max_in_flight_mb="
-                    f"{self._limit / 2**20:g}; raise it, or lower train.batch_size, data.context "
+                    f"{self.limit / 2**20:g}; raise it, or lower train.batch_size, data.context "
                     "or the number of clients in a round",
                     kind="busy",
                 )

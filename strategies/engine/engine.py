@@ -18,6 +18,7 @@ from conf.schema import TrainConfig
 from models import Cut, load_trainable_state, trainable_state
 from strategies.engine.bench import Bench
 from strategies.engine.member import Member, Round
+from strategies.engine.meter import SILENT, Meter
 from strategies.engine.policies.registry import find_policy
 from strategies.engine.session import Session
 from strategies.errors import TrunkError
@@ -54,6 +55,8 @@ class TrunkEngine:
         Micro-batches of one session whose graphs may wait at once; 0: all of a step.
     max_in_flight : int
         Most bytes of activations and replies whose step is not over yet, over all sessions.
+    meter : Meter
+        Told of the work; by default nobody is.
 
     Raises
     ------
@@ -77,6 +80,7 @@ class TrunkEngine:
         max_tokens: int = 2**16,
         max_graphs: int = MAX_GRAPHS,
         max_in_flight: int = 2**32,
+        meter: Meter = SILENT,
     ) -> None:
         self.trunk, self.hidden_size, self.train = trunk, hidden_size, train
         self.bench = Bench(
@@ -89,8 +93,9 @@ class TrunkEngine:
             max_tokens=max_tokens,
             max_graphs=max_graphs,
             max_in_flight=max_in_flight,
+            meter=meter,
         )
-        self.in_flight = self.bench.in_flight
+        self.meter, self.in_flight = meter, self.bench.in_flight
         self.policy = find_policy(train.strategy)(trunk, train, self.bench)
         self._round: Round | None = None
         self._kept: dict[str, Any] | None = None
@@ -147,7 +152,13 @@ class TrunkEngine:
             member = Member(client=client, steps=steps, round=self._round)
             session = Session(self.policy.open(key, member, cut), self.bench)
             self._sessions[key] = session
-            return session
+        self.meter.opened()
+        return session
+
+    def sessions(self) -> int:
+        """How many sessions are at work in the open round."""
+        with self._lock:
+            return sum(not session.closed for session in self._sessions.values())
 
     def _check_steps(self, steps: int) -> None:
         """The schedule is stretched over what is announced, under `merged` for everybody."""

@@ -15,6 +15,7 @@ from torch import Tensor
 from strategies.engine.bench import Bench
 from strategies.engine.checks import check_finite, norm_error
 from strategies.engine.lane import Lane, StepResult
+from strategies.engine.meter import Meter
 from strategies.errors import TrunkError
 
 
@@ -76,17 +77,20 @@ class Session:
         if not self.round.training:
             self._evaluated[step, micro] = held_tokens(h_BTD, mask_BT)
             self.tokens = sum(self._evaluated.values())
-            return self._lane.forward(step, micro, h_BTD, mask_BT)
+            with self._bench.meter.work("forward", self._evaluated[step, micro]):
+                return self._lane.forward(step, micro, h_BTD, mask_BT)
         self._check_step(step)
         self._lane.begin()
         with self._working():
             self.check_fresh(step, micro)
             self._check_compute(step, micro)
             self._hold(h_BTD.nbytes)
-            h_out_BTD = self._lane.forward(step, micro, h_BTD, mask_BT)
+            tokens = held_tokens(h_BTD, mask_BT)
+            with self._bench.meter.work("forward", tokens):
+                h_out_BTD = self._lane.forward(step, micro, h_BTD, mask_BT)
             self._pending[micro] = tuple(h_BTD.shape)
             # No step can learn from more tokens than it holds: a client's weight is its tokens.
-            self._learnable += held_tokens(h_BTD, mask_BT)
+            self._learnable += tokens
             self.moves += 1
             return h_out_BTD
 
@@ -143,7 +147,8 @@ class Session:
         """
         with self._working():
             self._check_backward(step, micro, grad_BTD, last)
-            answer = self._lane.backward(step, micro, grad_BTD, last=last, tokens=tokens)
+            with self._bench.meter.work("backward"):
+                answer = self._lane.backward(step, micro, grad_BTD, last=last, tokens=tokens)
             del self._pending[micro]
             self._gone_back.add(micro)
             self._ready = last
@@ -197,7 +202,8 @@ class Session:
         """
         with self._working():
             self._check_apply(step, client_square_norm, tokens)
-            result = self._lane.step(step, client_square_norm, tokens, gradients or {})
+            with self._bench.meter.work("step"):
+                result = self._lane.step(step, client_square_norm, tokens, gradients or {})
             self._finish_step()
             self.applied += 1
             self.tokens += tokens
@@ -218,6 +224,16 @@ class Session:
             raise TrunkError(
                 f"step {step} reports {tokens} tokens; its micro-batches held {self._learnable}"
             )
+
+    @property
+    def closed(self) -> bool:
+        """Whether it does no more."""
+        return self._closed
+
+    @property
+    def meter(self) -> Meter:
+        """Told of the trunk's work."""
+        return self._bench.meter
 
     def hold(self, count: int) -> None:
         """Count bytes that are kept for this session until its step is over, or until it closes."""

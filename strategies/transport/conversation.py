@@ -112,11 +112,13 @@ class Conversation:
                 return b""
         try:
             self._bytes_up += len(raw)
+            self.session.meter.received(len(raw))
             started, before = time.perf_counter(), self.session.moves
             reply = self._reply_or_failure(raw, started)
             self._seconds += time.perf_counter() - started
             self._check_progress(before)
             self._bytes_down += len(reply)
+            self.session.meter.sent(len(reply))
             return reply
         finally:
             self._serving.release()
@@ -145,6 +147,7 @@ class Conversation:
                 self._kept.keep(frame, raw, reply)
             return reply
         except TrunkError as error:
+            self.session.meter.failed(error.kind)
             if not error.passes:
                 raise
             self._damaged += error.kind == "damaged"
@@ -157,10 +160,15 @@ class Conversation:
         """A frame to the client, counted."""
         raw = server_frame(**body)
         self._bytes_down += len(raw)
+        self.session.meter.sent(len(raw))
         return raw
 
     def _reply(self, frame: pb.ClientFrame, started: float) -> dict[str, Any]:
         body = frame.WhichOneof("body")
+        with self.session.meter.frame(body or ""):
+            return self._serve(body, frame, started)
+
+    def _serve(self, body: str | None, frame: pb.ClientFrame, started: float) -> dict[str, Any]:
         if body == "compute":
             return {"activations": self._compute(frame.compute, started)}
         if body == "backward":

@@ -76,6 +76,7 @@ class Lockstep:
         if guest is None:
             raise TrunkError("the session came too late: its round has ended", kind="closed")
         session = self._engine.open(key, client=guest.client, steps=steps, cut=guest.cut)
+        self._engine.meter.connected(again=False)
         return Conversation(key, session, self._codec, self._report, limit=self._limit)
 
     def end_round(self) -> None:

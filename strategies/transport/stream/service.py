@@ -192,12 +192,14 @@ class TrunkService:
         metadata = {key: str(value) for key, value in context.invocation_metadata()}
         seat = self._let_in(metadata, context)
         if seat is None:
+            self._engine.meter.refused()
             context.abort(
                 grpc.StatusCode.UNAUTHENTICATED,
                 "no session is open to this token: it is not its node's, it was used before, or "
                 "its round has ended",
             )
             return
+        self._engine.meter.connected(again=seat.talk is not None)
         try:
             talk = self._open(seat, metadata)
             opened = pb.Opened(hidden_size=self._engine.hidden_size, steps=talk.session.steps)

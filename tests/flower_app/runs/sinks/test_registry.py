@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 
 from conf.rules import ConfigError
 from conf.schema import Config, OutputConfig, TrackingConfig
-from flower_app.check import check_names
+from flower_app.check import check_extras, check_names
 from flower_app.runs import sinks
 from flower_app.runs.recorder import Recorder
 from flower_app.runs.sinks import registry
@@ -79,7 +80,8 @@ def run(config: Config) -> tuple[Path, list[str]]:
 
 
 def test_a_sink_is_one_new_file(config: Config) -> None:
-    assert registry.names() == ["console", "journal", "toy-file"]
+    own = ["console", "journal", "mlflow", "tensorboard", "trackio", "wandb"]
+    assert registry.names() == sorted([*own, "toy-file"])
     check_names(config)
 
     folder, lines = run(config)
@@ -132,3 +134,67 @@ def test_naming_what_is_always_told_tells_it_once(config: Config) -> None:
     always: Any = ("console", "journal")
     _, lines = run(replace(config, tracking=TrackingConfig(sinks=always)))
     assert sum(line.startswith("finished:") for line in lines) == 1
+
+
+def test_a_tracker_that_hangs_or_is_slow_holds_nobody_up(
+    config: Config,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """It is left behind with what it did not take in; the steps left out are counted."""
+    text = TOY.replace(
+        'self.add(f"{type(event).__name__} {event.round}\\n")', "import threading; GATE.wait(60)"
+    )
+    assert text != TOY
+    (tmp_path / "sinks" / "toy_file.py").write_text(
+        f"{text}\nfrom threading import Event\nGATE = Event()\n"
+    )
+    monkeypatch.setattr(registry, "FLUSH", 0.05)
+    monkeypatch.setattr(registry, "WAITING", 3)
+    lines: list[str] = []
+    recorder = Recorder(config, say=lines.append)
+    recorder.start()
+    for _ in range(10):
+        recorder(STEP)
+    recorder(ROUND)
+    recorder.finish()
+    registry.registry.load("flower_app.runs.sinks", "toy-file").GATE.set()
+
+    first, second = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert "toy-file of tracking.sinks did not take in the rest within 0.05 s" in first
+    assert "was too slow: " in second
+    assert 6 <= int(second.split("was too slow: ")[1].split()[0]) <= 7  # one may be at work
+    assert any(line.startswith("finished:") for line in lines)
+    assert len((recorder.folder / "metrics.jsonl").read_text().splitlines()) == 12
+
+
+def test_a_slow_tracker_is_told_everything_in_order_before_the_run_ends(
+    config: Config, tmp_path: Path
+) -> None:
+    text = TOY.replace("def event(self, event):", "def event(self, event):\n        sleep(0.02)")
+    (tmp_path / "sinks" / "toy_file.py").write_text(f"from time import sleep\n{text}")
+    recorder = Recorder(config, say=lambda line: None)
+    recorder.start()
+    for number in range(10):
+        recorder(replace(STEP, round=number))
+    recorder.finish()
+    told = (recorder.folder / "toy.txt").read_text().splitlines()
+    assert told == ["started", *(f"StepDone {number}" for number in range(10)), "finished"]
+
+
+def test_a_tracker_without_its_library_is_refused_before_the_run(
+    config: Config, tmp_path: Path
+) -> None:
+    check_extras(config)
+    (tmp_path / "sinks" / "toy_file.py").write_text(f'NEEDS = "not_installed_at_all"\n{TOY}')
+    with pytest.raises(ConfigError, match=r"not_installed_at_all.*pip install 'graft\[toy-file\]'"):
+        check_extras(config)
+
+
+def test_every_tracker_of_ours_has_an_extra_that_installs_what_it_needs(project: Path) -> None:
+    settings = tomllib.loads((project / "pyproject.toml").read_text(encoding="utf-8"))
+    extras = settings["project"]["optional-dependencies"]
+    for name in ("mlflow", "tensorboard", "trackio", "wandb"):
+        needed = registry.registry.load("flower_app.runs.sinks", name).NEEDS
+        assert [one for one in extras[name] if one.startswith(needed)]
