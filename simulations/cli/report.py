@@ -25,7 +25,7 @@ def report(
         str, typer.Option(help="Some of html, md, json, csv, with commas between.")
     ] = "",
 ) -> None:
-    """Write a report of a run, or of several side by side: curves, clients, traffic, time, tests."""
+    """Write a report of a run, or of several side by side, as a page for screen and paper."""
     from simulations.report.report import FORMS, write_report
 
     suffix = out.suffix[1:] if out is not None and out.suffix[1:] in FORMS else "html"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from contextlib import suppress
+from pathlib import Path
 
 from flower_app.runs.folders import FAILED, FINISHED, folders, newest_round
 from flower_app.runs.history import RUNNING, History
@@ -17,19 +18,24 @@ def commands(history: History, seen: int) -> dict[str, str]:
     found = {
         "repeat": f"graft run {shlex.quote(str(config))} --clients {count}",
         "repeat, with Flower's own command": (
-            "flwr run . --stream --run-config "
-            + shlex.quote(f"experiment='{config}'")
-            + f' --federation-config "num-supernodes={count}"'
+            f"flwr run . --stream --run-config {_setting('experiment', config)}"
+            f' --federation-config "num-supernodes={count}"'
         ),
     }
     if history.status not in (RUNNING, FINISHED) and newest_round(folder) is not None:
         found["go on"] = f"graft resume {shlex.quote(str(folder))}"
         found["go on, with Flower's own command"] = (
-            "flwr run . --stream --run-config " + shlex.quote(f"resume='{folder}'")
+            f"flwr run . --stream --run-config {_setting('resume', folder)}"
         )
     elif history.status == FAILED:
         found["go on"] = "# there is no checkpoint: mend what the error says, and repeat the run"
     return found
+
+
+def _setting(key: str, path: Path) -> str:
+    """A run config of Flower's, quoted for a shell."""
+    text, harmless = f"{key}='{path}'", shlex.quote(str(path)) == str(path)
+    return f'"{text}"' if harmless else shlex.quote(text)
 
 
 def _connected(history: History) -> int:

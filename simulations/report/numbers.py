@@ -219,8 +219,8 @@ def _client(name: str, asked: Sequence[Asking], rows: Sequence[Record]) -> Recor
 
 
 def _columns(steps: Sequence[Record]) -> dict[str, list[Any]]:
-    names = ("round", "client", "step", "at", "loss", "grad_norm", "lr", "tokens")
-    names += ("bytes_up", "bytes_down", "steps_so_far", "tokens_so_far", "mb_so_far")
+    names = ["round", "client", "step", "at", "loss", "grad_norm", "lr", "tokens"]
+    names += ["bytes_up", "bytes_down", "steps_so_far", "tokens_so_far", "mb_so_far"]
     columns = {name: [step.get(name) for step in steps] for name in names}
     phases = {f"{p}_seconds": [(s.get("seconds") or {}).get(p) for s in steps] for p in PHASES}
     return columns | phases

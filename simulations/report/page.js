@@ -117,7 +117,7 @@
 
   const charts = {
     "loss": () => [lossTraces(asLoss), layout(AXES[axis], "loss (nats per token)")],
-    "perplexity": () => [lossTraces(asPerplexity), layout(AXES[axis], "perplexity, logarithmic", {yaxis: {type: "log", dtick: "D1", exponentformat: "none"}})],
+    "perplexity": () => [lossTraces(asPerplexity), layout(AXES[axis], "perplexity, logarithmic", {yaxis: {type: "log", dtick: "D2", exponentformat: "none", tickformat: ",~g"}})],
     "clients": run => [perClient(run.curves.clients, "smooth"), layout(AXES[axis], "training loss, smoothed (nats per token)")],
     "clients-heldout": run => [perClient(run.curves.clients_heldout, "loss"), layout(AXES[axis], "held-out loss (nats per token)")],
     "traffic": run => [[bar(run.rounds.round, run.rounds.up, "up, to the server", color(0), "MB"), bar(run.rounds.round, run.rounds.down, "down, to the clients", color(1), "MB")],
@@ -139,7 +139,7 @@
     if (!traces.length || traces.every(t => t.y.length === 0)) {
       element.textContent = "Nothing is on record for this figure."; element.style.minHeight = 0; return;
     }
-    Plotly.react(element, traces, shape, {responsive: !printing, displaylogo: false, modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"]});
+    Plotly.react(element, traces, shape, {responsive: !printing, displayModeBar: false});
   }
   const all = only => document.querySelectorAll(".chart").forEach(e => { if (!only || only.has(e.dataset.chart)) draw(e); });
 

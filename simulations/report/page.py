@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from conf import VERSION
@@ -84,10 +83,10 @@ def render(runs: Sequence[Any], comparison: Mapping[str, Any] | None, name: str 
         contents=_contents(runs, comparison),
         version=VERSION,
         made=tables.moment(now()),
-        css=Markup((FOLDER / "page.css").read_text(encoding="utf-8")),
-        script=Markup((FOLDER / "page.js").read_text(encoding="utf-8")),
-        plotly=Markup(get_plotlyjs()),
-        data=Markup(_json(_data(runs, comparison))),
+        css=(FOLDER / "page.css").read_text(encoding="utf-8"),
+        script=(FOLDER / "page.js").read_text(encoding="utf-8"),
+        plotly=get_plotlyjs(),
+        data=_json(_data(runs, comparison)),
     )
 
 

@@ -74,7 +74,8 @@ def find(names: Sequence[str]) -> tuple[list[Path], str, Path]:
             home = find_run(name)
             found[home] = None
             continue
-        told, title, home = read_sweep(sweep), f"Sweep {sweep.name}", sweep
+        told, home = read_sweep(sweep), sweep
+        title = f"Sweep {told.name}"
         runs = [Path(point.run) for point in told.points if point.run]
         found |= {run.resolve(): None for run in runs if run.is_dir()}
     if not found:
