@@ -33,6 +33,7 @@ ROOMS = (
     "simulations/disturb",
     "simulations/bench",
     "simulations/study",
+    "simulations/watch",
     "simulations/cli",
 )
 """Each may import itself and those before it. A folder not named here is part of the one above."""

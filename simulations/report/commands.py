@@ -7,7 +7,7 @@ import shlex
 from contextlib import suppress
 from pathlib import Path
 
-from flower_app.runs.folders import FAILED, FINISHED, folders, newest_round
+from flower_app.runs.folders import FINISHED, folders, newest_round
 from flower_app.runs.history import RUNNING, History
 
 
@@ -27,8 +27,6 @@ def commands(history: History, seen: int) -> dict[str, str]:
         found["go on, with Flower's own command"] = (
             f"flwr run . --stream --run-config {_setting('resume', folder)}"
         )
-    elif history.status == FAILED:
-        found["go on"] = "# there is no checkpoint: mend what the error says, and repeat the run"
     return found
 
 
