@@ -12,6 +12,7 @@ from pathlib import Path
 from rich.console import Console
 
 from conf.load import load_config
+from conf.schema import Config
 from simulations.sweep.estimate import estimate
 from simulations.sweep.execute import Display, Execution, Listed, Source
 from simulations.sweep.limits import Limits, cores_needed, federation_of, find_limits
@@ -220,12 +221,18 @@ def _places(
     at_once = limits.jobs or max(1, left)
     share = max(1, limits.cores // at_once)
 
+    configs = {point.id: config_of(sweep, point) for point in sweep.points}
+
+    def config(point: Point) -> Config:
+        if point.id not in configs:  # sampled just now
+            configs[point.id] = config_of(sweep, point)
+        return configs[point.id]
+
     def need(point: Point) -> int:
-        return max(share, cores_needed(config_of(sweep, point), point.clients, limits.cores))
+        return max(share, cores_needed(config(point), point.clients, limits.cores))
 
     def federation(task: Task) -> str:
-        point = task.point
-        return federation_of(config_of(sweep, point), point.clients, need(point))
+        return federation_of(config(task.point), task.point.clients, need(task.point))
 
     how = f"{limits.jobs} at a time" if limits.jobs else "as many at a time as fit"
     say(f"{how}: {limits.cores} cores, {limits.memory_mb / 1024:.1f} GB")

@@ -1,4 +1,4 @@
-"""A sweep's state: what runs at a time, what a crash, a stop and a kill leave, and how it goes on."""
+"""A sweep's state: what runs at a time, what a crash or a kill leaves, and how it goes on."""
 
 from __future__ import annotations
 
