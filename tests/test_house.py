@@ -27,6 +27,7 @@ ROOMS = (
     "flower_app/client",
     "simulations/launch",
     "simulations/sweep",
+    "simulations/report",
     "simulations/deploy",
     "simulations/equality",
     "simulations/disturb",
