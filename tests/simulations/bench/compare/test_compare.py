@@ -188,12 +188,14 @@ def test_at_break_even_a_split_step_takes_as_long_as_an_unsplit_one() -> None:
     one = Point(step=0.5, client=0.1, trunk=0.2, bytes_up=1e6, bytes_down=1e6)
     parts = {"whole": 0.3, "overhead": 0.05, **vars(one)}
 
-    k = rows.break_even(parts, 100, clients=2)
+    k = rows.break_even(parts, 100)
 
     assert k is not None
-    split = predicted_split(one, slow=k, megabits=100, clients=2, overhead=0.05)
+    split = predicted_split(one, slow=k, megabits=100, clients=2, cores=2, overhead=0.05)
     assert split == pytest.approx(k * parts["whole"])
-    assert rows.break_even({**parts, "whole": 0.1}, 100, clients=2) is None
+    full = predicted_split(one, slow=1, megabits=1e6, clients=8, cores=2, overhead=0.0)
+    assert full == pytest.approx(8 * 0.2 / 2), "eight clients wait for two cores"
+    assert rows.break_even({**parts, "whole": 0.1}, 100) is None
 
 
 def test_a_target_is_one_that_all_methods_reach() -> None:
@@ -224,7 +226,12 @@ def _made_up() -> dict[str, Any]:
         run = {"rounds": told, "start_seconds": 9.0, "heldout": 2.0, "averaging": 0.1}
         methods[method] = rows.row_of(method, run, 2.05, flops, memory, 10)
     one = dict.fromkeys(("unsplit", "split", "unsplit_predicted", "split_predicted"), 1.0)
-    one |= {"megabits": 100, "unsplit_with_messages": 1.2, "split_with_messages": 1.0}
+    one |= {
+        "megabits": 100,
+        "unsplit_with_messages": 1.2,
+        "split_with_messages": 1.0,
+        "most_clients": 9,
+    }
     weak = {"weak": [{**one, "slow": k} for k in (1, 4)], "break_even": {"100": 1.5}}
     return {
         "setting": vars(replace(TINY)),
