@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import socket
 import threading
 import time
@@ -23,6 +24,7 @@ from simulations.bench.compare.data import all_heldout, client_steps
 from simulations.bench.compare.fedavg.app import load_model, mean_loss
 from simulations.bench.compare.flops import count_flops
 from simulations.bench.compare.methods import graft_rounds, train_central
+from simulations.bench.compare.publish import FIGURE, PAGE, README, publish
 from simulations.bench.compare.relay import Relay
 from simulations.bench.compare.settings import FEDAVG, METHODS, Compare, Start, config_of
 from simulations.bench.compare.start import make_start
@@ -69,18 +71,32 @@ class Trained:
         return mean_loss(load_model(self.config, str(self.adapter)), all_heldout(self.config))[0]
 
 
-def test_the_fedavg_app_averages_as_by_hand(trained: dict[str, Trained]) -> None:
-    config, adapter = trained[FEDAVG].config, trained[FEDAVG].adapter
+def test_the_fedavg_app_averages_as_by_hand(start: Start, tmp_path: Path) -> None:
+    config = _unequal(config_of(TINY, start, FEDAVG, tmp_path), tmp_path)
+    count_round(config, FEDAVG, tmp_path)
     model = load_model(config)
     first = {name: value.clone() for name, value in get_peft_model_state_dict(model).items()}
 
     for number in (1, 2):
         cohort = [client_steps(config, client, number) for client in range(TINY.clients)]
+        assert len(cohort[0]) != len(cohort[1]), "equal weights say nothing"
         fed_avg_round(model, cohort, config.train, number, TINY.rounds)
 
     by_hand = get_peft_model_state_dict(model)
-    assert largest_difference(by_hand, load_file(adapter / "adapter_model.safetensors")) < 1e-6
+    found = load_file(tmp_path / "model" / "adapter_model.safetensors")
+    assert largest_difference(by_hand, found) < 1e-5
     assert largest_difference(by_hand, first) > 1e-3, "nothing was learned: nothing is compared"
+
+
+def _unequal(config: Config, folder: Path) -> Config:
+    """One client has one document, the other two; each trains for an epoch a round."""
+    lines = Path(config.data.path).read_text(encoding="utf-8").splitlines()[:3]
+    few = folder / "few.jsonl"
+    short = [{"text": json.loads(line)["text"][:700]} for line in lines]
+    few.write_text("\n".join(map(json.dumps, short)), encoding="utf-8")
+    data = replace(config.data, path=str(few), partitioner="linear", max_examples=0)
+    train = replace(config.train, local_steps=0, local_epochs=1, batch_size=8)
+    return replace(config, data=data, train=train)
 
 
 def test_splitfed_v1_ends_where_fedavg_of_the_unsplit_model_does(
@@ -212,6 +228,23 @@ def test_tables_and_figure_have_every_method_and_point(tmp_path: Path) -> None:
     for columns, lines in report.tables(_made_up()):
         assert lines
         assert all(len(line) == len(columns) for line in lines)
+
+
+def test_results_are_put_between_the_marks_of_the_docs(tmp_path: Path, project: Path) -> None:
+    (tmp_path / "docs").mkdir()
+    for page in (PAGE, README):
+        shutil.copyfile(project / page, tmp_path / page)
+    leave(_made_up(), tmp_path / "left")
+
+    for _ in range(2):  # what was published before is replaced
+        publish(tmp_path / "left", tmp_path)
+
+    page = (tmp_path / PAGE).read_text(encoding="utf-8")
+    assert page.count("| seconds of a step, median |") == 1
+    assert page.startswith("# What splitting costs")
+    assert page.rstrip().endswith("too thin for it.")
+    assert "**1.50 unsplit steps**" in (tmp_path / README).read_text(encoding="utf-8")
+    assert (tmp_path / FIGURE).exists()
 
 
 def _made_up() -> dict[str, Any]:
