@@ -28,6 +28,16 @@ def sweep(
     retry_failed: Annotated[
         bool, typer.Option("--retry-failed", help="With --resume: crashed points again, too.")
     ] = False,
+    table: Annotated[str, typer.Option(help="Write table and plots of this folder again.")] = "",
+    dry: Annotated[
+        bool, typer.Option("--dry-run", help="List and check the points, with an estimate.")
+    ] = False,
+    search: Annotated[
+        int, typer.Option(help="Sample so many points with Optuna, from a,b or interval(a,b).")
+    ] = 0,
+    pruner: Annotated[
+        str, typer.Option(help="Of a search, ends hopeless points: median, hyperband or none.")
+    ] = "median",
     jobs: Annotated[str, typer.Option(help="Points at a time; auto: as many as fit.")] = "auto",
     cores: Annotated[int, typer.Option(help="Cores to use; 0: all.", min=0)] = 0,
     memory: Annotated[float, typer.Option(help="GB to use; 0: 90 % of what is free.", min=0)] = 0,
@@ -35,17 +45,30 @@ def sweep(
         str, typer.Option(help="A connection of your Flower configuration to run on.")
     ] = "",
 ) -> None:
-    """Run many points of an experiment, several at a time; its folder has table and plots."""
+    """Run many points of an experiment, several at a time: table, plots, and a state to go on from.
+
+    Without arguments: what there is.
+    """
+    from dataclasses import replace
+
     from simulations.sweep.spec import read_spec
     from simulations.sweep.state import CRASHED
-    from simulations.sweep.sweep import Room, begin, go_on
+    from simulations.sweep.sweep import Room, begin, dry_run, go_on, overview, rebuild
 
     if jobs != "auto" and not (jobs.isdecimal() and int(jobs)):
         raise ValueError(f"--jobs {jobs}: give auto, or a whole number, 1 or more")
     room = Room(jobs=0 if jobs == "auto" else int(jobs), cores=cores, memory_gb=memory)
+    if table or not (what or resume):
+        rebuild(table, say=typer.echo) if table else overview(say=typer.echo)
+        return
     if resume:
         done = go_on(resume, room, retry=retry_failed, say=typer.echo)
     else:
-        done = begin(read_spec(what, changes or [], clients), room, superlink, say=typer.echo)
+        spec = read_spec(what, changes or [], clients)
+        spec = replace(spec, search=search or spec.search)
+        if dry:
+            dry_run(spec, room, superlink, say=typer.echo)
+            return
+        done = begin(spec, room, superlink, pruner=pruner, say=typer.echo)
     if done.count(CRASHED):
         raise typer.Exit(1)

@@ -12,6 +12,7 @@ from flower_app.runs.folders import new_folder
 from simulations.launch.machine import check_machine, look_at_machine
 from simulations.launch.preflight import FLOWERS_CLIENTS, check_config, check_deployed
 from simulations.sweep.points import Expanded, expand
+from simulations.sweep.results import check_measures
 from simulations.sweep.spec import CLIENTS, Spec
 from simulations.sweep.state import (
     FILE,
@@ -25,8 +26,8 @@ from simulations.sweep.state import (
 Say = Callable[[str], None]
 
 
-def plan(spec: Spec, superlink: str, say: Say) -> Sweep:
-    """Return the sweep with all its points, each checked as a run of its own is.
+def plan(spec: Spec, superlink: str, say: Say) -> tuple[Sweep, list[Config]]:
+    """Return the sweep with all its points, and their configurations, each checked as a run is.
 
     Parameters
     ----------
@@ -43,6 +44,12 @@ def plan(spec: Spec, superlink: str, say: Say) -> Sweep:
         If anything is wrong with any point.
     """
     check_clients(spec, superlink)
+    check_measures(spec.plot)
+    if spec.spans:
+        raise ConfigError(
+            f"{next(iter(spec.spans))} has an interval, which is sampled from: add --search N, or "
+            "give its values, separated by commas"
+        )
     found = expand(spec, 0 if superlink else FLOWERS_CLIENTS)
     if found.doubles:
         say(f"{found.doubles} of the combinations say the same as others: each is run once")
@@ -52,7 +59,7 @@ def plan(spec: Spec, superlink: str, say: Say) -> Sweep:
         for note in check_machine(look_at_machine()):
             say(note)
     _check(found, superlink)
-    return Sweep(
+    sweep = Sweep(
         name=spec.name,
         experiment=spec.experiment,
         keys=found.keys,
@@ -60,6 +67,7 @@ def plan(spec: Spec, superlink: str, say: Say) -> Sweep:
         superlink=superlink,
         plot=list(spec.plot),
     )
+    return sweep, found.configs
 
 
 def check_clients(spec: Spec, superlink: str) -> None:

@@ -198,8 +198,10 @@ def _count(value: Any) -> int:
 def _swept_keys(spec: Spec, points: list[tuple[Config, int]]) -> list[str]:
     """Keys with more than one value, in the order in which they were named."""
     named: list[str] = [*spec.grid]
-    for lists in (*spec.zipped, *(when.then for when in spec.when)):
+    for lists in spec.zipped:
         named += lists
+    for when in spec.when:  # a single value only follows from the condition
+        named += [key for key, texts in when.then.items() if len(texts) > 1]
     named += [key for extra in spec.include for key in extra]
     unlike = []
     for key in dict.fromkeys(named):
