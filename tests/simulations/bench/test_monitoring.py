@@ -1,4 +1,4 @@
-"""The bench of monitoring times what it says: both trunks train alike, and one tells of each step."""
+"""The bench of monitoring: both trunks train, and one tells of each step."""
 
 from __future__ import annotations
 
