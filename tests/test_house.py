@@ -27,11 +27,14 @@ ROOMS = (
     "flower_app/client",
     "simulations/launch",
     "simulations/sweep",
+    "simulations/report",
     "simulations/deploy",
     "simulations/equality",
     "simulations/disturb",
+    "simulations/plan",
     "simulations/bench",
     "simulations/study",
+    "simulations/watch",
     "simulations/cli",
 )
 """Each may import itself and those before it. A folder not named here is part of the one above."""

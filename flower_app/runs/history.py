@@ -56,7 +56,7 @@ class History:
     steps: list[Record] = field(default_factory=list)
     """Optimizer steps, those of undone attempts left out."""
     rounds: list[Record] = field(default_factory=list)
-    """Rounds that are over, round 0 being the evaluation before training."""
+    """Rounds that are over, round 0 being the evaluation before training; `trained_at` is when."""
     trained: Record | None = None
     """The round that is trained and not evaluated yet."""
     asked: list[Record] = field(default_factory=list)
@@ -170,6 +170,8 @@ class Follower:
         elif kind == "trained":
             history.trained = record
         elif kind == "round":
+            if history.trained is not None:
+                record["trained_at"] = history.trained["at"]
             history.rounds.append(record)
             history.trained = None
 

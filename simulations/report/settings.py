@@ -1,0 +1,59 @@
+"""Settings of runs: what differs from the defaults, and between runs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from conf.load import to_dict
+from conf.schema import Config
+
+APART = ("seed", "output.", "tracking.")
+"""Keys that make no other setting: repetitions of one differ in them."""
+
+
+def flat(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings by key, as `train.lr`; what is free in form stays whole."""
+    return {
+        f"{section}.{key}" if isinstance(values, dict) else section: value
+        for section, values in config.items()
+        for key, value in (values if isinstance(values, dict) else {"": values}).items()
+    }
+
+
+def changed(config: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """Return key, value and default of what is not as by default; a key that is no more: None."""
+    default = flat(to_dict(Config()))
+    return [
+        (key, value, default.get(key))
+        for key, value in flat(config).items()
+        if key not in default or value != default[key]
+    ]
+
+
+def differing(runs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the keys in which runs differ: of the configuration, and `clients`."""
+    keys = dict.fromkeys(key for run in runs for key in settings(run))
+    return [key for key in keys if len({shown(settings(run).get(key)) for run in runs}) > 1]
+
+
+def settings(run: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a run was set to: its configuration, and how many clients it had."""
+    return {**run["config"], "clients": run["summary"]["clients"]}
+
+
+def setting_of(run: Mapping[str, Any], keys: Sequence[str]) -> str:
+    """Return in words what a run has of its own among `keys`, its seed left out."""
+    told = settings(run)
+    words = [f"{key}={shown(told.get(key))}" for key in keys if not key.startswith(APART)]
+    return ", ".join(words) or "all"
+
+
+def shown(value: Any) -> str:
+    """Return a value as YAML's flow style would have it."""
+    if isinstance(value, str):
+        return value or "''"
+    if isinstance(value, float):
+        return f"{value:g}"
+    return "-" if value is None else json.dumps(value, ensure_ascii=False)

@@ -1,0 +1,1 @@
+"""`graft watch`: a run as it goes, from its folder alone."""
