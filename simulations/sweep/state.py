@@ -109,8 +109,12 @@ def is_sweep(folder: Path) -> bool:
 
 
 def find_sweep(name: str) -> Path:
-    """Return a sweep's folder by its path, or by its name below `sweeps_folder`."""
-    for folder in (Path(name).expanduser(), sweeps_folder() / name):
+    """Return a sweep's folder by its path, its name below `sweeps_folder`, or the sweep's name.
+
+    Of several sweeps of that name, the newest.
+    """
+    named = sorted(sweeps_folder().glob(f"*-{name}"), reverse=True) if name.isidentifier() else []
+    for folder in (Path(name).expanduser(), sweeps_folder() / name, *named):
         if is_sweep(folder):
             return folder.resolve()
     raise ValueError(
