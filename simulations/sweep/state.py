@@ -113,8 +113,9 @@ def find_sweep(name: str) -> Path:
 
     Of several sweeps of that name, the newest.
     """
-    named = sorted(sweeps_folder().glob(f"*-{name}"), reverse=True) if name.isidentifier() else []
-    for folder in (Path(name).expanduser(), sweeps_folder() / name, *named):
+    stamp = len("20260101-000000-")
+    named = [path for path in sweeps_folder().glob("*") if path.name[stamp:] == name]
+    for folder in (Path(name).expanduser(), sweeps_folder() / name, *sorted(named, reverse=True)):
         if is_sweep(folder):
             return folder.resolve()
     raise ValueError(
