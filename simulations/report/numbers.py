@@ -15,8 +15,9 @@ from simulations.report.participation import Asking, askings
 from simulations.report.settings import changed, flat
 
 PHASES = ("bottom", "network", "trunk", "top")
-PARTS = (*PHASES, "evaluation", "rest")
-"""Of a round: a client's mean time in each phase, the evaluation, and what is left of the round."""
+PARTS = ("startup", *PHASES, "evaluation", "rest")
+"""Of a round: until the first step begins, a client's mean time in each phase, the evaluation, and
+what is left of the round."""
 
 Run = dict[str, Any]
 
@@ -95,10 +96,14 @@ def _rounds(history: History) -> list[Record]:
     steps: dict[int, list[Record]] = defaultdict(list)
     for step in history.steps:
         steps[step["round"]].append(step)
-    return [_round(record, steps[record["round"]]) for record in history.rounds]
+    asked = {record["round"]: record["at"] for record in history.asked if record["training"]}
+    return [
+        _round(record, steps[record["round"]], asked.get(record["round"]))
+        for record in history.rounds
+    ]
 
 
-def _round(record: Record, steps: Sequence[Record]) -> Record:
+def _round(record: Record, steps: Sequence[Record], asked: float | None) -> Record:
     loss = (record.get("evaluate") or {}).get("loss")
     memory = record.get("memory") or {}
     told = record.get("per_client") or {}
@@ -117,7 +122,7 @@ def _round(record: Record, steps: Sequence[Record]) -> Record:
         "answered": len(record.get("clients") or ()),
         "attempts": record.get("attempts", 1),
         **{key: record[key] for key in ("steps_so_far", "tokens_so_far", "mb_so_far")},
-        **{f"{part}_seconds": value for part, value in _parts(record, steps).items()},
+        **{f"{part}_seconds": value for part, value in _parts(record, steps, asked).items()},
         "server_mb": memory.get("server_mb"),
         "server_peak_mb": memory.get("server_peak_mb"),
         "gpu_peak_mb": memory.get("gpu_peak_mb"),
@@ -125,12 +130,15 @@ def _round(record: Record, steps: Sequence[Record]) -> Record:
     }
 
 
-def _parts(record: Record, steps: Sequence[Record]) -> dict[str, float]:
-    """Seconds of a round: the mean client's in each phase, evaluation, and all that is left."""
+def _parts(record: Record, steps: Sequence[Record], asked: float | None) -> dict[str, float]:
+    """Seconds of a round by `PARTS`; `asked` is when the attempt that counts began, if known."""
     by_client: dict[str, list[Record]] = defaultdict(list)
     for step in steps:
         by_client[step["client"]].append(step.get("seconds") or {})
-    parts = {
+    begun = [step["at"] - sum((step.get("seconds") or {}).values()) for step in steps]
+    known = asked is not None and begun
+    parts = {"startup": max(0.0, min(begun) - asked) if known and asked is not None else 0.0}
+    parts |= {
         phase: fmean(sum(each.get(phase, 0.0) for each in own) for own in by_client.values())
         if by_client
         else 0.0

@@ -30,7 +30,7 @@
     return {
       font: {family: "system-ui, sans-serif", size: 13, color: t.ink}, paper_bgcolor: t.paper, plot_bgcolor: t.paper,
       margin: {l: 56, r: 16, t: 16, b: 48}, height: 400, hovermode: "closest", showlegend: true,
-      legend: {orientation: "h", x: 0, xanchor: "left", y: 1.02, yanchor: "bottom", font: {size: 12}},
+      legend: {orientation: "h", x: 0, xanchor: "left", y: 1.02, yanchor: "bottom", font: {size: 12}, traceorder: "normal"},
       hoverlabel: {align: "left", namelength: -1},
       ...more,
       xaxis: {...line, title: {text: xtitle, standoff: 10}, ...more.xaxis},
@@ -124,7 +124,7 @@
       layout("round", "MB", {barmode: "group", height: 320, xaxis: {dtick: run.rounds.round.length <= 25 ? 1 : undefined}})],
     "traffic-clients": run => [[bar(run.clients.name.map(short), run.clients.up, "up, to the server", color(0), "MB"), bar(run.clients.name.map(short), run.clients.down, "down, to the client", color(1), "MB")],
       layout("client", "MB", {barmode: "group", height: 340, xaxis: {type: "category", showgrid: false, tickfont: {size: run.clients.name.length > 40 ? 9 : 12}}})],
-    "time": run => [run.parts.map((part, i) => bar(run.rounds.round, run.rounds[part], part === "rest" ? "the rest" : part, part === "rest" ? theme().waiting : color(i), "s")),
+    "time": run => [run.parts.filter(part => run.rounds[part].some(v => v > 0)).map((part, i) => bar(run.rounds.round, run.rounds[part], ({rest: "the rest", startup: "start-up"})[part] || part, part === "rest" ? theme().waiting : color(i), "s")),
       layout("round", "seconds", {barmode: "stack", xaxis: {dtick: run.rounds.round.length <= 25 ? 1 : undefined}})],
     "memory": run => [Object.entries(run.memory).map(([name, values], i) => ({type: "scatter", mode: values.length > 60 ? "lines" : "lines+markers", x: run.rounds.round, y: values, name, line: {color: color(i), width: 2, dash: DASHES[i % 4]}, hovertemplate: `%{y:,.0f} MB<extra>${name}, round %{x}</extra>`})),
       layout("round", "MB", {height: 320, yaxis: {rangemode: "tozero"}, xaxis: {dtick: run.rounds.round.length <= 25 ? 1 : undefined}})],

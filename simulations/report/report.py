@@ -71,7 +71,8 @@ def find(names: Sequence[str]) -> tuple[list[Path], str, Path]:
     for name in names:
         sweep = _sweep(name)
         if sweep is None:
-            home = find_run(name)
+            here = Path(name)
+            home = here.resolve() if here.is_dir() else find_run(name)
             found[home] = None
             continue
         told, home = read_sweep(sweep), sweep

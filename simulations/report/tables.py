@@ -91,10 +91,11 @@ def tests(comparison: Mapping[str, Any]) -> Table:
 
 
 def differences(runs: Sequence[Run], keys: Sequence[str]) -> Table:
-    """One row a key that is not the same in all runs."""
-    told = [settings(run) for run in runs]
-    rows = [[key, *(shown(each.get(key)) for each in told)] for key in keys]
-    return Table(columns=["key", *(run["name"] for run in runs)], rows=rows, left=len(runs) + 1)
+    """One row a run, and a column for each key that is not the same in all of them."""
+    keys = [key for key in keys if key != "output.folder"]
+    told = [(run["name"], settings(run)) for run in runs]
+    rows = [[name, *(shown(each.get(key)) for key in keys)] for name, each in told]
+    return Table(columns=["run", *keys], rows=rows if keys else [], left=len(keys) + 1)
 
 
 def rounds(run: Run) -> Table:
@@ -128,7 +129,8 @@ def phases(run: Run) -> Table:
         [str(r["round"]), *(figure(r[f"{part}_seconds"]) for part in PARTS), figure(r["seconds"])]
         for r in rows
     ]
-    columns = ["round", *(f"{name} (s)" for name in (*PARTS, "round"))]
+    names = ["start-up" if part == "startup" else part for part in PARTS]
+    columns = ["round", *(f"{name} (s)" for name in (*names, "round"))]
     return Table(columns=columns, rows=cells, note=_every(every, "round"))
 
 
@@ -225,7 +227,9 @@ def signed(value: float | None) -> str:
 
 def megabytes(value: float | None) -> str:
     """Bytes in MB."""
-    return NONE if value is None else f"{value / 1e6:,.1f}"
+    return (
+        NONE if value is None else f"{value / 1e6:,.1f}" if value >= 1e7 else f"{value / 1e6:.3g}"
+    )
 
 
 def duration(seconds: float | None) -> str:

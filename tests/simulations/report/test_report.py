@@ -55,9 +55,9 @@ def test_the_numbers_are_those_of_the_record(tmp_path: Path) -> None:
     assert (first["evaluation_seconds"], first["tokens_so_far"], first["mb_so_far"]) == (10, 0, 2)
     assert (second["at"], second["steps_so_far"], second["tokens_so_far"]) == (20, 2, 40)
     assert second["mb_so_far"] == 2 + 14
-    parts = [second[f"{p}_seconds"] for p in ("bottom", "network", "trunk", "top", "evaluation")]
-    assert parts == pytest.approx([0.2, 0.4, 0.6, 0.8, 4.0])
-    assert second["rest_seconds"] == pytest.approx(10 - 2 - 4)
+    names = ("startup", "bottom", "network", "trunk", "top", "evaluation", "rest")
+    parts = [second[f"{name}_seconds"] for name in names]
+    assert parts == pytest.approx([0.5, 0.2, 0.4, 0.6, 0.8, 4, 10 - 2.5 - 4])
     assert run["environment"]["cpus"] == 2
     assert run["model"] == "a small model"
 
