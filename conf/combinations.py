@@ -6,7 +6,9 @@ from conf.rules import ConfigError
 from conf.sections.aggregation import AggregationConfig
 from conf.sections.cut import CutConfig
 from conf.sections.data import DataConfig
+from conf.sections.federation import FederationConfig
 from conf.sections.model import ModelConfig
+from conf.sections.output import OutputConfig
 from conf.sections.train import TrainConfig
 from conf.sections.tuning import TuningConfig
 
@@ -80,6 +82,66 @@ def check_aggregated(
             f"aggregation.optimizer={how.optimizer} and aggregation.lora={how.lora} must be "
             "fedavg, and factors or ffa; or set train.sync=round",
             key="train.sync",
+        )
+
+
+def check_ends(
+    how: AggregationConfig, train: TrainConfig, data: DataConfig, output: OutputConfig
+) -> None:
+    """Refuse what needs to know ends that never leave their client."""
+    if how.ends == "average":
+        if output.share_trunk:
+            raise ConfigError(
+                "output.share_trunk=true is for aggregation.ends=local or local-top, where each "
+                "site exports a model of its own; with aggregation.ends=average the server "
+                "exports the one model: set output.share_trunk=false",
+                key="output.share_trunk",
+            )
+        return
+    stay = f"aggregation.ends={how.ends}: what stays with its client"
+    if train.sync == "step":
+        raise ConfigError(
+            f"{stay} cannot take a common step (train.sync=step): set train.sync=round, or "
+            "aggregation.ends=average",
+            key="aggregation.ends",
+        )
+    if how.optimizer != "fedavg":
+        raise ConfigError(
+            f"{stay} cannot be moved by a server optimizer, which begins with the clients' first "
+            f"tensors (aggregation.optimizer={how.optimizer}): set aggregation.optimizer=fedavg, "
+            "or aggregation.ends=average",
+            key="aggregation.optimizer",
+        )
+    if data.central_path:
+        raise ConfigError(
+            f"{stay} cannot be evaluated by the server (data.central_path={data.central_path!r}): "
+            "clear it, for each client evaluates its own model, or set aggregation.ends=average",
+            key="data.central_path",
+        )
+    if output.checkpoint_every > 1:
+        raise ConfigError(
+            f"output.checkpoint_every={output.checkpoint_every} with aggregation.ends={how.ends}: "
+            "a resumed run goes back to its last checkpoint, and sites keep their own ends of the "
+            "last rounds only; set output.checkpoint_every=1, or 0 for a run that need not go on",
+            key="output.checkpoint_every",
+        )
+
+
+def check_watched(
+    train: TrainConfig, output: OutputConfig, data: DataConfig, federation: FederationConfig
+) -> None:
+    """Refuse to wait for a better loss, or to export the best, where nobody measures any."""
+    if data.central_path or (data.heldout and federation.fraction_evaluate):
+        return
+    wanted = [f"train.patience={train.patience}"] if train.patience else []
+    wanted += ["output.model=best"] if output.model == "best" else []
+    if wanted:
+        raise ConfigError(
+            f"{' and '.join(wanted)} by a held-out loss, and nobody evaluates "
+            f"(data.heldout={data.heldout:g}, federation.fraction_evaluate="
+            f"{federation.fraction_evaluate:g}): hold something out, or give the server a file "
+            "of its own (data.central_path)",
+            key=wanted[0].partition("=")[0],
         )
 
 

@@ -83,4 +83,6 @@ class Config:
         combinations.check_model(self.model, self.data)
         combinations.check_trained(self.model, self.cut, self.tuning)
         combinations.check_aggregated(self.aggregation, self.model, self.train, self.tuning)
+        combinations.check_ends(self.aggregation, self.train, self.data, self.output)
+        combinations.check_watched(self.train, self.output, self.data, self.federation)
         return self

@@ -97,9 +97,33 @@ def _build_client(config: Config) -> tuple[Part, Part]:
     return bottom, top
 
 
+def own_names(config: Config, bottom: Part, top: Part) -> set[str]:
+    """Names of what is trained in a client's ends and never leaves it (`aggregation.ends`).
+
+    Raises
+    ------
+    ValueError
+        If the top is to stay while the bottom is averaged, and both are one tensor.
+    """
+    ends = config.aggregation.ends
+    if ends == "average":
+        return set()
+    if ends == "local":
+        return {*named_trainable(bottom, top)}
+    below, above = named_trainable(bottom), named_trainable(top)
+    tied = {id(parameter) for parameter in below.values()}
+    if both := [name for name, parameter in above.items() if id(parameter) in tied]:
+        raise ValueError(
+            f"aggregation.ends={ends} keeps the top at its client and averages the bottom, and "
+            f"this model's head is its embedding ('{both[0]}'), which is trained: set "
+            "aggregation.ends=local, or tune the ends with lora"
+        )
+    return {*above}
+
+
 def client_form(config: Config, cut: Cut, rank: int) -> Form:
-    """Names and shapes of what a client of this cut and rank trains; a checkpoint's weights are
-    not read for it."""
+    """Names and shapes of what a client of this cut and rank trains and answers with; a
+    checkpoint's weights are not read for it."""
     own = replace(
         config,
         cut=replace(config.cut, bottom=cut.bottom, top=cut.top),
@@ -111,7 +135,12 @@ def client_form(config: Config, cut: Cut, rank: int) -> Form:
     else:
         parts = split_unchecked(outline(source_of(own.model).base), cut)
         bottom, top = _tune(parts.bottom, own), _tune(parts.top, own)
-    return {name: tuple(tensor.shape) for name, tensor in client_state(bottom, top).items()}
+    own_tensors = own_names(own, bottom, top)
+    return {
+        name: tuple(tensor.shape)
+        for name, tensor in client_state(bottom, top).items()
+        if name not in own_tensors
+    }
 
 
 def build_trunk(config: Config) -> Part:

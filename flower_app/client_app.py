@@ -16,7 +16,6 @@ from flower_app.client.site import Connect, Site
 from flower_app.client.step import Outcome
 from flower_app.data.client import batches
 from flower_app.logs import mark_lines
-from models import client_state
 from strategies.errors import TrunkError
 from strategies.records import ARRAYS, METRICS, OUTCOME, PROFILE, to_arrays
 from strategies.transport.stream.link import GrpcLink
@@ -57,6 +56,8 @@ app = make_app()
 
 def _query(site: Site, context: Context) -> RecordDict:
     config = site.config
+    if site.asked.export:
+        return site.export()
     told = {
         "cut-bottom": config.cut.bottom,
         "cut-top": config.cut.top,
@@ -66,7 +67,7 @@ def _query(site: Site, context: Context) -> RecordDict:
     }
     content = RecordDict({PROFILE: Record(told)})
     if site.asked.send_tensors:
-        content[ARRAYS] = to_arrays(client_state(*site.parts()))
+        content[ARRAYS] = to_arrays(site.shared(*site.parts()))
     return content
 
 
@@ -91,7 +92,7 @@ def _train(site: Site, context: Context) -> RecordDict:
     finally:
         link.abort()
     return RecordDict(
-        {ARRAYS: to_arrays(client_state(bottom, top)), METRICS: _metrics(outcome, link)}
+        {ARRAYS: to_arrays(site.shared(bottom, top)), METRICS: _metrics(outcome, link)}
     )
 
 

@@ -9,9 +9,6 @@ from pathlib import Path
 
 from flwr.app import ArrayRecord, Context
 from flwr.serverapp import Grid, ServerApp
-from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor
 
 from conf.load import load_config
 from conf.schema import Config
@@ -23,9 +20,9 @@ from flower_app.build import (
     resolve_model,
     set_threads,
 )
+from flower_app.central import evaluates_centrally
 from flower_app.check import check_extras, check_names
-from flower_app.data.text import load_tokenizer
-from flower_app.export import export_model
+from flower_app.ending import leave
 from flower_app.logs import mark_lines
 from flower_app.metrics.of_run import Metrics, metrics_of
 from flower_app.runs.keeper import Keeper
@@ -90,7 +87,7 @@ def run_experiment(
     Returns
     -------
     Path or None
-        Folder of the final model; None if `output.save_model` is off.
+        Folder of the final model; None if `output.save_model` is off, or each client has its own.
     """
     with metrics_of(config, recorder) as metrics:
         return _run_experiment(config, grid, recorder, point, serve, metrics)
@@ -119,6 +116,7 @@ def _run_experiment(
         form=partial(client_form, config),
         model=model,
         keep=Keeper(config, recorder),
+        central=evaluates_centrally(config, engine),
     )
     if point is not None:
         _load(strategy, point, recorder)
@@ -134,9 +132,7 @@ def _run_experiment(
         )
     finally:
         plane.stop()
-    if not config.output.save_model:
-        return None
-    return _save(config, strategy.joint.tensors(), recorder.folder)
+    return leave(config, grid, strategy, recorder)
 
 
 def _serving(
@@ -172,24 +168,4 @@ def _load(strategy: SplitFed, point: Point, recorder: Recorder) -> None:
         raise ValueError(
             f"round {point.number} of {point.run} does not fit this run's model: {error}. Has "
             "model.path changed since?"
-        ) from error
-
-
-def _save(config: Config, state: dict[str, Tensor], folder: Path) -> Path:
-    """Export what was trained; if that fails, keep the tensors themselves."""
-    try:
-        return export_model(config, state, load_tokenizer(config.model), folder / "model")
-    except (ValueError, OSError, RuntimeError, SafetensorError) as error:
-        rescue = folder / "trained.safetensors"
-        try:
-            save_file({name: tensor.contiguous() for name, tensor in state.items()}, rescue)
-        except (OSError, SafetensorError) as again:
-            raise RuntimeError(
-                f"the run is complete, but neither its model could be exported ({error}) nor its "
-                f"tensors saved ({again}); free space, and `graft resume {folder}` saves the model "
-                "from the last checkpoint, if there is one"
-            ) from error
-        raise RuntimeError(
-            f"the run is complete, but its model could not be exported: {error}. The trained "
-            f"tensors of all parts are in {rescue}"
         ) from error

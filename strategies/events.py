@@ -79,6 +79,8 @@ class RoundDone:
     """None: nobody was asked to. With `evaluate` None, `missing` says why it could not be done."""
     abandoned: tuple[Turnout, ...] = ()
     """The attempts before the last one, which were undone."""
+    central: Mapping[str, float] | None = None
+    """The same of the whole model on the server's own file (`data.central_path`)."""
     tokens: int = 0
     """Trained on, in the answers that count."""
     bytes_up: int = 0
@@ -104,11 +106,13 @@ class RoundTrained:
 
 @dataclass(frozen=True, kw_only=True)
 class Stopped:
-    """The run ends after this round, as it was asked to; it can be resumed."""
+    """The run ends after this round, before all are done."""
 
     round: int
     rounds: int
     """That were planned."""
+    why: str = ""
+    """Why training is over (`train.patience`); empty: it was asked to stop, and can be resumed."""
 
 
 Event = Asked | Answered | StepDone | RoundTrained | RoundDone | Stopped

@@ -19,6 +19,9 @@ class AggregationConfig(Section):
     lora: str = setting("factors", rules.NAME)
     """factors (the mean of A and of B), ffa (A is frozen), exact (the mean of B.A; what the rank
     cannot hold goes into the base weights) or svd (the mean of B.A, cut to the rank)."""
+    ends: str = setting("average", one_of("average", "local", "local-top"))
+    """average: all clients hold the same bottom and top. local: both stay with their client, each
+    has its own, and only the trunk is common; local-top: the top stays, the bottom is averaged."""
     optimizer: str = setting("fedavg", one_of("fedavg", "fedavgm", "fedadam", "fedyogi"))
     """fedavg (the mean itself), or a server optimizer: fedavgm, fedadam, fedyogi."""
     lr: float = setting(0.0, rules.NOT_NEGATIVE)

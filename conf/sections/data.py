@@ -56,6 +56,9 @@ class DataConfig(Section):
     """A text longer than the context: chunk, truncate or refuse."""
     heldout: float = setting(0.1, rules.UP_TO_HALF)
     """Share of each client's examples kept for evaluation, in [0, 0.5]."""
+    central_path: str = ""
+    """A file or folder on the server, read like `path`, on which it evaluates the whole averaged
+    model after every round; empty: no central evaluation."""
     max_examples: int = setting(0, rules.COUNT_OR_ZERO)
     """Read at most this many examples per client, held-out ones included; 0: all."""
 

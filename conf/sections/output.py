@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from conf import rules
-from conf.rules import setting
+from conf.rules import one_of, setting
 from conf.sections.base import Section
 
 
@@ -21,6 +21,12 @@ class OutputConfig(Section):
     log_every: int = setting(10, rules.COUNT)
     """Optimizer steps between progress lines."""
     save_model: bool = True
+    model: str = setting("last", one_of("last", "best"))
+    """Which round's model is exported: the last, or that of the lowest held-out loss (of the
+    central evaluation, if there is one). Its checkpoint is kept, whatever `checkpoint_every`."""
+    share_trunk: bool = False
+    """With `aggregation.ends` local: send the trained trunk to the sites at the end, so that each
+    exports a whole model of its own. Off: a site exports its ends, the server the trunk."""
     checkpoint_every: int = setting(1, rules.COUNT_OR_ZERO)
     """Rounds between checkpoints, from which `resume` goes on; the last round has one. 0: none."""
     keep_checkpoints: int = setting(2, rules.COUNT)

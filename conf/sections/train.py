@@ -32,6 +32,9 @@ class TrainConfig(Section):
     """splitfed-v2: whose turn comes next: whoever asked first, or (ordered) by steps taken and then
     by name, once the whole cohort is there: it repeats exactly, whoever is quicker."""
     rounds: int = setting(3, rules.COUNT)
+    patience: int = setting(0, rules.COUNT_OR_ZERO)
+    """Evaluated rounds in a row without a lower held-out loss after which the run ends; 0: never.
+    With `data.central_path` the loss is that of the central evaluation."""
     local_steps: int = setting(0, rules.COUNT_OR_ZERO)
     """Optimizer steps per client and round; 0: use `local_epochs`."""
     local_epochs: int = setting(1, rules.COUNT_OR_ZERO)

@@ -33,6 +33,12 @@ TENSORS, PROGRESS = "graft-tensors", "graft-progress"
 EVALUATED_AT_ONCE = 8
 """Held-out batches in one message."""
 
+NUMBERS = (
+    "step", "tokens", "loss", "step-loss", "bytes-up", "bytes-down",
+    "bottom", "top", "all-bottom", "all-top", "all-trunk",
+)  # fmt: skip
+"""A round's progress; seconds of its step in each end, and of all steps before it."""
+
 
 class Parked:
     """What outlives a message: a round's progress in `context.state`.
@@ -47,9 +53,7 @@ class Parked:
         self._site, self._state = site, context.state
         self.begun = bool(site.asked.frames)
         self.tensors: dict[str, Tensor] = {}
-        self.numbers: dict[str, float] = dict.fromkeys(
-            ("step", "tokens", "loss", "step-loss", "bytes-up", "bytes-down", "bottom", "top"), 0.0
-        )
+        self.numbers: dict[str, float] = dict.fromkeys(NUMBERS, 0.0)
         if self.begun:
             self._recall()
 
@@ -120,6 +124,7 @@ class Mail(Framed):
         found = []
         while self.frames and self.frames[0].WhichOneof("body") == kind:
             found.append(getattr(self.frames.pop(0), kind))
+            self._numbers["all-trunk"] += found[-1].seconds
         return found
 
 
@@ -128,7 +133,7 @@ class Training:
 
     def __init__(self, site: Site, parked: Parked, bottom: Part, top: Part, plan: Plan) -> None:
         self._parked, self._numbers, self._mail = parked, parked.numbers, Mail(site, parked)
-        self._bottom, self._top, self._plan = bottom, top, plan
+        self._site, self._bottom, self._top, self._plan = site, bottom, top, plan
         self._common = site.config.train.sync == "step"
         self._ends = self._taken_up(site)
         self._step = self._current()
@@ -154,7 +159,7 @@ class Training:
         tokens = int(self._numbers["tokens"])
         outcome = Outcome(loss=self._numbers["loss"] / max(1, tokens), tokens=tokens, steps=count)
         content = _finish(self._parked, outcome)
-        content[ARRAYS] = to_arrays(client_state(self._bottom, self._top))
+        content[ARRAYS] = to_arrays(self._site.shared(self._bottom, self._top))
         return content
 
     def _taken_up(self, site: Site) -> Ends:
@@ -239,6 +244,8 @@ class Training:
         numbers["tokens"] += step.tokens
         numbers["step"] += 1
         numbers["step-loss"] = 0.0
+        for name, seconds in self._ends.clock.seconds.items():
+            numbers[f"all-{name}"] += seconds
         self._ends.clock.reset()
         self._step = self._current()
         self._begin()
@@ -281,6 +288,8 @@ def evaluate(
     following = range(done, min(len(held_out), done + EVALUATED_AT_ONCE))
     for position in following:
         evaluation.compute(position, held_out[position])
+    for name, seconds in evaluation.clock.seconds.items():
+        numbers[f"all-{name}"] += seconds
     if not following:
         return _finish(parked, evaluation.outcome())
     numbers |= {"loss": evaluation.total, "tokens": evaluation.tokens, "step": following.stop}
@@ -297,4 +306,5 @@ def _finish(parked: Parked, outcome: Outcome) -> RecordDict:
     """Forget the state, and reply with what it amounted to."""
     parked.forget()
     up, down = int(parked.numbers["bytes-up"]), int(parked.numbers["bytes-down"])
+    outcome.seconds = {name: parked.numbers[f"all-{name}"] for name in ("bottom", "trunk", "top")}
     return RecordDict({METRICS: MetricRecord(outcome.counters(up, down))})

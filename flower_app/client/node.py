@@ -122,6 +122,12 @@ def _check_shared_blocks(config: Config, end: str, count: int) -> None:
             "all clients share one trunk and one cut; use train.strategy=splitfed-v1, or take "
             f"cut-{end} out"
         )
+    if config.aggregation.ends != "average":
+        raise ValueError(
+            f"{said}={getattr(config.cut, end)}: the blocks between would stay at this node and be "
+            f"averaged elsewhere, with aggregation.ends={config.aggregation.ends}; take cut-{end} "
+            "out, or use aggregation.ends=average"
+        )
     mine, trunk = getattr(config.tuning, end), config.tuning.trunk
     if mine != trunk:
         raise ValueError(
@@ -136,6 +142,12 @@ def _with_own_rank(config: Config, node: Mapping[str, Any]) -> Config:
     ends = (config.tuning.bottom, config.tuning.top)
     if rank == config.lora.rank or "lora" not in ends:
         return config  # a node may state its rank for all runs, those without adapters too
+    if config.aggregation.ends != "average":
+        raise ValueError(
+            f"lora-rank={rank} in this node's config, while the run has lora.rank="
+            f"{config.lora.rank}: with aggregation.ends={config.aggregation.ends} all clients have "
+            "the run's rank; take lora-rank out, or use aggregation.ends=average"
+        )
     if config.aggregation.lora not in ("exact", "svd"):
         raise ValueError(
             f"lora-rank={rank} in this node's config, while the run has lora.rank="

@@ -5,6 +5,7 @@ Frames and tensors have readers of their own: `transport.frames` and `records.re
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeGuard, TypeVar
@@ -37,6 +38,14 @@ class Received:
     """Examples of each step as the server drew them; empty without `train.global_batch`."""
     count_examples: bool
     send_tensors: bool
+    export: bool
+    """Whether this site is to save what stays with it, for the run is over."""
+    run: str
+    """What this site's own ends are kept under; empty if none stay here."""
+    ends_round: int
+    """The round whose ends of this site's own count; 0: those it starts from."""
+    ends_best: int
+    """The same, as of the best round so far: they may be wanted again."""
     frames: list[bytes]
     told: Mapping[str, Any]
     """The ticket, as it came."""
@@ -85,6 +94,9 @@ def read_message(content: RecordDict) -> Received:
     sizes = told.get("batch-sizes", [])
     if not isinstance(sizes, list) or not all(_is(size, int) and size >= 0 for size in sizes):
         raise _odd("batch-sizes", sizes, "whole numbers, none below 0")
+    run = _take(told, "run", str, "")
+    if not re.fullmatch("([0-9a-f]{32})?", run):  # it names a folder
+        raise _odd("run", run, "32 hexadecimal digits")
     frames: Mapping[str, Any] = content.config_records.get(FRAMES, {"frames": []})
     raw = frames.get("frames")
     if not isinstance(raw, list) or not all(isinstance(frame, bytes) for frame in raw):
@@ -99,6 +111,10 @@ def read_message(content: RecordDict) -> Received:
         batch_sizes=sizes,
         count_examples=_take(told, "count-examples", bool, False),
         send_tensors=_take(told, "send-tensors", bool, False),
+        export=_take(told, "export", bool, False),
+        run=run,
+        ends_round=_take(told, "ends-round", int, 0),
+        ends_best=_take(told, "ends-best", int, 0),
         frames=raw,
         told=told,
     )

@@ -6,18 +6,19 @@ import threading
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 
-from flwr.app import Context, Message
+from flwr.app import Context, Message, RecordDict
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from conf.load import from_json, to_json
-from flower_app.build import build_client, describe, set_threads, take_residuals
+from flower_app.build import build_client, describe, own_names, set_threads, take_residuals
 from flower_app.client.node import client_name, own_config, private_key, public_key
+from flower_app.client.own import OwnEnds, site_folder
 from flower_app.client.place import Place
 from flower_app.client.received import read_message
 from flower_app.data.client import ClientData, load_client_data
 from flower_app.data.text import load_tokenizer
-from models import Part, fold_residuals, load_client_state
+from models import Part, client_state, fold_residuals, load_client_state
 from strategies.records import KEY_LOST, read_arrays
 from strategies.transport.stream.link import GrpcLink
 
@@ -33,6 +34,7 @@ class Site:
     def __init__(self, message: Message, context: Context, connect: Connect | None = None) -> None:
         self._connect = connect or GrpcLink
         self._node, self._state = context.node_config, context.state
+        self.own: OwnEnds | None = None
         self.asked = asked = read_message(message.content)
         self.config = config = own_config(asked.config, self._node)
         self.place = Place(
@@ -43,6 +45,15 @@ class Site:
         )
         self.session = asked.session if config.link.transport == "messages" else ""
         """Under link.transport=messages, what this node's state belongs to; else empty."""
+        if config.aggregation.ends != "average" and not asked.run and asked.session:
+            raise ValueError(
+                "the server names no run, and this site keeps its own ends by that "
+                f"(aggregation.ends={config.aggregation.ends}); run the same release of Graft "
+                "there and here"
+            )
+        if config.aggregation.ends != "average" and asked.run:
+            folder = site_folder(self._node, asked.run, self.place.client)
+            self.own = OwnEnds(self._state, folder, asked.run)
         set_threads(config.runtime.client_threads)
 
     def data(self) -> tuple[ClientData, PreTrainedTokenizerBase]:
@@ -69,8 +80,9 @@ class Site:
         Given `weights`, all that is trained, and `residuals`, with these.
         """
         if weights is None:
-            residuals, weights = take_residuals(self._received())
+            residuals, received = take_residuals(self._received())
             bottom, top = build_client(self.config)
+            weights = self._with_own(received, bottom, top)
         elif residuals:
             bottom, top = build_client(self.config)
         else:  # every trained tensor is replaced below: another message's parts will do
@@ -85,6 +97,49 @@ class Site:
             load_client_state(bottom, top, weights)
             fold_residuals((bottom, top), residuals or {})
         return bottom, top
+
+    def shared(self, bottom: Part, top: Part) -> dict[str, Tensor]:
+        """What of the trained ends the server gets; what it does not is kept here, by the round."""
+        state, kept = client_state(bottom, top), own_names(self.config, bottom, top)
+        if self.own is not None and kept:
+            self.own.keep(
+                self.asked.round,
+                {name: state[name] for name in kept},
+                base=self.asked.ends_round,
+                best=self.asked.ends_best,
+                most=self.config.output.keep_checkpoints,
+            )
+        return {name: tensor for name, tensor in state.items() if name not in kept}
+
+    def export(self) -> RecordDict:
+        """Save what of this site's model stays here, now that the run is over."""
+        if self.own is None:
+            raise ValueError(
+                "the server asks this site to save ends of its own, and has none "
+                f"(aggregation.ends={self.config.aggregation.ends})"
+            )
+        path = self.own.export(self.config, self.asked.ends_round, self._received())
+        print(f"{self.place.client}: its own model is in {path}", flush=True)
+        return RecordDict()
+
+    def _with_own(
+        self, received: Mapping[str, Tensor], bottom: Part, top: Part
+    ) -> Mapping[str, Tensor]:
+        """What came with the message, and what of the ends has stayed here."""
+        names = own_names(self.config, bottom, top)
+        if self.own is None or not names:
+            return received
+        if odd := sorted(names & received.keys()):
+            raise ValueError(
+                f"the server sends '{odd[0]}', which stays with its client under "
+                f"aggregation.ends={self.config.aggregation.ends}"
+            )
+        if number := self.asked.ends_round:
+            return {**received, **self.own.tensors(number)}
+        if not received:
+            return received
+        start = client_state(bottom, top)
+        return {**received, **{name: start[name] for name in names}}
 
     def _received(self) -> dict[str, Tensor]:
         """The tensors that came with this message: fp32 and finite; the parts check the rest."""

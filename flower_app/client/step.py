@@ -10,18 +10,22 @@ Shapes: B sequences, T tokens, D hidden size, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from conf.schema import TrainConfig
-from flower_app.client.ends import Ends, on_device, token_loss
+from flower_app.client.ends import Clock, Ends, on_device, token_loss
 from flower_app.data.client import Batch
 from strategies.engine.lane import StepResult
+from strategies.memory import MEGABYTE, peak_bytes
 from strategies.optim import autocast
 from strategies.transport.link import Sender, StepCounters
+
+PHASES = ("bottom", "network", "trunk", "top")
+"""Where a client's time goes."""
 
 
 @dataclass(kw_only=True)
@@ -32,10 +36,14 @@ class Outcome:
     tokens: int
     steps: int = 0
     losses: list[float] = field(default_factory=list)
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    """By phase: `bottom`, `network`, `trunk`, `top`; over messages nobody knows the network's."""
 
     def counters(self, bytes_up: int, bytes_down: int) -> dict[str, int | float]:
-        """What the server is told of it."""
+        """What the server is told of it, and of this process."""
         return {
+            **{f"seconds-{phase}": self.seconds.get(phase, 0.0) for phase in PHASES},
+            "peak-memory-mb": peak_bytes() / MEGABYTE,
             "num-tokens": self.tokens,
             "loss": self.loss,
             "steps": self.steps,
@@ -168,13 +176,13 @@ class Evaluation:
     ) -> None:
         self._bottom, self._top, self._link, self._config = bottom.eval(), top.eval(), link, config
         self._device = next(bottom.parameters()).device
-        self.total, self.tokens = total, tokens
+        self.total, self.tokens, self.clock = total, tokens, Clock()
 
     @torch.no_grad()
     def compute(self, position: int, batch: Batch) -> None:
         """Bottom's forward; sends h1."""
         ids, mask, _ = on_device(self._device, batch)
-        with autocast(self._device, self._config.precision):
+        with self.clock("bottom"), autocast(self._device, self._config.precision):
             h1_BTD = self._bottom(ids, mask)
         self._link.compute(position, 0, h1_BTD, mask)
 
@@ -182,7 +190,7 @@ class Evaluation:
     def computed(self, position: int, batch: Batch, h2_BTD: Tensor) -> None:
         """Top and loss; `ValueError` if it is not finite."""
         _, mask, labels = on_device(self._device, batch)
-        with autocast(self._device, self._config.precision):
+        with self.clock("top"), autocast(self._device, self._config.precision):
             loss, count = token_loss(self._top(h2_BTD.to(self._device), mask), labels)
         if not torch.isfinite(loss):
             raise ValueError(f"held-out batch {position} has a loss of {float(loss)}")

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
 
 from conf.schema import TrainConfig
 from flower_app.client.ends import Ends
 from flower_app.client.place import Place
-from flower_app.client.step import Evaluation, Outcome, Step
+from flower_app.client.step import PHASES, Evaluation, Outcome, Step
 from flower_app.data.client import Batch
 from strategies.transport.link import Link
 
@@ -57,6 +57,7 @@ def train(
         outcome.tokens += tokens
         outcome.steps += 1
     outcome.loss /= max(1, outcome.tokens)
+    outcome.seconds = trainer.seconds
     return outcome
 
 
@@ -71,10 +72,19 @@ def evaluate(
         If no token counts, or a loss is not finite.
     """
     evaluation = Evaluation(bottom, top, link, config)
+    started, before = time.perf_counter(), link.trunk_seconds
     for position, batch in enumerate(batches):
         evaluation.compute(position, batch)
         evaluation.computed(position, batch, link.computed())
-    return evaluation.outcome()
+    outcome, own = evaluation.outcome(), evaluation.clock.seconds
+    outcome.seconds = by_phase(own, link.trunk_seconds - before, time.perf_counter() - started)
+    return outcome
+
+
+def by_phase(own: Mapping[str, float], trunk: float, elapsed: float) -> dict[str, float]:
+    """Seconds by phase: what neither the ends nor the trunk used is the network's."""
+    network = max(0.0, elapsed - sum(own.values()) - trunk)
+    return {**own, "trunk": trunk, "network": network}
 
 
 class Trainer:
@@ -90,6 +100,7 @@ class Trainer:
         place: Place,
     ) -> None:
         self._ends, self._link = Ends(bottom, top, count, config, place), link
+        self.seconds = dict.fromkeys(PHASES, 0.0)
 
     def step(self, number: int, batches: Sequence[Batch]) -> tuple[float, int]:
         """Take one optimizer step in all three parts; returns its mean loss and its tokens."""
@@ -102,10 +113,14 @@ class Trainer:
             step.computed(micro, link.computed())
             grad_BTD, square = link.gradients()
             step.gradients(micro, grad_BTD)
-        # What neither the ends nor the trunk used is the network's.
         elapsed = time.perf_counter() - started
-        busy = sum(clock.seconds.values()) + link.trunk_seconds - trunk_before
+        spent = by_phase(clock.seconds, link.trunk_seconds - trunk_before, elapsed)
         # Zero would not be written, and the frame's length, which is counted, hang on the clock.
-        step.apply(square, max(1e-9, elapsed - busy))
+        step.apply(square, max(1e-9, spent["network"]))
         step.applied(link.applied())
+        spent = by_phase(
+            clock.seconds, link.trunk_seconds - trunk_before, time.perf_counter() - started
+        )
+        for phase, seconds in spent.items():
+            self.seconds[phase] += seconds
         return step.loss, step.tokens

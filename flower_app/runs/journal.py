@@ -91,7 +91,8 @@ def as_record(event: Event) -> dict[str, Any]:
     if isinstance(event, Asked | Answered):
         return {"kind": type(event).__name__.lower(), **vars(event)}
     if isinstance(event, Stopped):
-        return {"kind": "stop", **vars(event)}
+        told = {"kind": "stop", **vars(event)}
+        return told if event.why else {k: v for k, v in told.items() if k != "why"}
     first = event.training or event.evaluation or Turnout()
     record = {
         "kind": "round",
@@ -106,6 +107,8 @@ def as_record(event: Event) -> dict[str, Any]:
         "bytes_down": event.bytes_down,
         "seconds": event.seconds,
     }
+    if event.central is not None:
+        record["central"] = dict(event.central)
     if event.training and event.evaluation:
         record["evaluation"] = _turnout(event.evaluation)
     if event.abandoned:

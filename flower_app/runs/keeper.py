@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import logging
-import math
 
 from conf.load import to_dict
 from conf.schema import Config
@@ -39,15 +38,15 @@ class Keeper:
         run, every = self._recorder.folder, self._config.output.checkpoint_every
         written = number in dict(folders(run))
         last = last or number == self._config.train.rounds
-        due = every and (not number % every or last or self._owed)
+        best = self._config.output.model == "best" and number == strategy.losses.best
+        due = best or (every and (not number % every or last or self._owed))
         if not written and not due:
             return
-        loss = strategy.held_out_loss
         facts = Facts(
             round=number,
             config=to_dict(self._config),
             clients=strategy.roster.clients,
-            loss=loss if loss is not None and math.isfinite(loss) else None,
+            loss=strategy.losses.of(number),
             started=self._recorder.started,
             seconds=self._recorder.seconds,
         )

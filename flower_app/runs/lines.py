@@ -9,6 +9,8 @@ from typing import Any
 NAMED = 8
 """Clients that a line names; the others are counted."""
 
+_LOSSES = (("train", "train"), ("held-out", "evaluate"), ("central", "central"))
+
 
 def step_line(record: Mapping[str, Any], rounds: int) -> str:
     """Return the line of a step, as in the journal; its rate counts its compute and network."""
@@ -29,8 +31,8 @@ def adapted_line(shares: Mapping[str, float]) -> str:
 def round_line(record: Mapping[str, Any], rounds: int) -> str:
     """Return the line of a round, as in the journal; its rate counts evaluation too."""
     parts = [f"round {record['round']}/{rounds}" if record["round"] else "before training"]
-    for name, key in (("train", "train"), ("held-out", "evaluate")):
-        loss = (record[key] or {}).get("loss")
+    for name, key in _LOSSES:
+        loss = (record.get(key) or {}).get("loss")
         if loss is not None:
             parts.append(f"{name} loss {loss:.4f} (perplexity {perplexity(loss):.4g})")
     if record["tokens"]:

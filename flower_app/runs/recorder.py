@@ -78,6 +78,7 @@ class Recorder:
         self._rounds: list[dict[str, Any]] = []
         self._resumed: list[int] = []
         self._adapted: dict[str, float] = {}
+        self._notes: dict[str, Any] = {}
         self._stopped = False
         self._point = point
         self.started, self._before = (point.started, point.seconds) if point else (now(), 0.0)
@@ -128,12 +129,18 @@ class Recorder:
         if shares:
             self.say(adapted_line(shares))
 
+    def note(self, **facts: Any) -> None:
+        """Have the summary say this too."""
+        self._notes |= facts
+
     def __call__(self, event: Event) -> None:
         """Record what the strategy tells."""
         with self._lock:
             if isinstance(event, RoundDone):
                 self._rounds.append(as_record(event))
-            self._stopped = self._stopped or isinstance(event, Stopped)
+            if isinstance(event, Stopped):
+                self._stopped = not event.why
+                self._notes |= {"stopped_early": event.why} if event.why else {}
             for sink in self._sinks:
                 sink.event(event)
 
@@ -225,6 +232,7 @@ class Recorder:
             **summarize(self.config, self._rounds, self.seconds),
             "started": instant(self.started).isoformat(),
             "finished": now(),
+            **self._notes,
             **({"adapted": self._adapted} if self._adapted else {}),
             **({"resumed": self._resumed} if self._resumed else {}),
         }

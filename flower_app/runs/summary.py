@@ -15,9 +15,9 @@ def summarize(
 ) -> dict[str, Any]:
     """Return what the rounds of a run come to, `seconds` in all."""
     trained = [record for record in rounds if record["round"] > 0]
-    evaluated: list[float | None] = [(r["evaluate"] or {}).get("loss") for r in rounds]
-    losses = [loss for loss in evaluated if loss is not None]
+    losses = [loss for record in rounds if (loss := loss_of(record)) is not None]
     tokens = sum(record["tokens"] for record in trained)
+    central = [loss for record in rounds if (loss := loss_of(record, "central")) is not None]
     missing, dropped = last_missing(rounds), times_dropped(rounds)
     return {
         "experiment": config.experiment,
@@ -27,6 +27,8 @@ def summarize(
         "eval_loss_first": losses[0] if losses else None,
         "eval_loss_last": losses[-1] if losses else None,
         "eval_perplexity_last": perplexity(losses[-1]) if losses else None,
+        **_of_central(central),
+        **_best(trained, "central" if central else "evaluate"),
         "tokens": tokens,
         "bytes_up": sum(record["bytes_up"] for record in rounds),
         "bytes_down": sum(record["bytes_down"] for record in rounds),
@@ -35,6 +37,31 @@ def summarize(
         **({"missing": missing} if missing else {}),
         **({"dropped": dropped} if dropped else {}),
     }
+
+
+def loss_of(record: Mapping[str, Any], of: str = "evaluate") -> float | None:
+    """Return a round's held-out loss, or that of its `central` evaluation."""
+    loss: float | None = (record.get(of) or {}).get("loss")
+    return loss
+
+
+def _of_central(losses: Sequence[float]) -> dict[str, float]:
+    if not losses:
+        return {}
+    return {
+        "central_loss_first": losses[0],
+        "central_loss_last": losses[-1],
+        "central_perplexity_last": perplexity(losses[-1]),
+    }
+
+
+def _best(trained: Sequence[Mapping[str, Any]], of: str) -> dict[str, Any]:
+    """The trained round of the lowest loss: of the central evaluation, if there is one."""
+    known = [(loss, r["round"]) for r in trained if (loss := loss_of(r, of)) is not None]
+    if not known:
+        return {}
+    loss, number = min(known)
+    return {"best_loss": loss, "best_round": number}
 
 
 def turnouts(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:

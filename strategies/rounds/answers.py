@@ -22,10 +22,15 @@ from strategies.aggregate.state import Contribution
 from strategies.records import ARRAYS, KEY_LOST, METRICS, OUTCOME, PROFILE, Form, read_arrays
 from strategies.transport.tickets import is_usable
 
-COUNTERS = ("num-tokens", "loss", "steps", "bytes-up", "bytes-down")
-"""What the metrics of an answer hold: finite numbers."""
+COUNTERS = (
+    "num-tokens", "loss", "steps", "bytes-up", "bytes-down", "peak-memory-mb",
+    "seconds-bottom", "seconds-network", "seconds-trunk", "seconds-top",
+)  # fmt: skip
+"""What the metrics of an answer hold: finite numbers, none below 0."""
 
-MOST = {"loss": 1e6}
+MOST = {"loss": 1e6, "peak-memory-mb": 1e8} | {
+    name: 1e8 for name in COUNTERS if name.startswith("seconds-")
+}
 """Largest counters that are believed; all others below 2**53, up to which floats count."""
 
 MOST_EXAMPLES = 10_000_000
@@ -160,11 +165,13 @@ def read_profile(node: int, reply: Message, config: Config, bounds: Bounds) -> P
 def _ranges(config: Config, bounds: Bounds) -> dict[str, tuple[int, int]]:
     """Least and most of what a profile's numbers can be."""
     cut, rank = config.cut, config.lora.rank
-    any_rank = find_aggregator(config.aggregation.lora).by_product
+    alike = config.aggregation.ends == "average"  # ends of their own are of one form
+    any_rank = alike and find_aggregator(config.aggregation.lora).by_product
+    own_cut = alike and bounds.own_cut
     most = bounds.blocks - 1
     return {
-        "cut-bottom": (cut.bottom, most if bounds.own_cut else cut.bottom),
-        "cut-top": (cut.top, most if bounds.own_cut else cut.top),
+        "cut-bottom": (cut.bottom, most if own_cut else cut.bottom),
+        "cut-top": (cut.top, most if own_cut else cut.top),
         "lora-rank": (1, max(rank, bounds.width)) if any_rank else (rank, rank),
         "examples": (0, config.data.max_examples or MOST_EXAMPLES),
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,9 +19,13 @@ from strategies.mail import lifetime
 from strategies.records import ARRAYS, CONFIG, TICKET, Form, check_values
 from strategies.rounds.answers import Answer, Profile, Seen, read_evaluated, read_trained
 from strategies.rounds.cohort import Cohort
+from strategies.rounds.local import LocalEnds
 from strategies.rounds.sampling import draw_batches
+from strategies.rounds.tally import Tally
 from strategies.transport.plane import Plane
 from strategies.transport.tickets import Guest
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -33,9 +38,11 @@ class Run:
     model: str
     """What the trunk was cut from, in words; a client with another model refuses to train."""
     form: Callable[[Cut, int], Form]
-    """Names and shapes of what a client of this cut and rank trains."""
+    """Names and shapes of what a client of this cut and rank trains, and answers with."""
     observer: Observer
     """Told who is asked, and what becomes of each answer."""
+    local: LocalEnds | None = None
+    """Of which round each client's own ends are; None: all have the average."""
 
 
 class Attempt:
@@ -129,6 +136,18 @@ class Attempt:
         self._run.plane.end_round()
         return answers
 
+    def give_up(self, tally: Tally) -> None:
+        """Undo a training round without quorum; `RuntimeError` if it may not be tried again."""
+        engine, federation = self._run.engine, self._run.config.federation
+        text = self.cohort.no_quorum(tally.number, federation.quorum)
+        if tally.attempt > federation.retries:
+            engine.close_round()
+            again = f" (attempt {tally.attempt} of {tally.attempt})" if federation.retries else ""
+            raise RuntimeError(f"{text}{again}")
+        engine.abandon_round()
+        tally.abandoned.append(self.cohort.turnout)
+        logger.warning("%s. Attempt %d of %d follows", text, tally.attempt, federation.retries + 1)
+
     def _tell(self, client: str, why: str) -> None:
         self._run.observer(Answered(**self._place, client=client, why=why))
 
@@ -159,6 +178,8 @@ class Attempt:
                 "rounds": self._rounds,
             }
         )
+        if run.local is not None:
+            ticket.update(run.local.told(profile.client))
         if self._drawn is not None:
             ticket["batch-sizes"] = self._drawn[profile.client]
         return ticket

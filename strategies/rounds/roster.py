@@ -230,6 +230,11 @@ class Roster:
             )
 
 
+def needs_first_tensors(config: Config) -> bool:
+    """Whether the server must know what the clients start from: not for plain averaging."""
+    return config.train.sync == "step" or config.aggregation.optimizer != "fedavg"
+
+
 def bounds_of(engine: TrunkEngine) -> Bounds:
     """What clients may say of themselves, given the trunk."""
     trunk = engine.trunk

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -122,3 +122,16 @@ def draw_batches(
         left = left - taken
         drawn.append(taken)
     return {name: [int(taken[i]) for taken in drawn] for i, name in enumerate(names)}
+
+
+def draw_again(
+    config: Config, present: Sequence[Profile], number: int, attempt: int, lost: Mapping[str, str]
+) -> tuple[list[Profile], int]:
+    """Draw a training cohort, and say how many answers are enough.
+
+    Those who were just `lost` are asked again only if a round needs them.
+    """
+    federation = config.federation
+    count, asked = sizes(len(present), federation.fraction_train, federation)
+    asked = max(count, min(asked, len([p for p in present if p.client not in lost])))
+    return draw(config, present, asked, number, attempt, avoid=lost), count

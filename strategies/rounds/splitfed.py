@@ -16,14 +16,15 @@ from conf.schema import Config
 from models import Cut
 from strategies.aggregate.joint import JointModel
 from strategies.engine.engine import TrunkEngine
-from strategies.events import Observer, RoundTrained, StepDone, Stopped
+from strategies.events import Observer, RoundTrained, Stopped
 from strategies.records import Form
 from strategies.rounds.answers import Profile, is_keyless, join
 from strategies.rounds.attempt import Attempt, Run
-from strategies.rounds.cohort import Cohort
-from strategies.rounds.roster import Roster, bounds_of
-from strategies.rounds.sampling import draw, quorum, sizes
-from strategies.rounds.tally import Tally
+from strategies.rounds.local import LocalEnds
+from strategies.rounds.losses import Losses
+from strategies.rounds.roster import Roster, bounds_of, needs_first_tensors
+from strategies.rounds.sampling import draw, draw_again, quorum, sizes
+from strategies.rounds.tally import Tally, step_done
 from strategies.transport.conversation import StepReport
 from strategies.transport.plane import Plane
 
@@ -38,11 +39,6 @@ class Keep(Protocol):
 
         May ask for `state_dict()`. `last`: the run stops here, whatever was planned.
         """
-
-
-def needs_first_tensors(config: Config) -> bool:
-    """Whether the server must know what the clients start from: not for plain averaging."""
-    return config.train.sync == "step" or config.aggregation.optimizer != "fedavg"
 
 
 class SplitFed(Strategy):
@@ -70,6 +66,9 @@ class SplitFed(Strategy):
         What the trunk was cut from, in words; a client with another model refuses to train.
     keep : Keep, optional
         Called after every round.
+    central : callable, optional
+        Evaluates the whole model on a file of the server's, given what `arrays_for` gives a
+        client; None if that gave no number.
 
     Raises
     ------
@@ -87,16 +86,19 @@ class SplitFed(Strategy):
         form: Callable[[Cut, int], Form],
         model: str = "",
         keep: Keep | None = None,
+        central: Callable[[ArrayRecord], Mapping[str, float] | None] | None = None,
     ) -> None:
-        self._run = Run(engine, plane, config, model, form, observer)
+        self.local = None if config.aggregation.ends == "average" else LocalEnds()
+        self._run = Run(engine, plane, config, model, form, observer, self.local)
         self.config, self._observer, self._keep = config, observer, keep
+        self._central, self.losses = central, Losses(config.train.patience)
         self.roster = Roster(config, bounds_of(engine))
         self.joint = JointModel(engine, config)
         self._rounds = config.train.rounds
-        self._done = 0
+        self.done = 0
         self._known: list[str] = []
         self._should_stop: Callable[[], bool] = bool  # which is False: nobody asks
-        self._stopped = False
+        self._stop: Stopped | None = None
         self._attempt: Attempt | None = None
         self._tally, self._unevaluated = Tally(number=-1), False
 
@@ -130,20 +132,22 @@ class SplitFed(Strategy):
         self._should_stop = should_stop or bool
         self.summary()
         result, arrays = Result(arrays=initial_arrays), initial_arrays
-        if self._done:
+        if self.done:
             arrays = result.arrays = self.joint.arrays_for()
-            if self._done < num_rounds:
+            if self.done < num_rounds:
                 self.roster.compare(grid, self._known)
-            if self._unevaluated and (metrics := self._finish(self._done, arrays, grid)):
-                result.evaluate_metrics_clientapp[self._done] = metrics
+            if self._unevaluated and (metrics := self._finish(self.done, arrays, grid)):
+                result.evaluate_metrics_clientapp[self.done] = metrics
+            self._stop = self.losses.stops(self.done, num_rounds)
         else:
             self._begin(arrays, grid)
-        for number in range(self._done + 1, num_rounds + 1):
-            if self._stopped:
-                self._observer(Stopped(round=number - 1, rounds=num_rounds))
+        for number in range(self.done + 1, num_rounds + 1):
+            if self._stop is not None:
+                self._observer(self._stop)
                 break
             arrays, result.train_metrics_clientapp[number] = self._train(number, arrays, grid)
             result.arrays = arrays
+            self.done = number
             self._set_down(number)
             if metrics := self._finish(number, arrays, grid):
                 result.evaluate_metrics_clientapp[number] = metrics
@@ -161,6 +165,8 @@ class SplitFed(Strategy):
             "joint": self.joint.state_dict(),
             "names": self.roster.names,
             "unevaluated": self._tally.state_dict() if self._unevaluated else None,
+            "losses": self.losses.state_dict(),
+            "local": local.state_dict() if (local := self.local) else None,
         }
 
     def resume(self, number: int, state: Mapping[str, Any], clients: Sequence[str] = ()) -> None:
@@ -183,14 +189,13 @@ class SplitFed(Strategy):
         self._run.engine.load_state_dict(state["engine"])
         self.joint.load_state_dict(state["joint"])
         self.roster.keep_names(state.get("names", {}))
-        if (told := state.get("unevaluated")) is not None:
-            self._tally, self._unevaluated = Tally.from_state(told), True
-        self._done, self._known = number, sorted(clients)
-
-    @property
-    def held_out_loss(self) -> float | None:
-        """Of the last round; None if nobody evaluated."""
-        return (self._tally.evaluate or {}).get("loss")
+        if told := state.get("unevaluated"):
+            self._tally = Tally.from_state(told)
+        self._unevaluated = bool(told)
+        self.losses.load_state_dict(state.get("losses", {"losses": {}}))
+        if self.local is not None:
+            self.local.load_state_dict(state["local"])
+        self.done, self._known = number, sorted(clients)
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -198,13 +203,9 @@ class SplitFed(Strategy):
         """Open a training round and make a message with a ticket for each client of the cohort."""
         if self._tally.number != server_round:
             self._tally = Tally(number=server_round)
-        federation, tally = self.config.federation, self._tally
-        present = self.roster.gather(grid)
-        count, asked = sizes(len(present), federation.fraction_train, federation)
+        tally, present = self._tally, self.roster.gather(grid)
         lost = tally.abandoned[-1].missing if tally.abandoned else {}
-        # Those who were just lost are asked again only if a round needs them.
-        asked = max(count, min(asked, len([p for p in present if p.client not in lost])))
-        cohort = draw(self.config, present, asked, server_round, tally.attempt, avoid=lost)
+        cohort, count = draw_again(self.config, present, server_round, tally.attempt, lost)
         return self._open(server_round, cohort, count, training=True)
 
     def aggregate_train(
@@ -218,14 +219,16 @@ class SplitFed(Strategy):
         answers, cohort = self._attempt.collect(replies), self._attempt.cohort
         replicas, statistics = self._run.engine.collect([answer.key for answer in answers])
         if len(answers) < quorum(cohort.count, self.config.federation.quorum):
-            self._give_up(cohort)
+            self._attempt.give_up(self._tally)
             return None, None
         error = self.joint.update(server_round, join(answers, replicas))
-        metrics = self._tally.fold(answers) | statistics
+        metrics = self._tally.fold(answers, "train") | statistics
         if error is not None:
             metrics["lora-error"] = error
         self._tally.training, self._tally.train = cohort.turnout, metrics
         self._tally.tokens = int(metrics["num-tokens"])
+        if self.local is not None:
+            self.local.count(server_round, (answer.client for answer in answers))
         return self.joint.arrays_for(), MetricRecord(dict(metrics))
 
     def configure_evaluate(
@@ -260,15 +263,12 @@ class SplitFed(Strategy):
             text += "federation.fraction_evaluate=0 asks nobody to evaluate)"
             logger.warning(text, server_round, turnout.reasons())
             return None
-        self._tally.evaluate = metrics = self._tally.fold(answers)
+        self._tally.evaluate = metrics = self._tally.fold(answers, "evaluate")
         return MetricRecord(dict(metrics))
 
     def on_step(self, report: StepReport) -> None:
         """Pass a step from the data plane to the observer, with the round it belongs to."""
-        number, attempt = map(int, report.key.split("-")[1].split("."))
-        told = {**vars(report), "round": number, "attempt": attempt, "step": report.step + 1}
-        del told["key"]
-        self._observer(StepDone(**told))
+        self._observer(step_done(report))
 
     def _begin(self, arrays: ArrayRecord, grid: Grid) -> None:
         """Round 0: what the model can before training."""
@@ -276,6 +276,7 @@ class SplitFed(Strategy):
             first = self.roster.first_tensors(grid, self._run.model, self._run.form)
             self.joint.start(first)
         self._evaluate(0, arrays, grid)
+        self._judge(0)
         self._observer(self._tally.event())
 
     def _train(
@@ -308,13 +309,23 @@ class SplitFed(Strategy):
         """Evaluate a round that was trained, report it and keep what it came to."""
         try:
             metrics = self._evaluate(number, arrays, grid)
+            self._judge(number)
         finally:
             self._observer(self._tally.event())
         self._unevaluated = False
-        self._stopped = number < self._rounds and self._should_stop()
+        self._stop = self.losses.stops(number, self._rounds, self._should_stop)
         if self._keep is not None:
-            self._keep(number, self, last=self._stopped)
+            self._keep(number, self, last=self._stop is not None)
         return metrics
+
+    def _judge(self, number: int) -> None:
+        """Evaluate on the server's own file, if there is one, and take note of the loss."""
+        tally = self._tally
+        if self._central is not None:
+            tally.central = self._central(self.joint.arrays_for())
+        told = tally.evaluate if self._central is None else tally.central
+        if self.losses.add(number, (told or {}).get("loss")) and self.local is not None:
+            self.local.better()
 
     def _open(
         self, number: int, cohort: Sequence[Profile], count: int, *, training: bool
@@ -333,15 +344,3 @@ class SplitFed(Strategy):
             if is_keyless(reply):
                 self.roster.forget(reply.metadata.src_node_id)
             yield reply
-
-    def _give_up(self, cohort: Cohort) -> None:
-        """Undo a training round without quorum; `RuntimeError` if it may not be tried again."""
-        tally, federation = self._tally, self.config.federation
-        text = cohort.no_quorum(tally.number, federation.quorum)
-        if tally.attempt > federation.retries:
-            self._run.engine.close_round()
-            again = f" (attempt {tally.attempt} of {tally.attempt})" if federation.retries else ""
-            raise RuntimeError(f"{text}{again}")
-        self._run.engine.abandon_round()
-        tally.abandoned.append(cohort.turnout)
-        logger.warning("%s. Attempt %d of %d follows", text, tally.attempt, federation.retries + 1)

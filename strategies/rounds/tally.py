@@ -7,9 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from strategies.events import RoundDone, Turnout
+from strategies.events import RoundDone, StepDone, Turnout
 from strategies.memory import server_memory
 from strategies.rounds.answers import Answer
+from strategies.transport.conversation import StepReport
+
+_CALLED = {"steps": "num-steps"}
+"""What a client's counters are called in a round's record, where that differs."""
 
 
 @dataclass(kw_only=True)
@@ -23,17 +27,22 @@ class Tally:
     abandoned: list[Turnout] = field(default_factory=list)
     train: dict[str, float] | None = None
     evaluate: dict[str, float] | None = None
+    central: Mapping[str, float] | None = None
     tokens: int = 0
     bytes_up: int = 0
     bytes_down: int = 0
+    per_client: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
 
     @property
     def attempt(self) -> int:
         """Number of the attempt that is due, from 1."""
         return len(self.abandoned) + 1
 
-    def fold(self, answers: Sequence[Answer]) -> dict[str, float]:
-        """Sum counters and weight the loss by tokens."""
+    def fold(self, answers: Sequence[Answer], what: str) -> dict[str, float]:
+        """Sum counters and weight the loss by tokens; keep each client's by `what` they are of."""
+        for answer in answers:
+            told = {_CALLED.get(name, name): value for name, value in answer.metrics.items()}
+            self.per_client[answer.client] = self.per_client.get(answer.client, {}) | {what: told}
         tokens = sum(answer.metrics["num-tokens"] for answer in answers)
         loss = sum(a.metrics["loss"] * a.metrics["num-tokens"] for a in answers) / tokens
         self.bytes_up += int(sum(answer.metrics["bytes-up"] for answer in answers))
@@ -43,7 +52,7 @@ class Tally:
     def state_dict(self) -> dict[str, Any]:
         """What of a trained round its report will need; it is not evaluated yet."""
         kept = asdict(self)
-        del kept["started"], kept["evaluation"], kept["evaluate"]
+        del kept["started"], kept["evaluation"], kept["evaluate"], kept["central"]
         return {**kept, "seconds": time.monotonic() - self.started}
 
     @classmethod
@@ -64,6 +73,7 @@ class Tally:
             round=self.number,
             train=self.train,
             evaluate=self.evaluate,
+            central=self.central,
             training=self.training,
             evaluation=self.evaluation,
             abandoned=tuple(self.abandoned),
@@ -71,5 +81,14 @@ class Tally:
             bytes_up=self.bytes_up,
             bytes_down=self.bytes_down,
             seconds=time.monotonic() - self.started,
+            per_client={name: self.per_client[name] for name in sorted(self.per_client)},
             memory=server_memory(),
         )
+
+
+def step_done(report: StepReport) -> StepDone:
+    """A step from the data plane, with the round it belongs to."""
+    number, attempt = map(int, report.key.split("-")[1].split("."))
+    told = {**vars(report), "round": number, "attempt": attempt, "step": report.step + 1}
+    del told["key"]
+    return StepDone(**told)

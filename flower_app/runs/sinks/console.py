@@ -30,7 +30,8 @@ class Sink:
         if isinstance(event, RoundDone):
             self._say(round_line(as_record(event), self._rounds))
         elif isinstance(event, Stopped):
-            self._say(f"stops after round {event.round} of {event.rounds}, as it was asked to")
+            why = event.why or "as it was asked to"
+            self._say(f"stops after round {event.round} of {event.rounds}: {why}")
         elif not isinstance(event, StepDone):
             return
         elif event.step % self._every == 0 or event.step == event.steps:

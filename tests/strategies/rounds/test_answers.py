@@ -14,6 +14,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from conf.schema import AggregationConfig, Config, DataConfig
 from strategies.records import to_arrays
 from strategies.rounds.answers import (
+    COUNTERS,
     Bounds,
     Profile,
     Seen,
@@ -23,7 +24,7 @@ from strategies.rounds.answers import (
     read_trained,
 )
 
-METRICS = {"num-tokens": 5, "loss": 1.0, "steps": 1, "bytes-up": 1, "bytes-down": 1}
+METRICS = {**dict.fromkeys(COUNTERS, 1), "num-tokens": 5, "loss": 1.0}
 A, B = "layers.0.q.lora_A.default.weight", "layers.0.q.lora_B.default.weight"
 FORM = {A: (2, 3), B: (4, 2)}
 SEEN = Seen(tokens=5, steps=1)
@@ -125,6 +126,11 @@ def test_strided_tensors_arrive_as_they_are() -> None:
         ({"metrics": metrics(steps=2)}, "steps=2 of training, the trunk has applied 1"),
         ({"metrics": metrics(steps=-1)}, "steps=-1"),
         ({"metrics": metrics(bytes_up=1.7e308)}, r"bytes-up=1.7e\+308"),
+        ({"metrics": metrics(peak_memory_mb=float("inf"))}, "peak-memory-mb=inf"),
+        ({"metrics": metrics(peak_memory_mb=1e9)}, r"peak-memory-mb=1e\+09"),
+        ({"metrics": metrics(seconds_trunk=-1.0)}, "seconds-trunk=-1"),
+        ({"metrics": metrics(seconds_network=float("nan"))}, "seconds-network=nan"),
+        ({"metrics": metrics(seconds_top=1e12)}, r"seconds-top=1e\+12"),
         # Tensors: those that this client trains, and no others.
         ({"arrays": ArrayRecord()}, f"lacks '{A}'.* 2 are missing or unknown"),
         ({"arrays": tensors(b=None)}, f"lacks '{B}'"),

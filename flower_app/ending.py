@@ -1,0 +1,104 @@
+"""What a run leaves when all rounds are done: one model, or each site's own and what is common."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+from flwr.serverapp import Grid
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from conf.schema import Config
+from flower_app.data.text import load_tokenizer
+from flower_app.export import export_model
+from flower_app.runs import checkpoint
+from flower_app.runs.folders import folders
+from flower_app.runs.recorder import Recorder
+from strategies.records import to_arrays
+from strategies.rounds.local import ask_to_export
+from strategies.rounds.splitfed import SplitFed
+
+logger = logging.getLogger(__name__)
+
+COMMON = "common.safetensors"
+"""With ends of the clients' own: what of the trained model is the same for all."""
+
+
+def leave(config: Config, grid: Grid, strategy: SplitFed, recorder: Recorder) -> Path | None:
+    """Save what was trained, of the last round or the best (`output.model`).
+
+    Returns
+    -------
+    Path or None
+        The model's folder; None if `output.save_model` is off, or each client has its own.
+
+    Raises
+    ------
+    RuntimeError
+        If the model cannot be exported; where its tensors are instead, or why nowhere.
+    """
+    if not config.output.save_model:
+        return None
+    number = _go_to_best(strategy, recorder) if config.output.model == "best" else strategy.done
+    recorder.note(model_round=number)
+    state, folder = strategy.joint.tensors(), recorder.folder
+    if strategy.local is None:
+        return _save(config, state, folder)
+    _write(state, folder / COMMON)
+    arrays = to_arrays(state) if config.output.share_trunk else strategy.joint.arrays_for()
+    failed = ask_to_export(
+        grid, config, strategy.roster.gather(grid), strategy.local, arrays, number
+    )
+    for client, why in sorted(failed.items()):
+        logger.warning("%s has not saved its own ends: %s", client, why)
+    recorder.say(
+        f"each client has its own ends (aggregation.ends={config.aggregation.ends}), saved at its "
+        f"site; what is common is in {folder / COMMON}"
+    )
+    return None
+
+
+def _go_to_best(strategy: SplitFed, recorder: Recorder) -> int:
+    """Bring the strategy back to its best round, if that was kept; returns its round then."""
+    best = strategy.losses.best
+    if best is None or best == strategy.done:
+        return strategy.done
+    try:
+        there = dict(folders(recorder.folder))
+        if best not in there:
+            raise ValueError(f"there is no checkpoint of it in {recorder.folder}")
+        strategy.resume(best, checkpoint.read(there[best]).state)
+    except (ValueError, OSError) as error:
+        logger.warning(
+            "output.model=best is round %d, and cannot be saved: %s. The model saved is that of "
+            "round %d",
+            best, error, strategy.done,
+        )  # fmt: skip
+    return strategy.done
+
+
+def _save(config: Config, state: Mapping[str, Tensor], folder: Path) -> Path:
+    """Export what was trained; if that fails, keep the tensors themselves."""
+    try:
+        return export_model(config, state, load_tokenizer(config.model), folder / "model")
+    except (ValueError, OSError, RuntimeError, SafetensorError) as error:
+        rescue = folder / "trained.safetensors"
+        try:
+            _write(state, rescue)
+        except (OSError, SafetensorError) as again:
+            raise RuntimeError(
+                f"the run is complete, but neither its model could be exported ({error}) nor its "
+                f"tensors saved ({again}); free space, and `graft resume {folder}` saves the model "
+                "from the last checkpoint, if there is one"
+            ) from error
+        raise RuntimeError(
+            f"the run is complete, but its model could not be exported: {error}. The trained "
+            f"tensors of all parts are in {rescue}"
+        ) from error
+
+
+def _write(state: Mapping[str, Tensor], path: Path) -> None:
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, path)
