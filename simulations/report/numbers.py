@@ -107,13 +107,14 @@ def _round(record: Record, steps: Sequence[Record], asked: float | None) -> Reco
     loss = (record.get("evaluate") or {}).get("loss")
     memory = record.get("memory") or {}
     told = record.get("per_client") or {}
-    peaks = [p for each in told.values() if (p := (each.get("train") or {}).get("peak-memory-mb"))]
+    peaks = [p for each in told.values() if (p := _peak(each))]
     return {
         "round": record["round"],
         "at": record["at"],
         "seconds": record.get("seconds") or 0.0,
         "train_loss": (record.get("train") or {}).get("loss"),
         "heldout_loss": loss,
+        "central_loss": (record.get("central") or {}).get("loss"),
         "perplexity": None if loss is None else perplexity(loss),
         "tokens": record.get("tokens") or 0,
         "bytes_up": record.get("bytes_up") or 0,
@@ -128,6 +129,11 @@ def _round(record: Record, steps: Sequence[Record], asked: float | None) -> Reco
         "gpu_peak_mb": memory.get("gpu_peak_mb"),
         "client_peak_mb": max(peaks, default=None),
     }
+
+
+def _peak(told: Mapping[str, Mapping[str, Any]]) -> float | None:
+    """The most memory that a client says its process took, in MB."""
+    return max((p for each in told.values() if (p := each.get("peak-memory-mb"))), default=None)
 
 
 def _parts(record: Record, steps: Sequence[Record], asked: float | None) -> dict[str, float]:
@@ -157,7 +163,7 @@ def _client_rounds(history: History, asked: Sequence[Asking]) -> list[Record]:
     for step in history.steps:
         steps[step["round"], step["client"]].append(step)
     told = {record["round"]: record.get("per_client") or {} for record in history.rounds}
-    trained = {each.round: each for each in asked if each.training and not each.undone}
+    trained = {each.round: each for each in asked if each.training}  # the last attempt
     places = {(each.round, name) for each in trained.values() for name in each.asked}
     evaluated = {(n, name) for n, each in told.items() for name in each}
     return [
@@ -193,7 +199,7 @@ def _client_round(
         **{f"{p}_seconds": sum(each.get(p, 0.0) for each in seconds) for p in PHASES},
         "heldout_loss": evaluate.get("loss"),
         "heldout_tokens": evaluate.get("num-tokens"),
-        "peak_mb": train.get("peak-memory-mb"),
+        "peak_mb": _peak(told),
     }
 
 
@@ -216,7 +222,7 @@ def _client(name: str, asked: Sequence[Asking], rows: Sequence[Record]) -> Recor
         "answered": sum(each.outcome(name) == "answered" for each in asked),
         "missing": sum(name in each.missing for each in asked),
         "steps": steps,
-        "tokens": sum(row["tokens"] for row in rows if row["outcome"] != "missing"),
+        "tokens": sum(row["tokens"] for row in rows if row["outcome"] == "answered"),
         "bytes_up": sum(row["bytes_up"] for row in rows),
         "bytes_down": sum(row["bytes_down"] for row in rows),
         "seconds_per_step": busy / steps if steps else None,
@@ -245,6 +251,7 @@ def _curves(history: History, rounds: list[Record], rows: list[Record]) -> Recor
     return {
         "train": train_curve(history),
         "heldout": round_curve(rounds, "heldout_loss"),
+        "central": round_curve(rounds, "central_loss"),
         "clients": client_curves(history),
         "clients_heldout": {name: round_curve(points, "own") for name, points in own.items()},
     }

@@ -12,6 +12,7 @@ from simulations.report.export import as_json, clients_csv, rounds_csv
 from simulations.report.markdown import markdown
 from simulations.report.numbers import describe
 from simulations.report.page import render
+from simulations.report.settings import labels
 from simulations.sweep.state import find_sweep, is_sweep, read_sweep, sweeps_folder
 
 FORMS = ("html", "md", "json", "csv")
@@ -46,6 +47,8 @@ def write_report(names: Sequence[str], out: Path | None, forms: Sequence[str]) -
     folders, title, home = find(names)
     runs = [describe(read_history(folder)) for folder in folders]
     comparison = compare(runs) if len(runs) > 1 else None
+    for run, label in zip(runs, labels(runs), strict=True):
+        run["label"] = label
     stem = (out or home / STEM).absolute()
     stem = stem.with_suffix("") if stem.suffix[1:] in FORMS else stem
     stem.parent.mkdir(parents=True, exist_ok=True)

@@ -14,6 +14,8 @@ NONE = "–"
 MOST_ROWS = 400
 """Of a table of rounds: beyond, every n-th is shown."""
 MOST_MISSING = 200
+NAMED = 12
+"""Clients that a cell names."""
 
 Run = Mapping[str, Any]
 
@@ -101,7 +103,8 @@ def differences(runs: Sequence[Run], keys: Sequence[str]) -> Table:
 def rounds(run: Run) -> Table:
     """One row a round: losses, who took part, traffic and time."""
     every, rows = _thin(run["rounds"], MOST_ROWS)
-    columns = ["round", "train loss", "held-out loss", "perplexity", "answered", "attempts"]
+    columns = ["round", "train loss", "held-out loss", "perplexity", "server's file"]
+    columns += ["answered", "attempts"]
     columns += ["tokens", "MB up", "MB down", "seconds", "tokens/s"]
     cells = [
         [
@@ -109,6 +112,7 @@ def rounds(run: Run) -> Table:
             loss(each["train_loss"]),
             loss(each["heldout_loss"]),
             figure(each["perplexity"]),
+            loss(each["central_loss"]),
             f"{each['answered']} of {each['asked']}",
             str(each["attempts"]),
             whole(each["tokens"]),
@@ -119,6 +123,7 @@ def rounds(run: Run) -> Table:
         ]
         for each in rows
     ]
+    columns, cells = _without_empty(columns, cells)
     return Table(columns=columns, rows=cells, note=_every(every, "round"))
 
 
@@ -169,22 +174,34 @@ def clients(run: Run) -> Table:
 
 
 def missing(run: Run) -> Table:
-    """One row for each answer that did not count, and why."""
+    """One row for each reason why answers did not count, by round and attempt."""
     rows = [
         [
             each["label"],
-            name,
+            _names(names),
             ("undone attempt: " if each["undone"] else "") + why,
             NONE if each["at"] is None else figure(each["at"]),
         ]
         for each in run["participation"]
-        for name, why in sorted(each["missing"].items())
+        for why, names in _by_reason(each["missing"]).items()
     ]
     note = ""
     if len(rows) > MOST_MISSING:
         note = f"The first {MOST_MISSING} of {len(rows)}; JSON has all."
-    columns = ["asked in", "client", "why its answer does not count", "asked at (s)"]
+    columns = ["asked in", "clients", "why their answers do not count", "asked at (s)"]
     return Table(columns=columns, rows=rows[:MOST_MISSING], left=3, note=note)
+
+
+def _by_reason(missing: Mapping[str, str]) -> dict[str, list[str]]:
+    told: dict[str, list[str]] = {}
+    for name, why in sorted(missing.items()):
+        told.setdefault(why, []).append(name)
+    return told
+
+
+def _names(names: Sequence[str]) -> str:
+    rest = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(names[:NAMED]) + rest
 
 
 def changed(run: Run) -> Table:
