@@ -34,8 +34,8 @@
       legend: {orientation: "h", x: 0, xanchor: "left", y: 1.02, yanchor: "bottom", font: {size: 12}, traceorder: "normal"},
       hoverlabel: {align: "left", namelength: -1},
       ...more,
-      xaxis: {...line, title: {text: xtitle, standoff: 10}, ...more.xaxis},
-      yaxis: {...line, title: {text: ytitle, standoff: 10}, ...more.yaxis},
+      xaxis: {...line, title: {text: xtitle, standoff: 10, font: {size: 13}}, ...more.xaxis},
+      yaxis: {...line, title: {text: ytitle, standoff: 10, font: {size: 13}}, ...more.yaxis},
     };
   }
 
