@@ -195,8 +195,9 @@ def test_a_sweep_is_reported_as_its_runs(tmp_path: Path) -> None:
     folders = [small(tmp_path, f"run-{seed}", seed) for seed in (0, 1)]
     points = [
         Point(id=f"p{i}", values={}, seed=i, clients=2, overrides=[], run=str(folder))
-        for i, folder in enumerate([*folders, ""])
+        for i, folder in enumerate([*folders, "", ""])
     ]
+    points[2].status, points[2].error = "crashed", HOSTILE
     sweep = tmp_path / "sweep"
     sweep.mkdir()
     write_sweep(sweep, Sweep(name="mine", experiment="demo", keys=[], points=points))
@@ -207,7 +208,13 @@ def test_a_sweep_is_reported_as_its_runs(tmp_path: Path) -> None:
     assert result.output.split() == [str(sweep / "report.html"), str(sweep / "report.json")]
     told = json.loads((sweep / "report.json").read_text())
     assert [run["name"] for run in told["runs"]] == ["run-0", "run-1"]
-    assert "<h1>Sweep mine</h1>" in (sweep / "report.html").read_text()
+    assert told["notes"] == [
+        f"p2 (seed=2) crashed: {HOSTILE}",
+        "3 of 4 points are still to be run, or run now.",
+    ]
+    text = (sweep / "report.html").read_text()
+    assert "<h1>Sweep mine</h1>" in text
+    assert "p2 (seed=2) crashed: &lt;script&gt;" in text
 
 
 def test_what_cannot_be_reported_is_refused_in_words(tmp_path: Path) -> None:
