@@ -276,8 +276,10 @@ class Roster:
 class Strategy:
     """What a Keeper asks."""
 
-    held_out_loss = 1.0
     roster = Roster()
+
+    def __init__(self) -> None:
+        self.losses = Losses(0)
 
     def state_dict(self) -> dict[str, Any]:
         return state()
