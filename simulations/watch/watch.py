@@ -52,7 +52,8 @@ def watch(run: str, *, once: bool, interval: float, console: Console | None = No
                 state = look(follower.poll())
             live.update(Frame(state), refresh=True)
     except KeyboardInterrupt:
-        console.print(f"the run goes on without being watched; `graft watch {folder.name}`")
+        told = f"the run goes on without being watched; graft watch {folder.name} looks again"
+        console.print(told, highlight=False, markup=False)
 
 
 def newest_run(folder: str | Path = "") -> Path:

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import tempfile
 import time
@@ -26,6 +25,7 @@ from simulations.bench.compare.flops import count_flops, full_batch
 from simulations.bench.compare.memory import client_memory
 from simulations.bench.compare.methods import run_central, run_method
 from simulations.bench.compare.rows import (
+    cpus,
     differences,
     headline,
     row_of,
@@ -135,9 +135,7 @@ def _train(compare: Compare, start: Start, scratch: Path, say: Say) -> dict[str,
 
 def _machine() -> dict[str, Any]:
     return {
-        "cpus": len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count(),
+        "cpus": cpus(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,

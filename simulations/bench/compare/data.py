@@ -1,4 +1,4 @@
-"""Whose turn it is to learn from what: the batches that all methods of the comparison share."""
+"""Each client's batches, which all methods of the comparison share."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ _ROWS: tuple[tuple[str, str, str, float], ...] = (
 _WEAK = (
     "Mbit/s", "k", "unsplit, s a step", "predicted / measured", "split, s a step",
     "predicted / measured", "unsplit with messages", "split with messages", "quicker",
-    "client's memory, MiB: unsplit, split",
+    "client's memory, MiB: unsplit, split", "clients that fill the trunk",
 )  # fmt: skip
 
 
@@ -160,6 +160,7 @@ def _weak_row(row: Mapping[str, Any], memory: Mapping[str, Any]) -> list[str]:
         f"{row['split_with_messages']:.3f}",
         "split" if ahead else "unsplit",
         f"{memory['whole']['peak_mb']:.0f}, {memory['ends']['peak_mb']:.0f}",
+        str(row["most_clients"]),
     ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import statistics
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -10,7 +11,7 @@ from typing import Any
 
 from conf.schema import Config
 from simulations.bench.compare.settings import CENTRAL, FEDAVG, SAME, Compare
-from simulations.bench.compare.weak import Emulation, Point, predicted_split
+from simulations.bench.compare.weak import Emulation, predicted_split
 
 
 def target_loss(last: list[float]) -> float:
@@ -134,14 +135,15 @@ def weak_rows(
             for slow in compare.slow
         }
     alone = whole[compare.slow[0]].client
-    overhead = max(0.0, one.step - one.client - one.trunk)
+    overhead, cores = max(0.0, one.step - one.client - one.trunk), cpus()
     rows = []
     for (megabits, slow), point in points.items():
         sync = {name: _sync(methods[name], compare.local_steps, megabits)
                 for name in (FEDAVG, "splitfed-v1")}  # fmt: skip
         told = predicted_split(
-            one, slow=slow, megabits=megabits, clients=compare.clients, overhead=overhead
-        )
+            one, slow=slow, megabits=megabits, clients=compare.clients, cores=cores,
+            overhead=overhead,
+        )  # fmt: skip
         rows.append(
             {
                 "megabits": megabits,
@@ -152,10 +154,11 @@ def weak_rows(
                 "split_predicted": told,
                 "unsplit_with_messages": whole[slow].step + sync[FEDAVG],
                 "split_with_messages": point.step + sync["splitfed-v1"],
+                "most_clients": int(cores * told / one.trunk),
             }
         )
     parts = {"whole": alone, "overhead": overhead, **asdict(one)}
-    even = {str(m): break_even(parts, m, compare.clients) for m in compare.megabits}
+    even = {str(m): break_even(parts, m) for m in compare.megabits}
     return {"weak": rows, "weak_parts": parts, "break_even": even}
 
 
@@ -165,14 +168,14 @@ def _sync(row: Mapping[str, Any], steps: int, megabits: float) -> float:
     return float(8 * held / (megabits * 1e6) / steps)
 
 
-def break_even(parts: Mapping[str, float], megabits: float, clients: int) -> float | None:
-    """How many times slower a client must be than measured for a split step to be the quicker."""
+def break_even(parts: Mapping[str, float], megabits: float) -> float | None:
+    """How many times slower a client must compute for a split step to be the quicker one.
+
+    None if it never is. The trunk is not full.
+    """
     saved = parts["whole"] - parts["client"]
-    one = Point(**{name: parts[name] for name in Point.__dataclass_fields__})
-    fixed = predicted_split(one, slow=0.0, megabits=megabits, clients=1, overhead=parts["overhead"])
-    if saved <= 0:
-        return None
-    return max(fixed / saved, clients * parts["trunk"] / parts["whole"])
+    wire = 8 * (parts["bytes_up"] + parts["bytes_down"]) / (megabits * 1e6)
+    return (parts["trunk"] + wire + parts["overhead"]) / saved if saved > 0 else None
 
 
 def headline(
@@ -191,3 +194,8 @@ def headline(
         "bytes_per_token": split["bytes_up_per_token"] + split["bytes_down_per_token"],
         "break_even": weak["break_even"],
     }
+
+
+def cpus() -> int:
+    """CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

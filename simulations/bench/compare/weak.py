@@ -253,9 +253,12 @@ def _place() -> Place:
 
 
 def predicted_split(
-    one: Point, *, slow: float, megabits: float, clients: int, overhead: float
+    one: Point, *, slow: float, megabits: float, clients: int, cores: int, overhead: float
 ) -> float:
-    """Seconds of a split step by formula: clients share a trunk that serves one at a time.
+    """Seconds of a split step by formula.
+
+    A client waits for its own compute, the line, and the trunk, in turn; the trunk takes as many
+    clients at once as it has cores.
 
     Parameters
     ----------
@@ -263,11 +266,11 @@ def predicted_split(
         Measured with clients that are not slow.
     slow, megabits : float
         The point that is predicted.
-    clients : int
-        Who share the trunk.
+    clients, cores : int
+        Who share the trunk, and its cores.
     overhead : float
         Seconds of a step that are neither compute nor transfer, measured over loopback.
     """
     wire = 8 * (one.bytes_up + one.bytes_down) / (megabits * 1e6)
     alone = slow * one.client + one.trunk + wire + overhead
-    return max(alone, clients * one.trunk)
+    return max(alone, clients * one.trunk / cores)

@@ -216,9 +216,7 @@ def test_it_follows_a_run_through_a_kill_and_a_resume_to_its_end(
         locks[-1].release()
 
     text = shown(str(story.folder), monkeypatch, locks[0].release, resume, end)
-    places = [
-        text.index(word) for word in ("running", "unfinished", "resumed after", "mfinished")
-    ]
+    places = [text.index(word) for word in ("running", "unfinished", "resumed after", "mfinished")]
     assert places == sorted(places)
     assert "100%" in text[places[-1] :]
 

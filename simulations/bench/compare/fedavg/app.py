@@ -44,12 +44,10 @@ def train(message: Message, context: Context) -> Message:
     steps = client_steps(config, _partition(context), number)
     optimizer = plain_optimizer(model, config.train)
     done = train_steps(model, steps, config.train, optimizer, number)
-    metrics: dict[str, Any] = {
-        "num-tokens": done.tokens,
-        "loss": done.loss,
-        "seconds": done.seconds,
-    }
-    return _reply(message, metrics, ArrayRecord(get_peft_model_state_dict(model)))
+    reply = _reply(message, {"num-tokens": done.tokens, "loss": done.loss})
+    reply.content["arrays"] = ArrayRecord(get_peft_model_state_dict(model))
+    reply.content["timing"] = ConfigRecord({"seconds": done.seconds})
+    return reply
 
 
 @client.evaluate()
@@ -68,10 +66,8 @@ def _received(message: Message, context: Context) -> tuple[Config, PeftModel, in
     return load_config(path), model, int(message.content["config"]["server-round"])
 
 
-def _reply(message: Message, metrics: dict[str, Any], arrays: ArrayRecord | None = None) -> Message:
+def _reply(message: Message, metrics: dict[str, Any]) -> Message:
     content = RecordDict({"metrics": MetricRecord(metrics)})
-    if arrays is not None:
-        content["arrays"] = arrays
     return Message(content=content, reply_to=message)
 
 
@@ -229,7 +225,9 @@ class TimedFedAvg(FedAvg):
                 "round": server_round,
                 "seconds": ended - self._began,
                 "averaging": ended - asked,
-                "clients": [dict(reply.content["metrics"]) for reply in answers],
+                "clients": [
+                    {**reply.content["metrics"], **reply.content["timing"]} for reply in answers
+                ],
             }
         )
         return result

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import socket
 import threading
 import time
@@ -23,6 +24,7 @@ from simulations.bench.compare.data import all_heldout, client_steps
 from simulations.bench.compare.fedavg.app import load_model, mean_loss
 from simulations.bench.compare.flops import count_flops
 from simulations.bench.compare.methods import graft_rounds, train_central
+from simulations.bench.compare.publish import FIGURE, PAGE, README, publish
 from simulations.bench.compare.relay import Relay
 from simulations.bench.compare.settings import FEDAVG, METHODS, Compare, Start, config_of
 from simulations.bench.compare.start import make_start
@@ -69,18 +71,32 @@ class Trained:
         return mean_loss(load_model(self.config, str(self.adapter)), all_heldout(self.config))[0]
 
 
-def test_the_fedavg_app_averages_as_by_hand(trained: dict[str, Trained]) -> None:
-    config, adapter = trained[FEDAVG].config, trained[FEDAVG].adapter
+def test_the_fedavg_app_averages_as_by_hand(start: Start, tmp_path: Path) -> None:
+    config = _unequal(config_of(TINY, start, FEDAVG, tmp_path), tmp_path)
+    count_round(config, FEDAVG, tmp_path)
     model = load_model(config)
     first = {name: value.clone() for name, value in get_peft_model_state_dict(model).items()}
 
     for number in (1, 2):
         cohort = [client_steps(config, client, number) for client in range(TINY.clients)]
+        assert len(cohort[0]) != len(cohort[1]), "equal weights say nothing"
         fed_avg_round(model, cohort, config.train, number, TINY.rounds)
 
     by_hand = get_peft_model_state_dict(model)
-    assert largest_difference(by_hand, load_file(adapter / "adapter_model.safetensors")) < 1e-6
+    found = load_file(tmp_path / "model" / "adapter_model.safetensors")
+    assert largest_difference(by_hand, found) < 1e-5
     assert largest_difference(by_hand, first) > 1e-3, "nothing was learned: nothing is compared"
+
+
+def _unequal(config: Config, folder: Path) -> Config:
+    """One client has one document, the other two; each trains for an epoch a round."""
+    lines = Path(config.data.path).read_text(encoding="utf-8").splitlines()[:3]
+    few = folder / "few.jsonl"
+    short = [{"text": json.loads(line)["text"][:700]} for line in lines]
+    few.write_text("\n".join(map(json.dumps, short)), encoding="utf-8")
+    data = replace(config.data, path=str(few), partitioner="linear", max_examples=0)
+    train = replace(config.train, local_steps=0, local_epochs=1, batch_size=8)
+    return replace(config, data=data, train=train)
 
 
 def test_splitfed_v1_ends_where_fedavg_of_the_unsplit_model_does(
@@ -188,12 +204,14 @@ def test_at_break_even_a_split_step_takes_as_long_as_an_unsplit_one() -> None:
     one = Point(step=0.5, client=0.1, trunk=0.2, bytes_up=1e6, bytes_down=1e6)
     parts = {"whole": 0.3, "overhead": 0.05, **vars(one)}
 
-    k = rows.break_even(parts, 100, clients=2)
+    k = rows.break_even(parts, 100)
 
     assert k is not None
-    split = predicted_split(one, slow=k, megabits=100, clients=2, overhead=0.05)
+    split = predicted_split(one, slow=k, megabits=100, clients=2, cores=2, overhead=0.05)
     assert split == pytest.approx(k * parts["whole"])
-    assert rows.break_even({**parts, "whole": 0.1}, 100, clients=2) is None
+    full = predicted_split(one, slow=1, megabits=1e6, clients=8, cores=2, overhead=0.0)
+    assert full == pytest.approx(8 * 0.2 / 2), "eight clients wait for two cores"
+    assert rows.break_even({**parts, "whole": 0.1}, 100) is None
 
 
 def test_a_target_is_one_that_all_methods_reach() -> None:
@@ -212,6 +230,23 @@ def test_tables_and_figure_have_every_method_and_point(tmp_path: Path) -> None:
         assert all(len(line) == len(columns) for line in lines)
 
 
+def test_results_are_put_between_the_marks_of_the_docs(tmp_path: Path, project: Path) -> None:
+    (tmp_path / "docs").mkdir()
+    for page in (PAGE, README):
+        shutil.copyfile(project / page, tmp_path / page)
+    leave(_made_up(), tmp_path / "left")
+
+    for _ in range(2):  # what was published before is replaced
+        publish(tmp_path / "left", tmp_path)
+
+    page = (tmp_path / PAGE).read_text(encoding="utf-8")
+    assert page.count("| seconds of a step, median |") == 1
+    assert page.startswith("# What splitting costs")
+    assert page.rstrip().endswith("too thin for it.")
+    assert "**1.50 unsplit steps**" in (tmp_path / README).read_text(encoding="utf-8")
+    assert (tmp_path / FIGURE).exists()
+
+
 def _made_up() -> dict[str, Any]:
     flops = {"whole": 100, "bottom": 20, "trunk": 60, "top": 20, "again": 10}
     memory = {"whole": {"peak_mb": 100.0}, "ends": {"peak_mb": 40.0}}
@@ -224,7 +259,12 @@ def _made_up() -> dict[str, Any]:
         run = {"rounds": told, "start_seconds": 9.0, "heldout": 2.0, "averaging": 0.1}
         methods[method] = rows.row_of(method, run, 2.05, flops, memory, 10)
     one = dict.fromkeys(("unsplit", "split", "unsplit_predicted", "split_predicted"), 1.0)
-    one |= {"megabits": 100, "unsplit_with_messages": 1.2, "split_with_messages": 1.0}
+    one |= {
+        "megabits": 100,
+        "unsplit_with_messages": 1.2,
+        "split_with_messages": 1.0,
+        "most_clients": 9,
+    }
     weak = {"weak": [{**one, "slow": k} for k in (1, 4)], "break_even": {"100": 1.5}}
     return {
         "setting": vars(replace(TINY)),
