@@ -26,6 +26,7 @@ from flower_app.runs.journal import Journal, cut_back
 from flower_app.runs.keeper import Keeper
 from flower_app.runs.recorder import Recorder
 from flower_app.runs.resume import look_up, take_up
+from strategies.rounds.losses import Losses
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
 
