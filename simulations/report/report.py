@@ -12,6 +12,7 @@ from simulations.report.export import as_json, clients_csv, rounds_csv
 from simulations.report.markdown import markdown
 from simulations.report.numbers import describe
 from simulations.report.page import render
+from simulations.report.settings import labels
 from simulations.sweep.state import find_sweep, is_sweep, read_sweep, sweeps_folder
 
 FORMS = ("html", "md", "json", "csv")
@@ -46,6 +47,8 @@ def write_report(names: Sequence[str], out: Path | None, forms: Sequence[str]) -
     folders, title, home = find(names)
     runs = [describe(read_history(folder)) for folder in folders]
     comparison = compare(runs) if len(runs) > 1 else None
+    for run, label in zip(runs, labels(runs), strict=True):
+        run["label"] = label
     stem = (out or home / STEM).absolute()
     stem = stem.with_suffix("") if stem.suffix[1:] in FORMS else stem
     stem.parent.mkdir(parents=True, exist_ok=True)
@@ -71,7 +74,8 @@ def find(names: Sequence[str]) -> tuple[list[Path], str, Path]:
     for name in names:
         sweep = _sweep(name)
         if sweep is None:
-            home = find_run(name)
+            here = Path(name)
+            home = here.resolve() if here.is_dir() else find_run(name)
             found[home] = None
             continue
         told, home = read_sweep(sweep), sweep
