@@ -111,7 +111,9 @@ def _at(state: State) -> str:
 
 
 def _losses(state: State, width: int) -> Iterator[RenderableType]:
-    trained = [step["loss"] for step in state.history.steps if step["loss"] is not None]
+    # Not in the order in which they came: clients may take turns, one round each.
+    steps = sorted(state.history.steps, key=lambda step: (step["round"], step["step"]))
+    trained = [step["loss"] for step in steps if step["loss"] is not None]
     evaluated = [
         (record["round"], record["evaluate"]["loss"])
         for record in state.history.rounds

@@ -257,6 +257,16 @@ def test_the_process_that_writes_a_run_is_found_by_its_lock(story: Story) -> Non
     assert writer_of(story.folder, story.folder / "no locks") is None
 
 
+def test_clients_that_train_one_after_the_other_have_one_curve(story: Story) -> None:
+    story.round(0, THREE)
+    story.ask(1, THREE, training=True)
+    for name in THREE:
+        for step in range(1, 9):
+            story.step(1, name, step)
+    (line,) = [line for line in rendered(read(story)) if line.startswith("train loss")]
+    assert line.split()[3] == "███▇▇▇▅▅▅▄▄▄▃▃▃▂▂▂▂▂▂▁▁▁"
+
+
 def test_numbers_as_text() -> None:
     assert spark([3, 2, 1], 10) == "█▅▁"
     assert spark([1, 1, 5, 5], 2) == "▁█"
