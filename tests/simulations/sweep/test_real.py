@@ -39,14 +39,17 @@ grid:
   train.lr: [1e-3, 3e-3, 1e-2, 3e-2, 1e-1]
 seeds: [0, 1]
 include:
-  - {{federation.round_timeout: 0.001, federation.quorum: 1}}   # nobody answers in time: crashes
+  - {{link.tls: on, link.certificate: {file}, link.key: {file}}}   # no PEM file: crashes
 """
 CRASHING = ["006", "012"]
 
 
 def _write(folder: Path, experiment: str, *, rounds: int, more: str = "") -> Path:
-    path = folder / "twelve.yaml"
-    path.write_text(f"experiment: {experiment}\n" + TINY.format(rounds=rounds, more=more))
+    path, file = folder / "twelve.yaml", folder / "no.pem"
+    file.write_text("nothing\n")
+    path.write_text(
+        f"experiment: {experiment}\n" + TINY.format(rounds=rounds, more=more, file=file)
+    )
     return path
 
 
@@ -86,7 +89,7 @@ def _check_table(folder: Path, before: Sweep, *, rounds: int, clients: int) -> N
             assert new == old  # not run again
     for point in done.points:
         if point.status == CRASHED:
-            assert "quorum" in point.error
+            assert "link.certificate holds no PEM certificate" in point.error
             assert (folder / "logs" / f"{point.id}.log").stat().st_size > 1000
         else:
             summary = json.loads((Path(point.run) / "summary.json").read_text())
