@@ -11,7 +11,7 @@ from conf.schema import Config
 from models import client_state
 from models.cut import ROLES, Cut
 from simulations.plan.cuts import Budgets, Memory, best_cut, some_cuts
-from simulations.plan.footprint import Footprint, whole_footprint
+from simulations.plan.footprint import Footprint
 from simulations.plan.frames import StepFrames, step_frames
 from simulations.plan.hollow import outline_parts, read_shape
 from simulations.plan.seconds import Network, StepSeconds, step_seconds, whole_seconds
@@ -93,7 +93,7 @@ class _Planner:
             lambda cut: self._seconds(cut).total,
         )
         client, server = self._memory.client(self._cut), self._memory.server(self._cut)
-        whole = whole_footprint(self._shape, self._config)
+        whole = self._memory.whole()
         return {
             "model": self._describe(),
             "setting": self._describe_setting(),
@@ -238,7 +238,8 @@ def state_bytes(parts: Any) -> int:
 
 
 def _memory(footprint: Footprint, budget: int) -> dict[str, Any]:
-    found = {name: value for name, value in asdict(footprint).items() if name != "flops"}
+    keys = ("parameters", "trainable", "weights", "gradients", "optimizer", "activations", "peak")
+    found = {key: getattr(footprint, key) for key in keys}
     return found | {"fits": _fits(footprint.peak, budget)}
 
 

@@ -93,15 +93,16 @@ def measure(shape: PretrainedConfig, config: Config, operations: Pieces, threads
 
 def block_kinds(shape: PretrainedConfig, config: Config, blocks: int) -> list[Any]:
     """For each block what it is like: blocks of one kind take the same time."""
-    trunk = outline_parts(shape, config, Cut(0, 0))[1]
-    kept = trunk.model.get_submodule(trunk.block_list)
-    assert isinstance(kept, nn.ModuleList)
-    assert len(kept) == blocks
+    shapes = block_shapes(outline_parts(shape, config, Cut(0, 0))[1])
     types = getattr(shape.get_text_config(decoder=True), "layer_types", None) or [""] * blocks
-    return [
-        (types[i], tuple((name, tuple(p.shape)) for name, p in block.named_parameters()))
-        for i, block in enumerate(kept)
-    ]
+    return list(zip(types, shapes, strict=True))
+
+
+def block_shapes(trunk: Part) -> list[Any]:
+    """Names and shapes of each block's weights."""
+    blocks = trunk.model.get_submodule(trunk.block_list)
+    assert isinstance(blocks, nn.ModuleList)
+    return [tuple((name, tuple(p.shape)) for name, p in b.named_parameters()) for b in blocks]
 
 
 def _operations(shape: PretrainedConfig, config: Config, index: int) -> Piece:
