@@ -89,7 +89,7 @@ class Memory:
         else:
             higher = 0
         trunk = self._blocks - cut.bottom - cut.top
-        server = self._exact(cut) if self._blocks <= MANY else self._on_line(trunk)
+        server = self._exact(cut) if self._blocks < 4 else self._on_line(trunk)
         return client.peak + higher, for_all(server, self._config, self._clients)
 
     def _client(self, cut: Cut) -> Footprint:

@@ -15,7 +15,7 @@ from simulations.plan.footprint import Footprint
 from simulations.plan.frames import StepFrames, step_frames
 from simulations.plan.hollow import outline_parts, read_shape
 from simulations.plan.seconds import Network, StepSeconds, step_seconds, whole_seconds
-from simulations.plan.speed import Pieces, at_speed, count_operations, measure
+from simulations.plan.speed import Pieces, at_speed, count_operations, measure, torch_threads
 
 STEPS = 100
 """Of a client in a round, where the configuration counts epochs of data that nobody has read."""
@@ -68,7 +68,8 @@ class _Planner:
         self._micros = config.train.accumulate
         self._steps = setting.steps or config.train.local_steps or STEPS
         self._memory = Memory(self._shape, config, self._blocks, setting.clients)
-        self._frames: StepFrames = step_frames(config, self._parts[0].hidden_size)
+        with torch_threads(1):
+            self._frames: StepFrames = step_frames(config, self._parts[0].hidden_size)
         operations = count_operations(self._shape, config, self._blocks)
         self._operations = operations
         runtime = config.runtime
