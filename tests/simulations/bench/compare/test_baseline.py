@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from conf.schema import Config
 from simulations.bench.compare import report, rows
 from simulations.bench.compare.compare import leave
-from simulations.bench.compare.counted import count_round
+from simulations.bench.compare.counted import count_quickly, count_round
 from simulations.bench.compare.data import all_heldout, client_steps
 from simulations.bench.compare.fedavg.app import load_model, mean_loss
 from simulations.bench.compare.flops import count_flops
@@ -141,11 +141,22 @@ def test_flowers_messages_hold_the_adapters(trained: dict[str, Trained]) -> None
     tensors = load_file(trained[FEDAVG].adapter / "adapter_model.safetensors")
     of_ends = [t for name, t in tensors.items() if ".0." in name or ".3." in name]
     all_bytes = sum(t.nbytes for t in tensors.values())
-    end_bytes = sum(t.nbytes for t in of_ends if t is not None)
+    end_bytes = sum(t.nbytes for t in of_ends)
 
     for way in ("flower_up", "flower_down"):
         assert all_bytes < whole[way] < 2.5 * all_bytes  # names and headers: tensors are tiny
         assert end_bytes < split[way] < whole[way]
+
+
+def test_a_step_over_the_stream_adds_nothing_to_flowers_messages(
+    trained: dict[str, Trained], tmp_path: Path
+) -> None:
+    whole = trained["splitfed-v1"]
+
+    quick = count_quickly(whole.config, "splitfed-v1", tmp_path)
+
+    for way in ("flower_up", "flower_down"):
+        assert quick[way] == pytest.approx(whole.counted[way], rel=0.01)
 
 
 def test_operations_of_the_parts_are_those_of_the_whole(start: Start, tmp_path: Path) -> None:
