@@ -25,7 +25,7 @@ from simulations.watch.spark import bar, duration, megabytes, size, spark
 from simulations.watch.state import State
 
 NARROW, WIDE, WIDEST = 72, 110, 130
-"""Columns from which speed and bytes, then a client's time, and its bytes each way, are shown too."""
+"""Columns from which a client's speed and bytes, its time, and its bytes each way are shown too."""
 PARTS = {"bottom": "bottom", "network": "net", "trunk": "trunk", "top": "top"}
 """Of a step's time, and what their columns are called."""
 NOTES = 4
