@@ -31,6 +31,7 @@ ROOMS = (
     "simulations/deploy",
     "simulations/equality",
     "simulations/disturb",
+    "simulations/plan",
     "simulations/bench",
     "simulations/study",
     "simulations/watch",

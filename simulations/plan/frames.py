@@ -1,0 +1,165 @@
+"""A session's real frames, both ways, in this process: what they weigh, and what is held meanwhile.
+
+Shapes: B sequences, T tokens, D hidden size.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from conf.schema import Config, LinkConfig
+from simulations.plan.rehearsal import STEPS, alone
+from strategies.engine.engine import TrunkEngine
+from strategies.engine.lane import StepResult
+from strategies.transport.conversation import Conversation
+from strategies.transport.frames import read_server_frame, refuse_failure
+from strategies.transport.link import Framed, Request, StepCounters
+
+
+class FramedLink(Framed):
+    """A link whose frames are answered at once, by the trunk's own code.
+
+    Parameters
+    ----------
+    config : LinkConfig
+        Names the codec.
+    talk : Conversation
+        Answers.
+    across : callable
+        Wraps the trunk's work: `across(frame, answer)` calls `answer(frame)`.
+    """
+
+    def __init__(
+        self,
+        config: LinkConfig,
+        talk: Conversation,
+        across: Callable[[bytes, Callable[[bytes], bytes]], bytes] = lambda raw, answer: answer(
+            raw
+        ),
+    ) -> None:
+        super().__init__(config, talk.key)
+        self._talk, self._across = talk, across
+        self._asked: list[tuple[Request, Any]] = []
+        self.bytes_up = self.bytes_down = 0
+        self.trunk_seconds = 0.0
+
+    def send(self, request: Request) -> None:
+        raw = self._across(request.raw, self._talk.answer)
+        self.bytes_up += len(request.raw)
+        self.bytes_down += len(raw)
+        frame = refuse_failure(read_server_frame(raw))
+        self._asked.append((request, getattr(frame, request.answer)))
+
+    def computed(self) -> Tensor:
+        """The trunk's output."""
+        request, reply = self._asked.pop(0)
+        self.trunk_seconds += reply.seconds
+        return self.read_activations(reply, request.shape)
+
+    def gradients(self) -> tuple[Tensor, float]:
+        """dL/dh1, and the squared norm of the trunk's gradient."""
+        request, reply = self._asked.pop(0)
+        self.trunk_seconds += reply.seconds
+        return self.read_gradients(reply, request.shape)
+
+    def applied(self) -> StepResult:
+        """The trunk's step."""
+        _, reply = self._asked.pop(0)
+        self.trunk_seconds += reply.seconds
+        return self.read_applied(reply)
+
+    def close(self) -> None:
+        """The engine's round ends without a good-bye."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepFrames:
+    """One optimizer step on the wire."""
+
+    up: int
+    down: int
+    """Bytes of frames."""
+    largest: int
+    """Bytes of the largest one."""
+    round_trips: int
+    seconds: float
+    """Of this machine, to make frames of tensors and tensors of frames, on both sides together."""
+
+
+class _Echo(nn.Module):
+    """A trunk that only hands on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, h_BTD: Tensor, mask_BT: Tensor | None) -> Tensor:
+        return h_BTD * self.scale
+
+
+def step_frames(config: Config, width: int) -> StepFrames:
+    """Send the frames of a step, of random numbers, and weigh them.
+
+    Parameters
+    ----------
+    config : Config
+        Codec, batch, accumulation.
+    width : int
+        D.
+    """
+    rows, tokens = config.train.batch_size, config.data.context
+    shape = (rows, tokens, width)
+    own: list[float] = []
+    sizes: list[int] = []
+
+    def across(raw: bytes, answer: Callable[[bytes], bytes]) -> bytes:
+        reply = answer(raw)
+        sizes.extend((len(raw), len(reply)))
+        return reply
+
+    link = FramedLink(config.link, open_session(_Echo(), config, width), across)
+    micros = config.train.accumulate
+    h_BTD = torch.randn(shape)
+    for attempt in range(2):  # the first one warms up
+        before, started = (link.bytes_up, link.bytes_down), time.perf_counter()
+        for micro in range(micros):
+            link.compute(attempt, micro, h_BTD, None)
+            link.computed()
+            link.backward(
+                attempt, micro, h_BTD, last=micro == micros - 1, tokens=rows * (tokens - 1) * micros
+            )
+            link.gradients()
+        link.apply(
+            attempt,
+            StepCounters(
+                client_square_norm=1.0,
+                tokens=rows * (tokens - 1) * micros,
+                loss=1.0,
+                seconds_bottom=1.0,
+                seconds_network=1.0,
+                seconds_top=1.0,
+            ),
+        )
+        link.applied()
+        own.append(time.perf_counter() - started)
+    return StepFrames(
+        up=link.bytes_up - before[0],
+        down=link.bytes_down - before[1],
+        largest=max(sizes),
+        round_trips=2 * micros + 1,
+        seconds=own[-1],
+    )
+
+
+def open_session(trunk: nn.Module, config: Config, width: int) -> Conversation:
+    """A conversation with a trunk, in a training round of one client."""
+    engine = TrunkEngine(trunk, hidden_size=width, train=alone(config.train), max_in_flight=2**62)
+    engine.open_round(1, 1, training=True)
+    session = engine.open("plan", client="plan", steps=STEPS)
+    return Conversation("plan", session, config.link.dtype, lambda report: None, 2**62)

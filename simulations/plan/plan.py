@@ -1,0 +1,246 @@
+"""A plan: what a split run will hold, compute, send and take, before anything runs."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from conf.schema import Config
+from models import client_state
+from models.cut import ROLES, Cut
+from simulations.plan.cuts import Budgets, Memory, best_cut, some_cuts
+from simulations.plan.footprint import Footprint, whole_footprint
+from simulations.plan.frames import StepFrames, step_frames
+from simulations.plan.hollow import outline_parts, read_shape
+from simulations.plan.seconds import Network, StepSeconds, step_seconds, whole_seconds
+from simulations.plan.speed import Pieces, at_speed, count_operations, measure
+
+STEPS = 100
+"""Of a client in a round, where the configuration counts epochs of data that nobody has read."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """Where a run is to take place."""
+
+    network: Network
+    clients: int
+    client_speed: float = 0.0
+    """Operations a second; 0: as this machine."""
+    server_speed: float = 0.0
+    steps: int = 0
+    """Of a client in a round; 0: as configured."""
+    budgets: Budgets = field(default_factory=Budgets)
+
+
+def make_plan(config: Config, setting: Setting) -> dict[str, Any]:
+    """Predict a run at the configured cut, and compare with other cuts and with no cut.
+
+    Parameters
+    ----------
+    config : Config
+        Model, cut, tuning, batch, optimizer, precision, codec, strategy.
+    setting : Setting
+        Network, machines, clients.
+
+    Returns
+    -------
+    dict
+        Plain numbers in bytes, operations and seconds; `words` puts it into words.
+
+    Raises
+    ------
+    ValueError
+        If the model cannot be split, or the cut leaves no trunk.
+    """
+    return _Planner(config, setting).plan()
+
+
+class _Planner:
+    def __init__(self, config: Config, setting: Setting) -> None:
+        self._config, self._setting = config, setting
+        self._cut = Cut(config.cut.bottom, config.cut.top)
+        self._shape: PretrainedConfig = read_shape(config)
+        self._parts = outline_parts(self._shape, config, self._cut)
+        self._blocks = self._parts[0].num_blocks_total
+        self._micros = config.train.accumulate
+        self._steps = setting.steps or config.train.local_steps or STEPS
+        self._memory = Memory(self._shape, config, self._blocks, setting.clients)
+        self._frames: StepFrames = step_frames(config, self._parts[0].hidden_size)
+        operations = count_operations(self._shape, config, self._blocks)
+        self._operations = operations
+        runtime = config.runtime
+        measured: dict[int, Pieces] = {}
+
+        def pieces(speed: float, threads: int) -> Pieces:
+            if speed:
+                return at_speed(operations, speed)
+            if threads not in measured:
+                measured[threads] = measure(self._shape, config, operations, threads)
+            return measured[threads]
+
+        self._client = pieces(setting.client_speed, runtime.client_threads)
+        self._server = pieces(setting.server_speed, runtime.trunk_threads)
+
+    def plan(self) -> dict[str, Any]:
+        """All of it."""
+        best = best_cut(
+            self._blocks,
+            self._memory,
+            self._setting.budgets,
+            lambda cut: self._seconds(cut).total,
+        )
+        client, server = self._memory.client(self._cut), self._memory.server(self._cut)
+        whole = whole_footprint(self._shape, self._config)
+        return {
+            "model": self._describe(),
+            "setting": self._describe_setting(),
+            "parts": {part.role: self._part(part) for part in self._parts},
+            "client": _memory(client, self._setting.budgets.client),
+            "server": _memory(server, self._setting.budgets.server)
+            | {"sessions": self._setting.clients, "all": self._memory.server_peak(self._cut)},
+            "flops": self._flops(client, server),
+            "wire": self._wire(),
+            "seconds": self._round(self._cut),
+            "best": None if best is None else str(best),
+            "alternatives": [self._row(cut) for cut in some_cuts(self._blocks, self._cut, best)],
+            "unsplit": self._unsplit(whole),
+        }
+
+    def _describe(self) -> dict[str, Any]:
+        config, text = self._config, self._shape.get_text_config(decoder=True)
+        return {
+            "name": config.model.path or config.experiment,
+            "family": self._shape.model_type,
+            "blocks": self._blocks,
+            "width": self._parts[0].hidden_size,
+            "vocabulary": text.vocab_size,
+            "cut": str(self._cut),
+            "tuning": {role: getattr(config.tuning, role) for role in ROLES},
+            "rank": config.lora.rank,
+            "dtype": config.model.dtype,
+            "precision": config.train.precision,
+            "wire": config.link.dtype,
+            "optimizer": config.train.optimizer,
+            "strategy": config.train.strategy,
+            "batch": [config.train.batch_size, config.data.context],
+            "accumulate": self._micros,
+        }
+
+    def _describe_setting(self) -> dict[str, Any]:
+        setting = self._setting
+        return {
+            "bandwidth": setting.network.bandwidth,
+            "latency": setting.network.latency,
+            "clients": setting.clients,
+            "steps": self._steps,
+            "client_speed": setting.client_speed or self._achieved(self._client),
+            "client_measured": not setting.client_speed,
+            "server_speed": setting.server_speed or self._achieved(self._server),
+            "server_measured": not setting.server_speed,
+            "budgets": asdict(setting.budgets),
+            "max_frame": round(self._config.link.max_frame_mb * 2**20),
+        }
+
+    def _achieved(self, pieces: Pieces) -> float:
+        counted = sum(each.both for each in self._operations.blocks)
+        return counted / sum(each.both for each in pieces.blocks)
+
+    def _part(self, part: Any) -> dict[str, Any]:
+        own = list(part.parameters())
+        return {
+            "blocks": len(part.blocks),
+            "parameters": sum(p.numel() for p in own),
+            "trainable": sum(p.numel() for p in own if p.requires_grad),
+        }
+
+    def _flops(self, client: Footprint, server: Footprint) -> dict[str, float]:
+        return {
+            "client": self._micros * sum(client.flops.values()),
+            "server": self._micros * sum(server.flops.values()),
+            "unsplit": self._micros * whole_operations(self._operations),
+        }
+
+    def _wire(self) -> dict[str, Any]:
+        frames, (rows, tokens) = self._frames, self._batch()
+        ends = state_bytes(self._parts)
+        return {
+            "up": frames.up,
+            "down": frames.down,
+            "per_token": (frames.up + frames.down) / (rows * tokens * self._micros),
+            "largest_frame": frames.largest,
+            "round_trips": frames.round_trips,
+            "ends": ends,
+            "round_up": self._steps * frames.up + ends,
+            "round_down": self._steps * frames.down + ends,
+        }
+
+    def _batch(self) -> tuple[int, int]:
+        return self._config.train.batch_size, self._config.data.context
+
+    def _seconds(self, cut: Cut) -> StepSeconds:
+        return step_seconds(
+            cut,
+            self._client,
+            self._server,
+            self._frames,
+            self._setting.network,
+            clients=self._setting.clients,
+            strategy=self._config.train.strategy,
+            micros=self._micros,
+        )
+
+    def _round(self, cut: Cut) -> dict[str, float]:
+        step = self._seconds(cut)
+        ends = 2 * self._setting.network.transfer(state_bytes(self._parts))
+        return asdict(step) | {"ends": ends, "round": self._steps * step.total + ends}
+
+    def _row(self, cut: Cut) -> dict[str, Any]:
+        budgets, step = self._setting.budgets, self._seconds(cut)
+        client, server = self._memory.estimate(cut)
+        if cut == self._cut:
+            client, server = self._memory.client(cut).peak, self._memory.server_peak(cut)
+        return {
+            "cut": str(cut),
+            "client_peak": round(client),
+            "server_peak": round(server),
+            "client_seconds": step.client,
+            "server_seconds": step.server,
+            "step": step.total,
+            "fits": _fits(client, budgets.client) and _fits(server, budgets.server),
+        }
+
+    def _unsplit(self, whole: Footprint) -> dict[str, Any]:
+        step = whole_seconds(self._client, self._micros)
+        state = 4 * whole.trainable
+        ends = 2 * self._setting.network.transfer(state)
+        rounded = self._steps * step + ends
+        return _memory(whole, self._setting.budgets.client) | {
+            "step": step,
+            "state": state,
+            "round": rounded,
+            "faster": rounded < self._round(self._cut)["round"],
+        }
+
+
+def whole_operations(pieces: Pieces) -> float:
+    """Operations of one micro-batch in the unsplit model."""
+    return pieces.ends.both + sum(each.both for each in pieces.blocks)
+
+
+def state_bytes(parts: Any) -> int:
+    """Bytes in which the ends travel at a round's end, one way: fp32, and a header for each."""
+    bottom, _, top = parts
+    state = client_state(bottom, top)
+    return sum(4 * tensor.numel() + 128 + len(name) for name, tensor in state.items())
+
+
+def _memory(footprint: Footprint, budget: int) -> dict[str, Any]:
+    found = {name: value for name, value in asdict(footprint).items() if name != "flops"}
+    return found | {"fits": _fits(footprint.peak, budget)}
+
+
+def _fits(count: float, budget: int) -> bool:
+    return not budget or count <= budget

@@ -1,0 +1,35 @@
+"""A plan's memory and bytes against those of real steps: 10 % are allowed, and none is needed."""
+
+from __future__ import annotations
+
+import pytest
+
+from simulations.plan.families import VOCABULARY, family_config
+from simulations.plan.footprint import client_footprint, server_footprint
+from simulations.plan.frames import step_frames
+from simulations.plan.hollow import read_shape
+from simulations.plan.measured import measure_step
+
+SIZES = ["cut.bottom=1", "cut.top=1", "train.batch_size=4", "data.context=96"]
+CASES = {
+    "llama": [],
+    "gpt2": ["train.accumulate=2", "link.dtype=bf16"],
+    "gemma2": ["tuning.trunk=lora", "cut.bottom=2"],
+    "opt": ["tuning.bottom=lora", "tuning.trunk=lora", "tuning.top=lora", "train.strategy=merged"],
+    "qwen3": ["train.precision=bf16", "train.strategy=splitfed-v2"],
+    "mixtral": ["tuning.trunk=lora", "link.dtype=fp16"],
+}
+
+
+@pytest.mark.parametrize("family", CASES)
+def test_memory_and_bytes_are_those_of_a_real_step(family: str) -> None:
+    config = family_config(family, 128, 4, [*SIZES, *CASES[family]])
+    shape = read_shape(config)
+    client, server = client_footprint(shape, config), server_footprint(shape, config)
+    frames = step_frames(config, 128)
+
+    real = measure_step(config, VOCABULARY)
+
+    assert client.peak == pytest.approx(real.client_peak, rel=0.1)
+    assert server.peak == pytest.approx(real.server_peak, rel=0.1)
+    assert (frames.up, frames.down) == pytest.approx((real.up, real.down), rel=1e-4)
