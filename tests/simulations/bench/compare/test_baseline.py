@@ -17,18 +17,22 @@ from peft import get_peft_model_state_dict
 from safetensors.torch import load_file
 
 from conf.schema import Config
+from flower_app.build import build_client
+from flower_app.client import streamed
+from flower_app.client.place import Place
 from simulations.bench.compare import report, rows
 from simulations.bench.compare.compare import leave
 from simulations.bench.compare.counted import count_quickly, count_round
 from simulations.bench.compare.data import all_heldout, client_steps
 from simulations.bench.compare.fedavg.app import load_model, mean_loss
-from simulations.bench.compare.flops import count_flops
+from simulations.bench.compare.flops import count_flops, full_batch
+from simulations.bench.compare.memory import Echo
 from simulations.bench.compare.methods import graft_rounds, train_central
 from simulations.bench.compare.publish import FIGURE, PAGE, README, publish
 from simulations.bench.compare.relay import Relay
 from simulations.bench.compare.settings import FEDAVG, METHODS, Compare, Start, config_of
 from simulations.bench.compare.start import make_start
-from simulations.bench.compare.weak import Point, Slow, predicted_split
+from simulations.bench.compare.weak import Point, Slow, SlowTrainer, predicted_split
 from simulations.equality.federation import largest_difference
 from simulations.equality.reference import fed_avg_round
 
@@ -209,6 +213,21 @@ def test_a_slow_client_waits_as_often_as_it_is_slower() -> None:
 
     assert slow.seconds > 0
     assert time.perf_counter() - began >= 4.0 * slow.seconds * 0.99
+
+
+def test_a_slow_client_takes_the_same_steps(start: Start, tmp_path: Path) -> None:
+    config, slow = config_of(TINY, start, "splitfed-v1", tmp_path), Slow(2.0)
+    place = Place(seed=0, client="client-0", round=1, rounds=1)
+    losses = []
+
+    for trainer in (SlowTrainer, streamed.Trainer):
+        own = (slow,) if trainer is SlowTrainer else ()
+        each = trainer(*own, *build_client(config), Echo(), 2, config.train, place)
+        losses.append([each.step(step, [full_batch(config)]) for step in range(2)])
+
+    assert losses[0] == losses[1]
+    assert losses[0][0] != losses[0][1], "nothing was learned"
+    assert slow.seconds > 0
 
 
 def test_at_break_even_a_split_step_takes_as_long_as_an_unsplit_one() -> None:
