@@ -159,13 +159,13 @@ def names_on_disk(folder: Path) -> set[str]:
 def test_each_site_has_the_model_that_fedper_of_unsplit_models_gives_it(
     ends: str, transport: str, tmp_path: Path, sites: Path
 ) -> None:
-    """Three clients of unequal size; the server is never told what stays, nor writes it down."""
+    """Clients of unequal size; the server is never told what stays, nor writes it down."""
     config = test_app.tiny_config(
         tmp_path,
         f"{EXACT} {UNTIED} aggregation.ends={ends} output.share_trunk=true "
         f"train.rounds={3 if transport == 'stream' else 2} link.transport={transport}",
     )
-    grid = grid_of(tmp_path)
+    grid = grid_of(tmp_path, 3 if transport == "stream" else 2)
 
     folder, _, _ = test_app.run(config, grid)
 
@@ -319,7 +319,7 @@ def test_another_runs_ends_are_not_taken_for_this_ones(tmp_path: Path, sites: Pa
     [
         "train.strategy=merged link.transport=messages",
         "tuning.trunk=frozen",
-        "train.strategy=splitfed-v2 tuning.trunk=frozen",
+        pytest.param("train.strategy=splitfed-v2 tuning.trunk=frozen", marks=pytest.mark.slow),
     ],
 )
 def test_nothing_to_average_is_no_trouble(changes: str, tmp_path: Path, sites: Path) -> None:
@@ -334,7 +334,7 @@ def test_nothing_to_average_is_no_trouble(changes: str, tmp_path: Path, sites: P
     assert any(not torch.equal(one[name], other[name]) for name in one)
 
 
-@pytest.mark.parametrize("how", ["factors", "ffa", "exact"])
+@pytest.mark.parametrize("how", ["factors", pytest.param("ffa", marks=pytest.mark.slow), "exact"])
 def test_a_sites_adapter_is_its_own_ends_around_the_common_trunk(
     how: str, tmp_path: Path, sites: Path
 ) -> None:
