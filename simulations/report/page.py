@@ -43,7 +43,12 @@ ROOMS = {
 }
 
 
-def render(runs: Sequence[Any], comparison: Mapping[str, Any] | None, name: str = "") -> str:
+def render(
+    runs: Sequence[Any],
+    comparison: Mapping[str, Any] | None,
+    name: str = "",
+    notes: Sequence[str] = (),
+) -> str:
     """Return the page.
 
     Parameters
@@ -54,6 +59,8 @@ def render(runs: Sequence[Any], comparison: Mapping[str, Any] | None, name: str 
         Of several, as `compare.compare` returns it.
     name : str
         What they are together; empty: the run's name.
+    notes : sequence of str
+        What a reader must know besides.
     """
     environment = Environment(
         loader=FileSystemLoader(FOLDER),
@@ -68,7 +75,7 @@ def render(runs: Sequence[Any], comparison: Mapping[str, Any] | None, name: str 
         nonce=secrets.token_urlsafe(16),
         title=name or title(runs),
         lead=lead(runs[0]) if len(runs) == 1 else f"{len(runs)} runs side by side.",
-        problems=problems(runs[0]) if len(runs) == 1 else _several_problems(runs),
+        problems=[*notes, *(problems(runs[0]) if len(runs) == 1 else _several_problems(runs))],
         tiles=tiles(runs[0]) if len(runs) == 1 else [],
         runs=runs,
         overview=tables.overview(runs),

@@ -36,7 +36,11 @@ def overview(runs: Sequence[Run]) -> Table:
     """One row a run: how it ended, and what it came to."""
     columns = ["run", "status", "rounds", "clients", "held-out loss", "perplexity", "tokens"]
     columns += ["MB up", "MB down", "time", "tokens/s"]
-    return Table(columns=columns, rows=[_overview(run) for run in runs], left=2)
+    rows = [_overview(run) for run in runs]
+    if all(run["label"] == run["name"] for run in runs):
+        return Table(columns=columns, rows=rows, left=2)
+    labelled = [[row[0], run["label"], *row[1:]] for run, row in zip(runs, rows, strict=True)]
+    return Table(columns=["run", "setting", *columns[1:]], rows=labelled, left=3)
 
 
 def _overview(run: Run) -> list[str]:
