@@ -15,12 +15,21 @@ from conf.rules import ConfigError
 from conf.schema import Config
 from flower_app.runs import checkpoint
 from flower_app.runs.checkpoint import Checkpoint, Damaged
-from flower_app.runs.folders import CHECKPOINTS, FINISHED, RunLock, find_run, folders
+from flower_app.runs.folders import (
+    CHECKPOINTS,
+    FINISHED,
+    RunLock,
+    find_run,
+    folders,
+    read_summary,
+)
 
 FREE = ("link", "runtime", "output", "federation", "tracking")
 """Sections that do not say what is computed, or whose change is the operator's to answer for."""
 FIXED = ("link.dtype", "link.transport", "output.folder")
 """What of them stays as it was."""
+UNTIL = ("train.rounds", "train.patience")
+"""How long a run goes on, not what is computed until then."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +108,7 @@ def _point(
             f"the checkpoint was written with torch {found.torch}, and this is "
             f"{torch.__version__}: losses may differ in the last digits"
         )
-    _check_unfinished(run, facts.round, config)
+    _check_unfinished(run, wanted, before, config)
     return Point(
         run=run,
         source=run if wanted is None else found.folder,
@@ -165,14 +174,14 @@ def _check_changes(before: Config, config: Config) -> list[str]:
     """Refuse changes of what is computed; returns what to tell of those that are allowed."""
     old, new = _flat(before), _flat(config)
     for key in new:
-        if new[key] == old[key] or key == "train.rounds":
+        if new[key] == old[key] or key in UNTIL:
             continue
         if key.partition(".")[0] not in FREE or key in FIXED:
             raise ConfigError(
                 f"{key} was {old[key]!r} and cannot become {new[key]!r} when a run is resumed: it "
                 "would be another run. Leave it out, or begin a new one; free to change are "
-                f"{', '.join(f'{name}.*' for name in FREE)} (but not {', '.join(FIXED)}) and, "
-                "upwards, train.rounds",
+                f"{', '.join(f'{name}.*' for name in FREE)} (but not {', '.join(FIXED)}), "
+                "train.patience and, upwards, train.rounds",
                 key=key,
             )
     rounds, train = before.train.rounds, config.train
@@ -198,18 +207,21 @@ def _flat(config: Config) -> dict[str, Any]:
     }
 
 
-def _check_unfinished(run: Path, number: int, config: Config) -> None:
+def _check_unfinished(run: Path, wanted: int | None, before: Config, config: Config) -> None:
     """Refuse a run with nothing left to do. Without a summary, the model is left to be saved."""
-    summary = run / "summary.json"
-    if number < config.train.rounds or not summary.exists():
+    summary = read_summary(run) or {}
+    done = summary.get("rounds", 0)
+    if summary.get("status") != FINISHED or (wanted is not None and wanted < done):
         return
-    try:
-        status = json.loads(summary.read_text(encoding="utf-8")).get("status")
-    except json.JSONDecodeError:
-        return
-    if status == FINISHED:
+    if done >= config.train.rounds:
         raise ValueError(
-            f"{run} is finished: all {number} rounds are done, and there is nothing to resume. To "
-            f"train on, raise train.rounds (overrides='train.rounds={number + 1}'); to repeat "
+            f"{run} is finished: all {done} rounds are done, and there is nothing to resume. To "
+            f"train on, raise train.rounds (overrides='train.rounds={done + 1}'); to repeat "
             f"rounds, name a checkpoint (resume='{run / CHECKPOINTS}/round-...')"
+        )
+    patience = before.train.patience
+    if (why := summary.get("stopped_early")) and 0 < config.train.patience <= patience:
+        raise ValueError(
+            f"{run} is finished: it stopped after round {done}, for {why}. To train on, raise "
+            f"train.patience (overrides='train.patience={patience + 1}'), or set it to 0"
         )

@@ -17,7 +17,6 @@ from conf.schema import Config
 from flower_app.build import build_client, build_trunk
 from flower_app.client.place import Place
 from flower_app.client.streamed import Trainer
-from simulations.launch.peak import peak_bytes
 from simulations.plan.families import VOCABULARY, family_config
 from simulations.plan.footprint import client_footprint, server_footprint
 from simulations.plan.hollow import read_shape
@@ -26,6 +25,7 @@ from simulations.plan.plan import Setting, make_plan
 from simulations.plan.rehearsal import STEPS, alone, make_batch
 from simulations.plan.seconds import Network
 from strategies.engine.engine import TrunkEngine
+from strategies.memory import peak_bytes
 from strategies.transport import tickets
 from strategies.transport.stream.link import GrpcLink
 from strategies.transport.stream.service import TrunkService

@@ -55,10 +55,10 @@ def bench_step(steps: int = 40, warmup: int = 5, wire: str = "fp32") -> dict[str
     torch.set_num_threads(1)
     total = steps + warmup
     train, link = TrainConfig(lr=1e-4), LinkConfig(dtype=wire)
-    batch = _batch()
+    batch = make_batch()
     try:
         with _trunk_process(train, link, total) as (ticket, node_key):
-            client = _SplitStep(train, link, batch, ticket, node_key, total)
+            client = SplitStep(train, link, batch, ticket, node_key, total)
             whole = _WholeStep(train, batch, total)
             times: dict[str, list[float]] = {"split": [], "unsplit": []}
             for index in range(total):
@@ -92,7 +92,12 @@ class _WholeStep:
     """The unsplit step, with the same optimizer code as the split one."""
 
     def __init__(self, train: TrainConfig, batch: Batch, total: int) -> None:
-        self._model, self._train, self._batch, self._total = _model().train(), train, batch, total
+        self._model, self._train, self._batch, self._total = (
+            make_model().train(),
+            train,
+            batch,
+            total,
+        )
         self._parameters = trainable(self._model)
         self._optimizer = torch.optim.AdamW(
             self._parameters, lr=train.lr, weight_decay=train.weight_decay
@@ -111,7 +116,7 @@ class _WholeStep:
         self.loss = float(loss.detach())
 
 
-class _SplitStep:
+class SplitStep:
     """The client's side of the split step: what `streamed.train` does, a step a call."""
 
     def __init__(
@@ -123,7 +128,7 @@ class _SplitStep:
         node_key: bytes,
         total: int,
     ) -> None:
-        parts = split(_model(), CUT)
+        parts = split(make_model(), CUT)
         self.link = GrpcLink(ticket, node_key, steps=total, config=link)
         place = Place(seed=0, client="bench", round=1, rounds=1)
         self._trainer = streamed.Trainer(parts.bottom, parts.top, self.link, total, train, place)
@@ -134,7 +139,7 @@ class _SplitStep:
         self.loss, _ = self._trainer.step(index, [self._batch])
 
 
-def _model() -> PreTrainedModel:
+def make_model() -> PreTrainedModel:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return LlamaForCausalLM(
@@ -151,7 +156,7 @@ def _model() -> PreTrainedModel:
         )
 
 
-def _batch() -> Batch:
+def make_batch() -> Batch:
     generator = torch.Generator().manual_seed(0)
     shape = (SIZES["batch"], SIZES["tokens"])
     ids = torch.randint(0, SIZES["vocabulary"], shape, generator=generator)
@@ -180,7 +185,7 @@ def _trunk_process(
 
 def _serve(pipe: Connection, train: TrainConfig, link: LinkConfig) -> None:
     torch.set_num_threads(1)
-    trunk = split(_model(), CUT).trunk
+    trunk = split(make_model(), CUT).trunk
     engine = TrunkEngine(trunk, hidden_size=trunk.hidden_size, train=train)
     engine.open_round(1, 1, training=True)
     service = TrunkService(engine, link)

@@ -67,6 +67,17 @@ def bench_memory(
     figures(measure(), as_json)
 
 
+@bench.command("monitoring")
+def bench_monitoring(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    steps: Annotated[int, typer.Option(help="Timed steps of each kind.", min=10)] = 200,
+) -> None:
+    """Compare steps that are recorded, tracked and metered with steps that are not."""
+    from simulations.bench.monitoring import bench_monitoring as measure
+
+    figures(measure(steps=steps), as_json)
+
+
 @bench.command("scale")
 def bench_scale(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,

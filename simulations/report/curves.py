@@ -115,7 +115,7 @@ def _curve(points: Sequence[Mapping[str, float]], most: int) -> Curve:
     axes = {name: [_short(bucket[-1][name]) for bucket in buckets] for name in AXES}
     losses = [sum(point["loss"] for point in bucket) / len(bucket) for bucket in buckets]
     window = max(1, len(losses) // SMOOTH)
-    spans = [losses[max(0, end - window) : end] for end in range(1, len(losses) + 1)]
+    spans = [losses[max(0, i - window // 2) : i + window // 2 + 1] for i in range(len(losses))]
     smooth = [sum(span) / len(span) for span in spans]
     told: Curve = {
         **axes,

@@ -15,7 +15,9 @@ from simulations.report.settings import differing, setting_of
 FORMAT = 1
 
 
-def as_json(runs: Sequence[Any], comparison: Mapping[str, Any] | None) -> str:
+def as_json(
+    runs: Sequence[Any], comparison: Mapping[str, Any] | None, notes: Sequence[str] = ()
+) -> str:
     """Return all numbers, those of every step too; curves are left to whoever draws them."""
     told = [{key: value for key, value in run.items() if key != "curves"} for run in runs]
     compared = None
@@ -25,7 +27,7 @@ def as_json(runs: Sequence[Any], comparison: Mapping[str, Any] | None) -> str:
             for each in comparison["settings"]
         ]
         compared = {**comparison, "settings": settings}
-    whole = {"format": FORMAT, "graft": VERSION, "made": now(), "runs": told}
+    whole = {"format": FORMAT, "graft": VERSION, "made": now(), "notes": list(notes), "runs": told}
     return dumps({**whole, "comparison": compared}) + "\n"
 
 

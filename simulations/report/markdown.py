@@ -25,9 +25,14 @@ TABLES = {
 }
 
 
-def markdown(runs: Sequence[Any], comparison: Mapping[str, Any] | None, name: str = "") -> str:
+def markdown(
+    runs: Sequence[Any],
+    comparison: Mapping[str, Any] | None,
+    name: str = "",
+    notes: Sequence[str] = (),
+) -> str:
     """Return the report of runs, several side by side; parameters as of `page.render`."""
-    parts = [f"# {plain(name or title(runs))}"]
+    parts = [f"# {plain(name or title(runs))}", *(f"> {plain(note)}" for note in notes)]
     if comparison:
         parts += [table(tables.overview(runs)), "## What differs"]
         differences = tables.differences(runs, comparison["differing"])

@@ -15,8 +15,9 @@ from simulations.report.participation import Asking, askings
 from simulations.report.settings import changed, flat
 
 PHASES = ("bottom", "network", "trunk", "top")
-PARTS = (*PHASES, "evaluation", "rest")
-"""Of a round: a client's mean time in each phase, the evaluation, and what is left of the round."""
+PARTS = ("startup", *PHASES, "evaluation", "rest")
+"""Of a round: until the first step begins, a client's mean time in each phase, the evaluation, and
+what is left of the round."""
 
 Run = dict[str, Any]
 
@@ -95,20 +96,25 @@ def _rounds(history: History) -> list[Record]:
     steps: dict[int, list[Record]] = defaultdict(list)
     for step in history.steps:
         steps[step["round"]].append(step)
-    return [_round(record, steps[record["round"]]) for record in history.rounds]
+    asked = {record["round"]: record["at"] for record in history.asked if record["training"]}
+    return [
+        _round(record, steps[record["round"]], asked.get(record["round"]))
+        for record in history.rounds
+    ]
 
 
-def _round(record: Record, steps: Sequence[Record]) -> Record:
+def _round(record: Record, steps: Sequence[Record], asked: float | None) -> Record:
     loss = (record.get("evaluate") or {}).get("loss")
     memory = record.get("memory") or {}
     told = record.get("per_client") or {}
-    peaks = [p for each in told.values() if (p := (each.get("train") or {}).get("peak-memory-mb"))]
+    peaks = [p for each in told.values() if (p := _peak(each))]
     return {
         "round": record["round"],
         "at": record["at"],
         "seconds": record.get("seconds") or 0.0,
         "train_loss": (record.get("train") or {}).get("loss"),
         "heldout_loss": loss,
+        "central_loss": (record.get("central") or {}).get("loss"),
         "perplexity": None if loss is None else perplexity(loss),
         "tokens": record.get("tokens") or 0,
         "bytes_up": record.get("bytes_up") or 0,
@@ -117,7 +123,7 @@ def _round(record: Record, steps: Sequence[Record]) -> Record:
         "answered": len(record.get("clients") or ()),
         "attempts": record.get("attempts", 1),
         **{key: record[key] for key in ("steps_so_far", "tokens_so_far", "mb_so_far")},
-        **{f"{part}_seconds": value for part, value in _parts(record, steps).items()},
+        **{f"{part}_seconds": value for part, value in _parts(record, steps, asked).items()},
         "server_mb": memory.get("server_mb"),
         "server_peak_mb": memory.get("server_peak_mb"),
         "gpu_peak_mb": memory.get("gpu_peak_mb"),
@@ -125,12 +131,20 @@ def _round(record: Record, steps: Sequence[Record]) -> Record:
     }
 
 
-def _parts(record: Record, steps: Sequence[Record]) -> dict[str, float]:
-    """Seconds of a round: the mean client's in each phase, evaluation, and all that is left."""
+def _peak(told: Mapping[str, Mapping[str, Any]]) -> float | None:
+    """The most memory that a client says its process took, in MB."""
+    return max((p for each in told.values() if (p := each.get("peak-memory-mb"))), default=None)
+
+
+def _parts(record: Record, steps: Sequence[Record], asked: float | None) -> dict[str, float]:
+    """Seconds of a round by `PARTS`; `asked` is when the attempt that counts began, if known."""
     by_client: dict[str, list[Record]] = defaultdict(list)
     for step in steps:
         by_client[step["client"]].append(step.get("seconds") or {})
-    parts = {
+    begun = [step["at"] - sum((step.get("seconds") or {}).values()) for step in steps]
+    known = asked is not None and begun
+    parts = {"startup": max(0.0, min(begun) - asked) if known and asked is not None else 0.0}
+    parts |= {
         phase: fmean(sum(each.get(phase, 0.0) for each in own) for own in by_client.values())
         if by_client
         else 0.0
@@ -149,7 +163,7 @@ def _client_rounds(history: History, asked: Sequence[Asking]) -> list[Record]:
     for step in history.steps:
         steps[step["round"], step["client"]].append(step)
     told = {record["round"]: record.get("per_client") or {} for record in history.rounds}
-    trained = {each.round: each for each in asked if each.training and not each.undone}
+    trained = {each.round: each for each in asked if each.training}  # the last attempt
     places = {(each.round, name) for each in trained.values() for name in each.asked}
     evaluated = {(n, name) for n, each in told.items() for name in each}
     return [
@@ -185,7 +199,7 @@ def _client_round(
         **{f"{p}_seconds": sum(each.get(p, 0.0) for each in seconds) for p in PHASES},
         "heldout_loss": evaluate.get("loss"),
         "heldout_tokens": evaluate.get("num-tokens"),
-        "peak_mb": train.get("peak-memory-mb"),
+        "peak_mb": _peak(told),
     }
 
 
@@ -208,7 +222,7 @@ def _client(name: str, asked: Sequence[Asking], rows: Sequence[Record]) -> Recor
         "answered": sum(each.outcome(name) == "answered" for each in asked),
         "missing": sum(name in each.missing for each in asked),
         "steps": steps,
-        "tokens": sum(row["tokens"] for row in rows if row["outcome"] != "missing"),
+        "tokens": sum(row["tokens"] for row in rows if row["outcome"] == "answered"),
         "bytes_up": sum(row["bytes_up"] for row in rows),
         "bytes_down": sum(row["bytes_down"] for row in rows),
         "seconds_per_step": busy / steps if steps else None,
@@ -237,6 +251,7 @@ def _curves(history: History, rounds: list[Record], rows: list[Record]) -> Recor
     return {
         "train": train_curve(history),
         "heldout": round_curve(rounds, "heldout_loss"),
+        "central": round_curve(rounds, "central_loss"),
         "clients": client_curves(history),
         "clients_heldout": {name: round_curve(points, "own") for name, points in own.items()},
     }

@@ -6,6 +6,7 @@
   const LIGHT = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b98600", "#56b4e9", "#7a4fbf", "#5c646d"];
   const DARK = ["#56b4e9", "#ff8a4c", "#3fc79a", "#e39ac0", "#f0c040", "#8fd0f5", "#b79aef", "#a8b0b8"];
   const DASHES = ["solid", "dash", "dot", "dashdot"];
+  const SHADES = {bottom: 0, network: 1, trunk: 2, top: 3, evaluation: 4, startup: 5};
   const PAPER = 685;  // CSS pixels between the margins of A4
   let axis = "steps", printing = false;
 
@@ -19,7 +20,7 @@
   const color = i => colors()[i % colors().length];
   const dash = i => DASHES[Math.floor(i / colors().length) % DASHES.length];
   const esc = text => String(text).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
-  const short = text => esc(text.length > 44 ? text.slice(0, 43) + "…" : text);
+  const short = text => esc(text.length > 72 ? text.slice(0, 71) + "…" : text);
   const alpha = (hex, a) => `rgba(${[1, 3, 5].map(i => parseInt(hex.slice(i, i + 2), 16)).join(",")},${a})`;
   const perplexity = values => values.map(v => v === null ? null : Math.exp(Math.min(v, 700)));
   const last = values => values[values.length - 1];
@@ -30,16 +31,16 @@
     return {
       font: {family: "system-ui, sans-serif", size: 13, color: t.ink}, paper_bgcolor: t.paper, plot_bgcolor: t.paper,
       margin: {l: 56, r: 16, t: 16, b: 48}, height: 400, hovermode: "closest", showlegend: true,
-      legend: {orientation: "h", x: 0, xanchor: "left", y: 1.02, yanchor: "bottom", font: {size: 12}},
+      legend: {orientation: "h", x: 0, xanchor: "left", y: 1.02, yanchor: "bottom", font: {size: 12}, traceorder: "normal"},
       hoverlabel: {align: "left", namelength: -1},
       ...more,
-      xaxis: {...line, title: {text: xtitle, standoff: 10}, ...more.xaxis},
-      yaxis: {...line, title: {text: ytitle, standoff: 10}, ...more.yaxis},
+      xaxis: {...line, title: {text: xtitle, standoff: 10, font: {size: 13}}, ...more.xaxis},
+      yaxis: {...line, title: {text: ytitle, standoff: 10, font: {size: 13}}, ...more.yaxis},
     };
   }
 
   function line(curve, column, name, style, more = {}) {
-    return {type: "scatter", mode: "lines", x: curve[axis], y: curve[column], name: esc(name),
+    return {type: "scatter", mode: "lines", x: curve[axis], y: curve[column], name: short(name),
       line: {width: 2, ...style}, hovertemplate: `%{y:.4f}<br>${AXES[axis]}: %{x}<extra>${short(name)}</extra>`, ...more};
   }
 
@@ -54,12 +55,14 @@
       if (train.loss.length && data.runs.length <= 4 && !banded.length) {
         const s = many ? c : color(5);
         if (last(train.each) > 1 || train.loss.length > 80)
-          traces.push(line(turn(train, "loss"), "y", many ? `${run.name}, training` : "training, as it is", {width: 1, color: alpha(s, .35)}, {showlegend: false, hoverinfo: "skip", hovertemplate: null}));
-        traces.push(line(turn(train, "smooth"), "y", many ? `${run.name}, training` : "training, all clients", {width: 1.6, color: s, dash: many ? "dot" : "solid"}));
+          traces.push(line(turn(train, "loss"), "y", many ? `${run.label}, training` : "training, as it is", {width: 1, color: alpha(s, .35)}, {showlegend: false, hoverinfo: "skip", hovertemplate: null}));
+        traces.push(line(turn(train, "smooth"), "y", many ? `${run.label}, training` : "training, all clients", {width: 1.6, color: s, dash: many ? "dot" : "solid"}));
       }
+      if (run.curves.central.loss.length && !banded.length)
+        traces.push(line(turn(run.curves.central, "loss"), "y", many ? `${run.label}, the server's file` : "the server's own file", {width: 1.8, color: many ? c : color(2), dash: "dash"}, {mode: "lines+markers", marker: {size: 4}}));
       if (held.loss.length) {
         const faint = banded.length > 0;
-        traces.push(line(turn(held, "loss"), "y", many ? (faint ? run.name : `${run.name}, held-out`) : "held-out text, all clients",
+        traces.push(line(turn(held, "loss"), "y", many ? (faint ? run.label : `${run.label}, held-out`) : "held-out text, all clients",
           {width: faint ? 1 : 2.2, color: faint ? alpha(c, .45) : c, dash: faint ? "solid" : d},
           {mode: held.loss.length > 60 ? "lines" : "lines+markers", marker: {size: faint ? 3 : 6}, showlegend: !faint}));
       }
@@ -69,7 +72,7 @@
       const edge = {line: {width: 0}, hoverinfo: "skip", hovertemplate: null, showlegend: false};
       traces.push(line(low, "y", s.setting, {}, edge));
       traces.push(line(high, "y", s.setting, {}, {...edge, fill: "tonexty", fillcolor: alpha(c, .18)}));
-      traces.push(line(turn(s.band, "loss"), "y", `${s.setting} (mean ± sd of ${s.runs.length} seeds)`, {width: 2.6, color: c, dash: dash(i)}));
+      traces.push(line(turn(s.band, "loss"), "y", `${s.setting.length > 44 ? s.setting.slice(0, 43) + "…" : s.setting} (mean ± sd of ${s.runs.length} seeds)`, {width: 2.6, color: c, dash: dash(i)}));
     });
     return traces;
   }
@@ -80,7 +83,7 @@
   function perClient(curves, column) {
     const names = Object.keys(curves).filter(name => curves[name].loss.length);
     const traces = names.map((name, i) => line(curves[name], column, name, {width: 1.8, color: color(i), dash: dash(i)},
-      {mode: curves[name].loss.length < 60 && column === "loss" ? "lines+markers" : "lines", marker: {size: 5}}));
+      {mode: curves[name].loss.length < 30 ? "lines+markers" : "lines", marker: {size: 4}}));
     if (names.length <= 12) return traces;
     const ends = names.map(name => last(curves[name][column]));
     const best = ends.indexOf(Math.min(...ends)), worst = ends.indexOf(Math.max(...ends));
@@ -101,33 +104,39 @@
     const shades = [t.paper, t.accent, t.bad, t.undone, t.waiting];
     const scale = shades.flatMap((c, i) => [[i / 5, c], [(i + 1) / 5, c]]);
     const text = p.outcomes.map((row, i) => row.map((o, j) => `${esc(p.clients[i])}, ${esc(p.columns[j])}: ${o}` + (p.reasons[i + "," + j] ? `<br>${esc(p.reasons[i + "," + j]).replace(/(.{60}\S*)\s/g, "$1<br>")}` : "")));
-    const rowHeight = p.clients.length <= 12 ? 30 : p.clients.length <= 40 ? 18 : 13;
+    const roomy = p.clients.length <= 12 ? 30 : p.clients.length <= 40 ? 18 : 13;
+    const rowHeight = printing ? Math.min(roomy, 820 / p.clients.length) : roomy;  // one page
     const trace = {type: "heatmap", x: p.columns.map(esc), y: p.clients.map(short), z, zmin: 0, zmax: 5, zauto: false, colorscale: scale, showscale: false, xgap: few ? 2 : 1, ygap: few ? 2 : 1,
       text, hovertemplate: "%{text}<extra></extra>"};
     const show = {height: p.clients.length * rowHeight + 110, showlegend: false, margin: {l: 40, r: 16, t: 8, b: 60}};
     const width = printing ? PAPER : element.clientWidth, crowded = p.columns.length * 62 > width;
     const step = Math.max(1, Math.ceil(p.columns.length * 22 / width));
     const ticks = p.columns.map((c, j) => j).filter(j => j % (crowded ? step : 1) === 0);
-    const l = layout("round and attempt, for training or evaluation", "", {...show,
+    const l = layout("round and attempt", "", {...show,
       xaxis: {type: "category", showgrid: false, tickangle: crowded ? -90 : 0, tickvals: ticks.map(j => esc(p.columns[j])), tickfont: {size: 11}},
-      yaxis: {type: "category", showgrid: false, autorange: "reversed", tickmode: "linear", dtick: 1, tickfont: {size: p.clients.length > 40 ? 9 : 12}}});
-    if (few) l.annotations = p.outcomes.flatMap((row, i) => row.map((o, j) => ({x: j, y: i, text: marks[codes[o]], showarrow: false, font: {color: o === "undone" ? "#000" : "#fff", size: 12}}))).filter(a => a.text);
+      yaxis: {type: "category", showgrid: false, autorange: "reversed", tickmode: "linear", dtick: Math.ceil(8 / rowHeight), tickfont: {size: rowHeight < 10 ? 7 : rowHeight < 18 ? 9 : 12}}});
+    if (few) l.annotations = p.outcomes.flatMap((row, i) => row.map((o, j) => ({x: j, y: i, text: marks[codes[o]], showarrow: false, font: {color: o === "undone" ? "#000" : t.paper, size: 12}}))).filter(a => a.text);
     return [[trace], l];
   }
 
   const charts = {
     "loss": () => [lossTraces(asLoss), layout(AXES[axis], "loss (nats per token)")],
-    "perplexity": () => [lossTraces(asPerplexity), layout(AXES[axis], "perplexity, logarithmic", {yaxis: {type: "log", dtick: "D2", exponentformat: "none", tickformat: ",~g"}})],
+    "perplexity": () => {
+      const traces = lossTraces(asPerplexity), values = traces.flatMap(t => t.y.filter(v => v !== null));
+      const narrow = Math.max(...values) < 4 * Math.min(...values);
+      const scale = narrow ? {} : {type: "log", dtick: "D2", exponentformat: "none", tickformat: ",~g"};
+      return [traces, layout(AXES[axis], narrow ? "perplexity" : "perplexity, logarithmic", {yaxis: scale})];
+    },
     "clients": run => [perClient(run.curves.clients, "smooth"), layout(AXES[axis], "training loss, smoothed (nats per token)")],
     "clients-heldout": run => [perClient(run.curves.clients_heldout, "loss"), layout(AXES[axis], "held-out loss (nats per token)")],
     "traffic": run => [[bar(run.rounds.round, run.rounds.up, "up, to the server", color(0), "MB"), bar(run.rounds.round, run.rounds.down, "down, to the clients", color(1), "MB")],
       layout("round", "MB", {barmode: "group", height: 320, xaxis: {dtick: run.rounds.round.length <= 25 ? 1 : undefined}})],
     "traffic-clients": run => [[bar(run.clients.name.map(short), run.clients.up, "up, to the server", color(0), "MB"), bar(run.clients.name.map(short), run.clients.down, "down, to the client", color(1), "MB")],
       layout("client", "MB", {barmode: "group", height: 340, xaxis: {type: "category", showgrid: false, tickfont: {size: run.clients.name.length > 40 ? 9 : 12}}})],
-    "time": run => [run.parts.map((part, i) => bar(run.rounds.round, run.rounds[part], part === "rest" ? "the rest" : part, part === "rest" ? theme().waiting : color(i), "s")),
+    "time": run => [run.parts.filter(part => run.rounds[part].some(v => v > 0)).map(part => bar(run.rounds.round, run.rounds[part], ({rest: "the rest", startup: "start-up"})[part] || part, part === "rest" ? theme().waiting : color(SHADES[part]), "s")),
       layout("round", "seconds", {barmode: "stack", xaxis: {dtick: run.rounds.round.length <= 25 ? 1 : undefined}})],
     "memory": run => [Object.entries(run.memory).map(([name, values], i) => ({type: "scatter", mode: values.length > 60 ? "lines" : "lines+markers", x: run.rounds.round, y: values, name, line: {color: color(i), width: 2, dash: DASHES[i % 4]}, hovertemplate: `%{y:,.0f} MB<extra>${name}, round %{x}</extra>`})),
-      layout("round", "MB", {height: 320, yaxis: {rangemode: "tozero"}, xaxis: {dtick: run.rounds.round.length <= 25 ? 1 : undefined}})],
+      layout("round", "MB", {height: 320, yaxis: {rangemode: "tozero"}, xaxis: {range: [run.rounds.round[0] - .3, last(run.rounds.round) + .3], dtick: run.rounds.round.length <= 25 ? 1 : undefined}})],
     "participation": participation,
   };
   const alongAxis = new Set(["loss", "perplexity", "clients", "clients-heldout"]);
@@ -149,7 +158,7 @@
   addEventListener("beforeprint", () => {
     if (printing) return;
     printing = true;
-    opened = [...document.querySelectorAll("details:not([open])")];
+    opened = [...document.querySelectorAll("details:not([open]):not(.whole)")];
     opened.forEach(each => { each.open = true; });
     all();
   });

@@ -14,6 +14,7 @@ from plotly.offline import get_plotlyjs
 from conf import VERSION
 from flower_app.runs.instants import now
 from simulations.report import tables
+from simulations.report.curves import MOST_POINTS
 from simulations.report.numbers import PARTS
 from simulations.report.words import lead, problems, tiles, title
 
@@ -42,7 +43,12 @@ ROOMS = {
 }
 
 
-def render(runs: Sequence[Any], comparison: Mapping[str, Any] | None, name: str = "") -> str:
+def render(
+    runs: Sequence[Any],
+    comparison: Mapping[str, Any] | None,
+    name: str = "",
+    notes: Sequence[str] = (),
+) -> str:
     """Return the page.
 
     Parameters
@@ -53,6 +59,8 @@ def render(runs: Sequence[Any], comparison: Mapping[str, Any] | None, name: str 
         Of several, as `compare.compare` returns it.
     name : str
         What they are together; empty: the run's name.
+    notes : sequence of str
+        What a reader must know besides.
     """
     environment = Environment(
         loader=FileSystemLoader(FOLDER),
@@ -67,7 +75,7 @@ def render(runs: Sequence[Any], comparison: Mapping[str, Any] | None, name: str 
         nonce=secrets.token_urlsafe(16),
         title=name or title(runs),
         lead=lead(runs[0]) if len(runs) == 1 else f"{len(runs)} runs side by side.",
-        problems=[] if len(runs) == 1 else _several_problems(runs),
+        problems=[*notes, *(problems(runs[0]) if len(runs) == 1 else _several_problems(runs))],
         tiles=tiles(runs[0]) if len(runs) == 1 else [],
         runs=runs,
         overview=tables.overview(runs),
@@ -112,7 +120,7 @@ def _detail(run: Mapping[str, Any]) -> dict[str, Any]:
     return told | {
         "name": run["name"],
         "folder": run["folder"],
-        "lead": lead(run),
+        "lead": (run["label"] != run["name"]) * f"{run['label']}. " + lead(run),
         "problems": problems(run),
         "commands": run["commands"],
         "has": {
@@ -135,8 +143,8 @@ def _curve_note(runs: Sequence[Any]) -> str:
     words = "Training curves are smoothed over a fortieth of their points. "
     if each > 1 or own > 1:
         words += (
-            f"They are thinned: a point is the mean of up to {each} steps of all clients, in a "
-            f"client's own curve of up to {own}; JSON has every step. "
+            f"They are thinned to {MOST_POINTS} points a run, those of clients further: a point "
+            f"is the mean over {each} and {own} steps; JSON has every step. "
         )
     if len(runs) > 4:
         words += "With more than four runs training is not drawn. "
@@ -171,7 +179,7 @@ def _run_data(run: Mapping[str, Any]) -> dict[str, Any]:
     }
     kept = {words: [r[key] for r in rounds] for words, key in kinds.items()}
     return {
-        "name": run["name"],
+        "label": run["label"],
         "curves": run["curves"],
         "rounds": columns,
         "parts": PARTS,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from flower_app.runs.folders import find_run
@@ -12,7 +13,8 @@ from simulations.report.export import as_json, clients_csv, rounds_csv
 from simulations.report.markdown import markdown
 from simulations.report.numbers import describe
 from simulations.report.page import render
-from simulations.sweep.state import find_sweep, is_sweep, read_sweep, sweeps_folder
+from simulations.report.settings import labels
+from simulations.sweep.state import CRASHED, OPEN, find_sweep, is_sweep, read_sweep, sweeps_folder
 
 FORMS = ("html", "md", "json", "csv")
 STEM = "report"
@@ -43,16 +45,19 @@ def write_report(names: Sequence[str], out: Path | None, forms: Sequence[str]) -
     """
     if unknown := [form for form in forms if form not in FORMS]:
         raise ValueError(f"--format {','.join(unknown)}: a report can be {', '.join(FORMS)}")
-    folders, title, home = find(names)
+    asked = find(names)
+    folders, title, notes = list(asked.folders), asked.title, asked.notes
     runs = [describe(read_history(folder)) for folder in folders]
     comparison = compare(runs) if len(runs) > 1 else None
-    stem = (out or home / STEM).absolute()
+    for run, label in zip(runs, labels(runs), strict=True):
+        run["label"] = label
+    stem = (out or asked.home / STEM).absolute()
     stem = stem.with_suffix("") if stem.suffix[1:] in FORMS else stem
     stem.parent.mkdir(parents=True, exist_ok=True)
     made: dict[str, Callable[[], dict[str, str]]] = {
-        "html": lambda: {".html": render(runs, comparison, title)},
-        "md": lambda: {".md": markdown(runs, comparison, title)},
-        "json": lambda: {".json": as_json(runs, comparison)},
+        "html": lambda: {".html": render(runs, comparison, title, notes)},
+        "md": lambda: {".md": markdown(runs, comparison, title, notes)},
+        "json": lambda: {".json": as_json(runs, comparison, notes)},
         "csv": lambda: {".rounds.csv": rounds_csv(runs), ".clients.csv": clients_csv(runs)},
     }
     written = []
@@ -64,25 +69,48 @@ def write_report(names: Sequence[str], out: Path | None, forms: Sequence[str]) -
     return written
 
 
-def find(names: Sequence[str]) -> tuple[list[Path], str, Path]:
-    """Return run folders, each once; what they are called together; and where a report goes."""
-    found: dict[Path, None] = {}
-    title, home = "", Path.cwd()
+@dataclass(kw_only=True)
+class Asked:
+    """Runs that a report is asked for."""
+
+    folders: dict[Path, None] = field(default_factory=dict)
+    """Each once, in order."""
+    title: str = ""
+    """What they are called together; empty: nothing."""
+    home: Path
+    """Where the report goes if nobody says."""
+    notes: list[str] = field(default_factory=list)
+    """On points of sweeps that are no finished runs."""
+
+
+def find(names: Sequence[str]) -> Asked:
+    """Return the runs of these names; ValueError if one is neither a run nor a sweep."""
+    asked = Asked(home=Path.cwd())
     for name in names:
-        sweep = _sweep(name)
-        if sweep is None:
-            home = find_run(name)
-            found[home] = None
+        if (sweep := _sweep(name)) is not None:
+            _add_sweep(asked, sweep)
             continue
-        told, home = read_sweep(sweep), sweep
-        title = f"Sweep {told.name}"
-        runs = [Path(point.run) for point in told.points if point.run]
-        found |= {run.resolve(): None for run in runs if run.is_dir()}
-    if not found:
+        here = Path(name)
+        asked.home = here.resolve() if here.is_dir() else find_run(name)
+        asked.folders[asked.home] = None
+    if not asked.folders:
         raise ValueError(f"{', '.join(names)}: no point of it has a run folder yet")
     if len(names) > 1:
-        title, home = "", Path.cwd()
-    return list(found), title, home
+        asked.title, asked.home = "", Path.cwd()
+    return asked
+
+
+def _add_sweep(asked: Asked, folder: Path) -> None:
+    sweep = read_sweep(folder)
+    asked.title, asked.home = f"Sweep {sweep.name}", folder
+    for point in sweep.points:
+        run = Path(point.run).resolve() if point.run else None
+        if run is not None and run.is_dir():
+            asked.folders[run] = None
+        if point.status == CRASHED:
+            asked.notes.append(f"{point.id} ({point.name}) crashed: {point.error}")
+    if left := sweep.count(*OPEN):
+        asked.notes.append(f"{left} of {len(sweep.points)} points are still to be run, or run now.")
 
 
 def _sweep(name: str) -> Path | None:

@@ -12,6 +12,9 @@ from conf.schema import Config
 APART = ("seed", "output.", "tracking.")
 """Keys that make no other setting: repetitions of one differ in them."""
 
+LONGEST = 48
+"""Characters of a setting that can stand for a run's name."""
+
 
 def flat(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return settings by key, as `train.lr`; what is free in form stays whole."""
@@ -47,7 +50,16 @@ def setting_of(run: Mapping[str, Any], keys: Sequence[str]) -> str:
     """Return in words what a run has of its own among `keys`, its seed left out."""
     told = settings(run)
     words = [f"{key}={shown(told.get(key))}" for key in keys if not key.startswith(APART)]
-    return ", ".join(words) or "all"
+    return ", ".join(words) or "the one setting"
+
+
+def labels(runs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return what to call each run: its setting, its seed added if need be; or else its name."""
+    keys, names = differing(runs), [run["name"] for run in runs]
+    told = [setting_of(run, keys) for run in runs]
+    seeded = [f"{each}, seed={run['seed']}" for each, run in zip(told, runs, strict=True)]
+    distinct = (found for found in (told, seeded) if len(set(found)) == len(found) > 1)
+    return next((found for found in distinct if max(map(len, found)) <= LONGEST), names)
 
 
 def shown(value: Any) -> str:

@@ -14,6 +14,8 @@ NONE = "–"
 MOST_ROWS = 400
 """Of a table of rounds: beyond, every n-th is shown."""
 MOST_MISSING = 200
+NAMED = 12
+"""Clients that a cell names."""
 
 Run = Mapping[str, Any]
 
@@ -34,7 +36,11 @@ def overview(runs: Sequence[Run]) -> Table:
     """One row a run: how it ended, and what it came to."""
     columns = ["run", "status", "rounds", "clients", "held-out loss", "perplexity", "tokens"]
     columns += ["MB up", "MB down", "time", "tokens/s"]
-    return Table(columns=columns, rows=[_overview(run) for run in runs], left=2)
+    rows = [_overview(run) for run in runs]
+    if all(run["label"] == run["name"] for run in runs):
+        return Table(columns=columns, rows=rows, left=2)
+    labelled = [[row[0], run["label"], *row[1:]] for run, row in zip(runs, rows, strict=True)]
+    return Table(columns=["run", "setting", *columns[1:]], rows=labelled, left=3)
 
 
 def _overview(run: Run) -> list[str]:
@@ -91,16 +97,18 @@ def tests(comparison: Mapping[str, Any]) -> Table:
 
 
 def differences(runs: Sequence[Run], keys: Sequence[str]) -> Table:
-    """One row a key that is not the same in all runs."""
-    told = [settings(run) for run in runs]
-    rows = [[key, *(shown(each.get(key)) for each in told)] for key in keys]
-    return Table(columns=["key", *(run["name"] for run in runs)], rows=rows, left=len(runs) + 1)
+    """One row a run, and a column for each key that is not the same in all of them."""
+    keys = [key for key in keys if key != "output.folder"]
+    told = [(run["name"], settings(run)) for run in runs]
+    rows = [[name, *(shown(each.get(key)) for key in keys)] for name, each in told]
+    return Table(columns=["run", *keys], rows=rows if keys else [], left=len(keys) + 1)
 
 
 def rounds(run: Run) -> Table:
     """One row a round: losses, who took part, traffic and time."""
     every, rows = _thin(run["rounds"], MOST_ROWS)
-    columns = ["round", "train loss", "held-out loss", "perplexity", "answered", "attempts"]
+    columns = ["round", "train loss", "held-out loss", "perplexity", "server's file"]
+    columns += ["answered", "attempts"]
     columns += ["tokens", "MB up", "MB down", "seconds", "tokens/s"]
     cells = [
         [
@@ -108,6 +116,7 @@ def rounds(run: Run) -> Table:
             loss(each["train_loss"]),
             loss(each["heldout_loss"]),
             figure(each["perplexity"]),
+            loss(each["central_loss"]),
             f"{each['answered']} of {each['asked']}",
             str(each["attempts"]),
             whole(each["tokens"]),
@@ -118,6 +127,7 @@ def rounds(run: Run) -> Table:
         ]
         for each in rows
     ]
+    columns, cells = _without_empty(columns, cells)
     return Table(columns=columns, rows=cells, note=_every(every, "round"))
 
 
@@ -128,7 +138,8 @@ def phases(run: Run) -> Table:
         [str(r["round"]), *(figure(r[f"{part}_seconds"]) for part in PARTS), figure(r["seconds"])]
         for r in rows
     ]
-    columns = ["round", *(f"{name} (s)" for name in (*PARTS, "round"))]
+    names = ["start-up" if part == "startup" else part for part in PARTS]
+    columns = ["round", *(f"{name} (s)" for name in (*names, "round"))]
     return Table(columns=columns, rows=cells, note=_every(every, "round"))
 
 
@@ -167,22 +178,34 @@ def clients(run: Run) -> Table:
 
 
 def missing(run: Run) -> Table:
-    """One row for each answer that did not count, and why."""
+    """One row for each reason why answers did not count, by round and attempt."""
     rows = [
         [
             each["label"],
-            name,
+            _names(names),
             ("undone attempt: " if each["undone"] else "") + why,
             NONE if each["at"] is None else figure(each["at"]),
         ]
         for each in run["participation"]
-        for name, why in sorted(each["missing"].items())
+        for why, names in _by_reason(each["missing"]).items()
     ]
     note = ""
     if len(rows) > MOST_MISSING:
         note = f"The first {MOST_MISSING} of {len(rows)}; JSON has all."
-    columns = ["asked in", "client", "why its answer does not count", "asked at (s)"]
+    columns = ["asked in", "clients", "why their answers do not count", "asked at (s)"]
     return Table(columns=columns, rows=rows[:MOST_MISSING], left=3, note=note)
+
+
+def _by_reason(missing: Mapping[str, str]) -> dict[str, list[str]]:
+    told: dict[str, list[str]] = {}
+    for name, why in sorted(missing.items()):
+        told.setdefault(why, []).append(name)
+    return told
+
+
+def _names(names: Sequence[str]) -> str:
+    rest = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(names[:NAMED]) + rest
 
 
 def changed(run: Run) -> Table:
@@ -225,7 +248,9 @@ def signed(value: float | None) -> str:
 
 def megabytes(value: float | None) -> str:
     """Bytes in MB."""
-    return NONE if value is None else f"{value / 1e6:,.1f}"
+    return (
+        NONE if value is None else f"{value / 1e6:,.1f}" if value >= 1e7 else f"{value / 1e6:.3g}"
+    )
 
 
 def duration(seconds: float | None) -> str:

@@ -14,7 +14,9 @@ from simulations.sweep.state import FINISHED, Sweep, shown
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-NAMED = 10
+COLOURS = ("C0", "C1", "C2", "C3", "C4", "C5", "C6", "C8", "C9")
+"""Without matplotlib's grey, which those that are not named have."""
+NAMED = len(COLOURS)
 """Settings that are named and coloured; of more, those that ended best."""
 PANELS = 6
 """Heat maps side by side, for the values of other keys; over more of them means are shown."""
@@ -72,16 +74,17 @@ def _draw_lines(sweep: Sweep, rows: DataFrame, path: Path) -> Path:
     }  # fmt: skip
     order = sorted(curves, key=lambda label: curves[label]["mean"].iloc[-1])
     named = list(curves) if len(curves) <= NAMED else order[:NAMED]
+    unit = 1e3 if rows["tokens"].max() >= 1e4 else 1.0
     figure = _figure(9.5, 5)
     axes = figure.subplots()
     for label in (each for each in curves if each not in named):
-        axes.plot(curves[label]["tokens"] / 1e3, curves[label]["mean"], color="#cccccc", lw=0.9)
+        axes.plot(curves[label]["tokens"] / unit, curves[label]["mean"], color="#cccccc", lw=0.9)
     for index, label in enumerate(named):
-        curve, colour = curves[label], f"C{index}"
-        tokens = curve["tokens"] / 1e3
+        curve, colour = curves[label], COLOURS[index]
+        tokens = curve["tokens"] / unit
         axes.plot(tokens, curve["mean"], color=colour, marker=".", label=label)
         axes.fill_between(tokens, curve["low"], curve["high"], color=colour, alpha=0.15, lw=0)
-    axes.set_xlabel("tokens trained on, thousands")
+    axes.set_xlabel(MEASURES["tokens"] + (", thousands" if unit > 1 else ""))
     axes.set_ylabel(MEASURES["eval_loss"])
     axes.grid(alpha=0.25)
     axes.set_title(f"{sweep.name}: after each round; {_seeds(rows)}", fontsize=10)

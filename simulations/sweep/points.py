@@ -97,7 +97,7 @@ def make_point(
         values={key: value_in(config, clients, key) for key in keys},
         seed=config.seed,
         clients=clients,
-        overrides=_overrides(spec, setting),
+        overrides=overrides_of(spec, setting),
         rounds=config.train.rounds,
     )
 
@@ -105,7 +105,7 @@ def make_point(
 def load_setting(spec: Spec, setting: Setting) -> Config:
     """Return the configuration of a setting, read and checked; a ConfigError names the setting."""
     try:
-        return load_config(spec.experiment, _overrides(spec, setting))
+        return load_config(spec.experiment, overrides_of(spec, setting))
     except ConfigError as error:
         if not setting:
             raise
@@ -171,21 +171,23 @@ def _with_conditions(spec: Spec, setting: Setting, clients: int) -> list[Setting
 
 def _holds(key: str, texts: Iterable[str], config: Config, clients: int) -> bool:
     value = value_in(config, clients, key)
-    return any(_read(key, text) == value for text in texts)
+    return any(typed(key, text) == value for text in texts)
 
 
 def _agrees(entry: Setting, config: Config, clients: int) -> bool:
     return all(_holds(key, [text], config, clients) for key, text in entry.items())
 
 
-def _read(key: str, text: str) -> Any:
+def typed(key: str, text: str) -> Any:
+    """Return a value as the configuration reads it, or a number of clients, as JSON has it."""
     if key == CLIENTS:
         return _count(text)
     value = read_value(key, text)
     return list(value) if isinstance(value, tuple) else value
 
 
-def _overrides(spec: Spec, setting: Setting) -> list[str]:
+def overrides_of(spec: Spec, setting: Setting) -> list[str]:
+    """Return all that a setting's run takes over the sweep's experiment."""
     both = spec.fixed | setting
     return [f"{key}={text}" for key, text in both.items() if key != CLIENTS]
 

@@ -10,11 +10,10 @@ from rich.console import Console
 from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
+from rich.text import Text
 
-from simulations.sweep.state import CRASHED, FINISHED, PRUNED, Point, Sweep
+from simulations.sweep.state import FINISHED, Point, Sweep
 from simulations.sweep.task import Task
-
-_COLOURS = {FINISHED: "green", CRASHED: "red", PRUNED: "yellow"}
 
 
 class Lines:
@@ -89,7 +88,10 @@ class Bar(Lines):
     """
 
     def __init__(self, sweep: Sweep, total: int, console: Console) -> None:
-        super().__init__(sweep, total, lambda line: console.print(line, highlight=False))
+        # As they stand: [a,b] is no markup.
+        super().__init__(
+            sweep, total, lambda line: console.print(line, markup=False, highlight=False)
+        )
         self._progress = Progress(
             TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[words]}")
         )
@@ -120,7 +122,7 @@ class Bar(Lines):
         table = Table.grid(padding=(0, 2))
         table.add_row(self._progress)
         for task in running:
-            table.add_row(self._line(task))
+            table.add_row(Text(self._line(task), overflow="ellipsis", no_wrap=True))
         self._live.update(table)
 
     def _line(self, task: Task) -> str:

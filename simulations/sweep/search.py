@@ -13,14 +13,24 @@ from typing import Any
 from conf.rules import ConfigError
 from flower_app.runs.history import read_history
 from simulations.launch.preflight import FLOWERS_CLIENTS
+from simulations.sweep.grammar import Interval
 from simulations.sweep.plan import check_clients, checked
-from simulations.sweep.points import Setting, clients_of, load_setting, make_point
-from simulations.sweep.spec import CLIENTS, SEED, Spec
+from simulations.sweep.points import (
+    Setting,
+    clients_of,
+    load_setting,
+    make_point,
+    overrides_of,
+    typed,
+)
+from simulations.sweep.spec import SEED, Spec
 from simulations.sweep.state import CRASHED, FINISHED, PRUNED, Point, Sweep
 from simulations.sweep.task import Task
 
 PRUNERS = ("median", "hyperband", "none")
 FILE = "optuna.log"
+MOST_REPEATS = 20
+"""Proposals of settings that were tried before, one after another, after which a search is over."""
 
 
 def require_optuna() -> None:
@@ -133,6 +143,7 @@ class Sampled:
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._optuna, self._sweep, self._search = optuna, sweep, sweep.search
+        self._default = 0 if sweep.superlink else FLOWERS_CLIENTS
         self._left = [point for point in sweep.points if point.open]
         self._spec = Spec(name=sweep.name, experiment=sweep.experiment, fixed=self._search["fixed"])
         storage = optuna.storages.JournalStorage(JournalFileBackend(str(folder / FILE)))
@@ -168,36 +179,59 @@ class Sampled:
         """A point that is open, else a new one, up to as many as were asked for."""
         if self._left:
             return self._left.pop(0)
-        while len(self._sweep.points) < self._search["points"]:
-            point = self._propose()
+        tries = 0
+        while len(self._sweep.points) < self._search["points"] and tries < MOST_REPEATS:
+            number, setting = self._propose()
+            if self._is_known(number, setting):
+                tries += 1
+                continue
+            point = self._point(number, setting)
             self._sweep.points.append(point)
             if point.open:
                 return point
             self.ended(point)
         return None
 
-    def _propose(self) -> Point:
+    def _propose(self) -> tuple[int, Setting]:
+        """What Optuna wants to be tried, and the trial's number."""
         trial = self._study.ask()
         setting: Setting = {}
         for key, texts in self._search["choices"].items():
             setting[key] = trial.suggest_categorical(key, texts)
         for key, (low, high, whole) in self._search["spans"].items():
-            log = low > 0 and high / low >= 10
+            log = Interval(low, high, whole).log
             if whole:
                 setting[key] = str(trial.suggest_int(key, int(low), int(high), log=log))
             else:
                 setting[key] = _text(trial.suggest_float(key, low, high, log=log), False)
-        default = 0 if self._sweep.superlink else FLOWERS_CLIENTS
-        number = trial.number + 1
+        return trial.number, setting
+
+    def _is_known(self, number: int, setting: Setting) -> bool:
+        """Whether a setting was tried before: its loss, once it has one, counts for both."""
+        items = overrides_of(self._spec, setting)
+        count = clients_of(self._spec, setting, self._default)
+        points = self._sweep.points
+        like = next((p for p in points if (p.overrides, p.clients) == (items, count)), None)
+        if like is None:
+            return False
+        losses = [loss for round_, loss in _losses(like) if round_ > 0]
+        if like.status == FINISHED and losses:
+            self._study.tell(number, losses[-1])
+        else:
+            self._study.tell(number, state=self._optuna.trial.TrialState.FAIL)
+        return True
+
+    def _point(self, number: int, setting: Setting) -> Point:
+        count = clients_of(self._spec, setting, self._default)
         try:
             config = load_setting(self._spec, setting)
-            clients = clients_of(self._spec, setting, default)
-            point = make_point(number, self._spec, setting, config, clients, self._sweep.keys)
+            point = make_point(number + 1, self._spec, setting, config, count, self._sweep.keys)
             checked(config, point, self._sweep.superlink)
         except ValueError as error:  # of keys that may not be together
             return Point(
-                id=f"{number:03d}", values=dict(setting), seed=0, clients=default,
-                overrides=[f"{key}={text}" for key, text in setting.items() if key != CLIENTS],
+                id=f"{number + 1:03d}", seed=0, clients=count,
+                values={key: typed(key, text) for key, text in setting.items()},
+                overrides=overrides_of(self._spec, setting),
                 status=CRASHED, error=str(error),
             )  # fmt: skip
         return point
@@ -208,25 +242,26 @@ class Sampled:
         if not (self._reported.get(point.id, 0) < task.rounds < point.rounds):
             return False
         self._reported[point.id] = task.rounds
-        trial = self._trial(point)
-        if trial is None:
-            return False
-        for number, loss in _losses(point):
-            if number > 0:
-                trial.report(loss, number)
-        return bool(trial.should_prune())
+        trial = self._report(point)
+        return trial is not None and bool(trial.should_prune())
 
-    def _trial(self, point: Point) -> Any:
+    def _report(self, point: Point) -> Any:
+        """Make the losses of a point known, with which others are compared; returns its trial."""
         number = int(point.id) - 1
-        for trial in self._study.get_trials(deepcopy=False):
-            if trial.number == number and not trial.state.is_finished():
-                return self._optuna.trial.Trial(self._study, trial._trial_id)
+        for found in self._study.get_trials(deepcopy=False):
+            if found.number == number and not found.state.is_finished():
+                trial = self._optuna.trial.Trial(self._study, found._trial_id)
+                for round_, loss in _losses(point):
+                    if round_ > 0 and round_ not in found.intermediate_values:
+                        trial.report(loss, round_)
+                return trial
         return None
 
     def ended(self, point: Point) -> None:
         """Tell the study how a point ended; one that was stopped goes on later."""
         if point.open:
             return
+        self._report(point)
         states = self._optuna.trial.TrialState
         losses = [loss for number, loss in _losses(point) if number > 0]
         number = int(point.id) - 1

@@ -109,8 +109,13 @@ def is_sweep(folder: Path) -> bool:
 
 
 def find_sweep(name: str) -> Path:
-    """Return a sweep's folder by its path, or by its name below `sweeps_folder`."""
-    for folder in (Path(name).expanduser(), sweeps_folder() / name):
+    """Return a sweep's folder by its path, its name below `sweeps_folder`, or the sweep's name.
+
+    Of several sweeps of that name, the newest.
+    """
+    stamp = len("20260101-000000-")
+    named = [path for path in sweeps_folder().glob("*") if path.name[stamp:] == name]
+    for folder in (Path(name).expanduser(), sweeps_folder() / name, *sorted(named, reverse=True)):
         if is_sweep(folder):
             return folder.resolve()
     raise ValueError(

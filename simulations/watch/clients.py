@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,7 +31,7 @@ class Client:
     """Of the round that is under way, or of its last one."""
     last: float | None = None
     """Seconds of the run at which the last sign of life came; None: none came."""
-    recent: list[dict[str, Any]] = field(default_factory=list)
+    recent: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=RECENT))
     """Its last steps."""
     bytes_up: int = 0
     bytes_down: int = 0
@@ -95,8 +96,7 @@ def _names(history: History) -> Iterable[str]:
         yield from record["clients"]
     for record in history.rounds:  # an earlier Graft's says so only when a round is over
         yield from record["asked"]
-    for record in (*history.steps, *history.answered):
-        yield record["client"]
+    yield from {record["client"] for record in (*history.steps, *history.answered)}
 
 
 def _natural(name: str) -> tuple[str, int, str]:
@@ -108,7 +108,7 @@ def _natural(name: str) -> tuple[str, int, str]:
 
 def _take_step(client: Client, step: dict[str, Any]) -> None:
     client.step, client.steps, client.last = step["step"], step["steps"], step["at"]
-    client.recent = [*client.recent[1 - RECENT :], step]
+    client.recent.append(step)
     client.bytes_up += step["bytes_up"]
     client.bytes_down += step["bytes_down"]
 

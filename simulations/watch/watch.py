@@ -15,6 +15,9 @@ from simulations.watch.frame import Frame
 from simulations.watch.state import State, state_of
 from simulations.watch.writer import memory_mb, writer_of
 
+SPARE = 10.0
+"""At least so many times as long as a look takes is the time until the next: runs may be long."""
+
 
 def watch(run: str, *, once: bool, interval: float, console: Console | None = None) -> None:
     """Show a run until it ends, from its folder alone.
@@ -39,7 +42,7 @@ def watch(run: str, *, once: bool, interval: float, console: Console | None = No
     folder = find_run(run) if run else newest_run()
     if not (folder / METRICS).exists():
         raise ValueError(f"{folder} is no run folder: it has no {METRICS}")
-    follower = Follower(folder)
+    follower, took = Follower(folder), 0.0
     state = look(follower.poll())
     if once or not console.is_terminal or state.history.status != RUNNING:
         console.print(Frame(state, whole=not console.is_terminal))
@@ -48,11 +51,14 @@ def watch(run: str, *, once: bool, interval: float, console: Console | None = No
         with Live(Frame(state), console=console, auto_refresh=False) as live:
             while state.history.status in (RUNNING, UNFINISHED):
                 live.update(Frame(state), refresh=True)
-                time.sleep(interval)
+                time.sleep(max(interval, took * SPARE))
+                began = time.monotonic()
                 state = look(follower.poll())
+                took = time.monotonic() - began
             live.update(Frame(state), refresh=True)
     except KeyboardInterrupt:
-        console.print(f"the run goes on without being watched; `graft watch {folder.name}`")
+        told = f"the run goes on without being watched; graft watch {folder.name} looks again"
+        console.print(told, highlight=False, markup=False)
 
 
 def newest_run(folder: str | Path = "") -> Path:

@@ -26,6 +26,7 @@ from flower_app.runs.journal import Journal, cut_back
 from flower_app.runs.keeper import Keeper
 from flower_app.runs.recorder import Recorder
 from flower_app.runs.resume import look_up, take_up
+from strategies.rounds.losses import Losses
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
 
@@ -276,8 +277,10 @@ class Roster:
 class Strategy:
     """What a Keeper asks."""
 
-    held_out_loss = 1.0
     roster = Roster()
+
+    def __init__(self) -> None:
+        self.losses = Losses(0)
 
     def state_dict(self) -> dict[str, Any]:
         return state()

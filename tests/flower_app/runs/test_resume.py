@@ -403,7 +403,7 @@ def test_a_run_goes_on_where_it_was_moved_to_with_the_run_it_builds_on(
     again = load_config(str(new / smooth.name / "config.yaml"))
     assert again.model.path == str(new / base.name / "model")
     assert find_last_run("demo", new) == new / broken.name / "model"
-    assert plot_loss(new / smooth.name) == new / smooth.name / "loss.png"
+    assert plot_loss(read_history(new / smooth.name)) == new / smooth.name / "loss.png"
 
 
 def test_a_run_goes_on_where_it_was_moved_to_alone(tmp_path: Path) -> None:

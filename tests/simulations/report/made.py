@@ -86,7 +86,7 @@ def small(parent: Path, name: str = "small", seed: int = 0, last: float = 3.0) -
         line("answered", 1, 12, attempt=1, training=True, client="a", why=""),
         line("answered", 1, 12, attempt=1, training=True, client="b", why=HOSTILE),
         line("asked", 1, 12, attempt=2, training=True, clients=["a", "b"]),
-        *(step(1, n, 12 + n, who, attempt=2, loss=6.0 - n) for n in (1, 2) for who in "ab"),
+        *(step(1, n, 12.5 + n, who, attempt=2, loss=6.0 - n) for n in (1, 2) for who in "ab"),
         round_(1, 16, None).replace('"round"', '"trained"', 1),
         round_(1, 20, last, abandoned=[undone], attempts=2, evaluation=turnout),
     ]

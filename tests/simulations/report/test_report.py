@@ -55,9 +55,9 @@ def test_the_numbers_are_those_of_the_record(tmp_path: Path) -> None:
     assert (first["evaluation_seconds"], first["tokens_so_far"], first["mb_so_far"]) == (10, 0, 2)
     assert (second["at"], second["steps_so_far"], second["tokens_so_far"]) == (20, 2, 40)
     assert second["mb_so_far"] == 2 + 14
-    parts = [second[f"{p}_seconds"] for p in ("bottom", "network", "trunk", "top", "evaluation")]
-    assert parts == pytest.approx([0.2, 0.4, 0.6, 0.8, 4.0])
-    assert second["rest_seconds"] == pytest.approx(10 - 2 - 4)
+    names = ("startup", "bottom", "network", "trunk", "top", "evaluation", "rest")
+    parts = [second[f"{name}_seconds"] for name in names]
+    assert parts == pytest.approx([0.5, 0.2, 0.4, 0.6, 0.8, 4, 10 - 2.5 - 4])
     assert run["environment"]["cpus"] == 2
     assert run["model"] == "a small model"
 
@@ -102,6 +102,27 @@ def test_the_time_axis_of_a_resumed_run_has_no_gap(tmp_path: Path) -> None:
     assert run["resumed_after"] == [1]
 
 
+def test_what_the_server_and_each_client_measure_is_told(tmp_path: Path) -> None:
+    """Losses on the server's own file, clients' held-out losses, and everybody's memory."""
+    told = {
+        "a": {"train": {"loss": 3.9, "num-tokens": 20, "peak-memory-mb": 700.0}},
+        "b": {"evaluate": {"loss": 2.5, "num-tokens": 8, "peak-memory-mb": 900.0}},
+    }
+    memory = {"server_mb": 400.0, "server_peak_mb": 500.0}
+    lines = [round_(1, 3, 3.0, central={"loss": 2.0}, per_client=told, memory=memory)]
+    folder = run_folder(tmp_path, "one", lines)
+    (run,) = numbers(folder, out=tmp_path)["runs"]
+
+    assert (run["rounds"][0]["central_loss"], run["rounds"][0]["client_peak_mb"]) == (2, 900)
+    assert (run["summary"]["server_peak_mb"], run["summary"]["client_peak_mb"]) == (500, 900)
+    a, b = run["client_rounds"]
+    assert (a["train_loss"], a["tokens"], a["heldout_loss"], a["peak_mb"]) == (3.9, 20, None, 700)
+    assert (b["train_loss"], b["heldout_loss"], b["heldout_tokens"]) == (None, 2.5, 8)
+    text = page(folder, out=tmp_path)
+    for words in ("server&#39;s file", "Held-out loss of each client", "largest client&#39;s peak"):
+        assert words in text, words
+
+
 def test_every_room_of_the_page_is_there(tmp_path: Path) -> None:
     text = page(small(tmp_path), out=tmp_path)
     for words in ("Loss", "Perplexity", "Rounds", "Clients", "Traffic", "Time", "Participation"):
@@ -137,7 +158,9 @@ def test_runs_of_every_fate_are_reported(tmp_path: Path) -> None:
     start, asked = line("start", 0, 0), line("asked", 1, 1, attempt=1, training=True, clients=["a"])
     empty = run_folder(tmp_path, "empty", [])
     begun = run_folder(tmp_path, "begun", [start, asked, step(1, 1, 2, loss=None)])
-    failed = ended(run_folder(tmp_path, "failed", [start, asked]), "failed", error="no quorum")
+    tried = [start, asked, step(1, 1, 2), line("answered", 1, 3, attempt=1, training=True,
+             client="a", why="gone")]  # fmt: skip
+    failed = ended(run_folder(tmp_path, "failed", tried), "failed", error="no quorum")
     old = run_folder(tmp_path, "old", [round_(0, None, 5.0), step(1, 1, None), "garbage", ""])
     (old / "config.yaml").unlink()
 
@@ -149,6 +172,8 @@ def test_runs_of_every_fate_are_reported(tmp_path: Path) -> None:
     assert "An earlier Graft wrote this record" in text
     assert [told[name]["status"] for name in told] == [*["unfinished"] * 2, "failed", "unfinished"]
     assert told["begun"]["participation"][0]["outcomes"] == {"a": "waiting"}
+    assert told["failed"]["participation"][0]["undone"]
+    assert [(c["steps"], c["tokens"]) for c in told["failed"]["clients"]] == [(1, 0)]
     assert told["old"]["steps"]["at"] == [11]
     for name in told:
         write_report([str(tmp_path / name)], tmp_path / "one", ["html", "md", "csv"])
@@ -184,15 +209,16 @@ def test_a_long_run_makes_a_page_that_can_be_opened(tmp_path: Path) -> None:
     assert "They are thinned" not in text, "a hundred steps a client are drawn as they are"
     more = [step(1, place, place, steps=5000) for place in range(1, 5001)]
     text = page(run_folder(tmp_path, "longer", more), out=tmp_path)
-    assert "a point is the mean of up to 5 steps of all clients" in text
+    assert "a point is the mean over 5 and 5 steps; JSON has every step" in text
 
 
 def test_a_sweep_is_reported_as_its_runs(tmp_path: Path) -> None:
     folders = [small(tmp_path, f"run-{seed}", seed) for seed in (0, 1)]
     points = [
         Point(id=f"p{i}", values={}, seed=i, clients=2, overrides=[], run=str(folder))
-        for i, folder in enumerate([*folders, ""])
+        for i, folder in enumerate([*folders, "", ""])
     ]
+    points[2].status, points[2].error = "crashed", HOSTILE
     sweep = tmp_path / "sweep"
     sweep.mkdir()
     write_sweep(sweep, Sweep(name="mine", experiment="demo", keys=[], points=points))
@@ -203,7 +229,13 @@ def test_a_sweep_is_reported_as_its_runs(tmp_path: Path) -> None:
     assert result.output.split() == [str(sweep / "report.html"), str(sweep / "report.json")]
     told = json.loads((sweep / "report.json").read_text())
     assert [run["name"] for run in told["runs"]] == ["run-0", "run-1"]
-    assert "<h1>Sweep mine</h1>" in (sweep / "report.html").read_text()
+    assert told["notes"] == [
+        f"p2 (seed=2) crashed: {HOSTILE}",
+        "3 of 4 points are still to be run, or run now.",
+    ]
+    text = (sweep / "report.html").read_text()
+    assert "<h1>Sweep mine</h1>" in text
+    assert "p2 (seed=2) crashed: &lt;script&gt;" in text
 
 
 def test_what_cannot_be_reported_is_refused_in_words(tmp_path: Path) -> None:

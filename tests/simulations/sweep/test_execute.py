@@ -211,6 +211,15 @@ def test_a_folder_that_is_no_sweep_is_refused(tmp_path: Path) -> None:
         read_sweep(tmp_path)
 
 
+def test_a_sweep_is_found_by_its_folder_or_its_name_the_newest_first() -> None:
+    for stamp in ("20260101-000000", "20260102-000000"):
+        folder = sweeps_folder() / f"{stamp}-made"
+        folder.mkdir(parents=True)
+        write_sweep(folder, make_sweep([make_point(1)]))
+    assert find_sweep("made").name == "20260102-000000-made"
+    assert find_sweep("20260101-000000-made").name == "20260101-000000-made"
+
+
 def test_a_dry_run_lists_points_and_estimates_by_earlier_runs() -> None:
     said: list[str] = []
     spec = read_spec("demo", ["train.local_steps=10,20", "train.rounds=2"])

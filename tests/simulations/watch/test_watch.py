@@ -132,7 +132,7 @@ def test_a_killed_run_is_told_from_one_that_goes(story: Story) -> None:
     assert f"graft resume {story.folder.name}" in lines
 
 
-@pytest.mark.parametrize(("width", "height"), [(80, 24), (100, 30), (140, 50)])
+@pytest.mark.parametrize(("width", "height"), [(60, 20), (80, 24), (140, 50)])
 def test_a_frame_fits_the_terminal_and_shows_who_matters(
     width: int, height: int, tmp_path: Path
 ) -> None:
@@ -147,7 +147,7 @@ def test_a_frame_fits_the_terminal_and_shows_who_matters(
     assert len(lines) <= height
     assert max(len(line) for line in lines) <= width
     text = "\n".join(lines)
-    assert "client-42  missing: a very long" in text
+    assert "client-42  missing: a ver" in text
     (more,) = [line for line in lines if line.startswith("and ")]
     shown = sum(line.startswith("client-") for line in lines)
     assert more.startswith(f"and {100 - shown} more: ")
@@ -255,6 +255,16 @@ def test_the_process_that_writes_a_run_is_found_by_its_lock(story: Story) -> Non
     assert memory_mb(os.getpid()) > 10  # type: ignore[operator]
     lock.release()
     assert writer_of(story.folder, story.folder / "no locks") is None
+
+
+def test_clients_that_train_one_after_the_other_have_one_curve(story: Story) -> None:
+    story.round(0, THREE)
+    story.ask(1, THREE, training=True)
+    for name in THREE:
+        for step in range(1, 9):
+            story.step(1, name, step)
+    (line,) = [line for line in rendered(read(story)) if line.startswith("train loss")]
+    assert line.split()[3] == "███▇▇▇▅▅▅▄▄▄▃▃▃▂▂▂▂▂▂▁▁▁"
 
 
 def test_numbers_as_text() -> None:
