@@ -123,7 +123,7 @@ class Follower:
             self._read(file.read())
         history.config = self._read_config() or history.config
         history.summary = read_summary(self._folder)
-        history.status = _status(self._folder, history.summary)
+        history.status = status_of(self._folder, history.summary)
         if history.started is None and (start := began(self._folder)) != BEFORE_ALL:
             history.started = start
         return history
@@ -230,7 +230,8 @@ class Follower:
         return told if isinstance(told, dict) else None
 
 
-def _status(folder: Path, summary: Mapping[str, Any] | None) -> str:
+def status_of(folder: Path, summary: Mapping[str, Any] | None) -> str:
+    """Return how a run is: what its summary says, or whether a process holds its folder's lock."""
     if summary is not None:
         return str(summary["status"])
     try:

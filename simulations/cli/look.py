@@ -36,14 +36,18 @@ def config(
 def runs(
     folder: Annotated[str, typer.Option(help="Parent of the run folders.")] = "",
 ) -> None:
-    """List the runs, the newest last; `unfinished` is one that was stopped or is still going."""
+    """List the runs, the newest last; `unfinished` is one that was stopped or killed."""
     from flower_app.runs import folders
+    from flower_app.runs.history import RUNNING, status_of
 
     ended = dict(folders.read_summaries(folder))
-    stopped = {path: folders.newest_round(path) for path in folders.unfinished_runs(folder)}
+    others = {path: status_of(path, None) for path in folders.unfinished_runs(folder)}
+    last = {path: folders.newest_round(path) for path in others}
     rows = [
-        _ended(path.name, ended[path]) if path in ended else _stopped(path.name, stopped[path])
-        for path in folders.in_order([*ended, *stopped])
+        _ended(path.name, ended[path])
+        if path in ended
+        else _not_ended(path.name, others[path], last[path])
+        for path in folders.in_order([*ended, *others])
     ]
     where = folders.runs_folder(folder)
     if not rows:
@@ -52,13 +56,14 @@ def runs(
     columns = ["run", "status", "rounds", "clients", "held-out loss", "tokens/s", "seconds"]
     table(columns, rows)
     typer.echo(f"under {where}")
-    if resumable := [path for path, last in stopped.items() if last is not None]:
+    stopped = [path for path, status in others.items() if status != RUNNING]
+    if resumable := [path for path in stopped if last[path] is not None]:
         run = resumable[-1] if folder else resumable[-1].name
         typer.echo(f"unfinished runs with rounds can go on: graft resume {run}")
 
 
-def _stopped(name: str, last: int | None) -> list[Any]:
-    return [name, "unfinished", "-" if last is None else last, *"----"]
+def _not_ended(name: str, status: str, last: int | None) -> list[Any]:
+    return [name, status, "-" if last is None else last, *"----"]
 
 
 def _ended(name: str, summary: dict[str, Any]) -> list[Any]:

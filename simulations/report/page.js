@@ -158,7 +158,7 @@
   addEventListener("beforeprint", () => {
     if (printing) return;
     printing = true;
-    opened = [...document.querySelectorAll("details:not([open])")];
+    opened = [...document.querySelectorAll("details:not([open]):not(.whole)")];
     opened.forEach(each => { each.open = true; });
     all();
   });

@@ -24,8 +24,8 @@ from simulations.watch.clients import (
 from simulations.watch.spark import bar, duration, megabytes, size, spark
 from simulations.watch.state import State
 
-WIDE, WIDEST = 110, 130
-"""Columns from which a client's time, and its bytes each way, are shown too."""
+NARROW, WIDE, WIDEST = 72, 110, 130
+"""Columns from which a client's speed and bytes, its time, and its bytes each way are shown too."""
 PARTS = {"bottom": "bottom", "network": "net", "trunk": "trunk", "top": "top"}
 """Of a step's time, and what their columns are called."""
 NOTES = 4
@@ -83,7 +83,7 @@ def _head(state: State, width: int) -> Iterator[RenderableType]:
         time += f", about {duration(state.left)} left" if state.left is not None else ""
     told = f"round {state.number}/{state.rounds}  {_at(state)}"
     room = max(10, width - len(told) - len(time) - 12)
-    line = Text(f"{told}  ")
+    line = Text(f"{told}  ", no_wrap=True, overflow="ellipsis")
     line.append(bar(share, room), style="green")
     line.append(f" {share:4.0%}  {time}")
     yield line
@@ -152,11 +152,12 @@ def _clients(state: State, width: int, room: int) -> Iterator[RenderableType]:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold", expand=True)
     table.add_column("client", no_wrap=True, max_width=18)
     table.add_column("is", no_wrap=True, ratio=1, overflow="ellipsis")
-    for name in ("seen", "loss", "tokens/s"):
+    for name in ("seen", "loss", *(("tokens/s",) if width >= NARROW else ())):
         table.add_column(name, justify="right", no_wrap=True)
     if held_out:
         table.add_column("held-out", justify="right", no_wrap=True)
-    for name in ("up", "down") if width >= WIDEST else ("up+down",):
+    traffic = ("up", "down") if width >= WIDEST else ("up+down",)
+    for name in traffic if width >= NARROW else ():
         table.add_column(name, justify="right", no_wrap=True)
     for name in PARTS.values() if width >= WIDE else ():
         table.add_column(name, justify="right", no_wrap=True)
@@ -194,13 +195,14 @@ def _row(client: Client, state: State, width: int, held_out: bool) -> list[Text]
         Text(phase, style=COLOURS[client.phase]),
         Text("-" if silent is None else f"{duration(silent)} ago"),
         Text(_number(client.loss)),
-        Text("-" if client.speed is None else f"{client.speed:,.0f}"),
     ]
+    if width >= NARROW:
+        cells.append(Text("-" if client.speed is None else f"{client.speed:,.0f}"))
     if held_out:
         cells.append(Text(_number(client.held_out)))
     if width >= WIDEST:
         cells += [Text(size(client.bytes_up)), Text(size(client.bytes_down))]
-    else:
+    elif width >= NARROW:
         cells.append(Text(size(client.bytes_up + client.bytes_down)))
     if width >= WIDE:
         shares = client.shares
@@ -216,7 +218,7 @@ def _totals(state: State, width: int) -> Iterator[RenderableType]:
         f"server {megabytes(state.server_mb)}"
         + (f", peak {megabytes(state.peak_mb)}" if state.peak_mb else ""),
     ]
-    yield Text("   ".join(told))
+    yield Text("   ".join(told), no_wrap=True, overflow="ellipsis")
     if width < WIDE and (shares := _mean_shares(state.clients)):
         parts = ", ".join(f"{part} {share:.0%}" for part, share in shares.items())
         yield Text(f"a step's time: {parts}", style="dim")

@@ -12,8 +12,8 @@ from flower_app.runs.lines import perplexity
 STEP, ROUND = "train/step", "round"
 """Axes: a client's optimizer steps over all rounds, and rounds."""
 
-ELSEWHERE = ("experiment", "output", "tracking")
-"""Sections that say where a run leaves what; `config.yaml` has them."""
+ELSEWHERE = ("experiment", "output", "runtime", "tracking")
+"""Sections that do not say what is computed; `config.yaml` has them."""
 
 
 class Scalars(NamedTuple):

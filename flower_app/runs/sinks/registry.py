@@ -130,7 +130,7 @@ class Guarded:
         while not self._failed and (call := self._calls.get()) is not None:
             try:
                 call()
-            except Exception as error:  # noqa: BLE001 (whatever a tracker's library may raise)
+            except (Exception, SystemExit) as error:  # noqa: BLE001 (a library may raise whatever)
                 if not self._failed:
                     self._failed = True
                     why = f"{type(error).__name__}: {error}"

@@ -36,9 +36,9 @@ class Sink:
         )
 
     def event(self, event: Event) -> None:
-        """Log its numbers, with their place on their axis."""
+        """Log its numbers, at their step or round."""
         if told := scalars(as_record(event)):
-            self._tracked.log({**told.values, told.axis: told.step}, step=told.step)
+            self._tracked.log(told.values, step=told.step)
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Log the summary's numbers, and wait until all is written."""

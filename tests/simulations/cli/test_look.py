@@ -64,10 +64,13 @@ def test_runs_lists_a_run_whose_summary_is_damaged_or_lacks_figures() -> None:
     }
 
 
-def test_runs_lists_what_was_stopped_as_unfinished() -> None:
+def test_runs_lists_what_goes_on_as_running_and_what_was_killed_as_unfinished() -> None:
     recorder = Recorder(Config(), say=lambda line: None)
+    killed = Recorder(Config(), say=lambda line: None)
+    killed._alone.release()  # as the system does with a process that is gone
     ended = Recorder(Config(), say=lambda line: None)
     ended.finish()
     rows = {line.split()[0]: line.split()[1] for line in _graft("runs").output.splitlines()}
-    assert rows[recorder.folder.name] == "unfinished"
+    assert rows[recorder.folder.name] == "running"
+    assert rows[killed.folder.name] == "unfinished"
     assert rows[ended.folder.name] == "finished"

@@ -102,6 +102,27 @@ def test_the_time_axis_of_a_resumed_run_has_no_gap(tmp_path: Path) -> None:
     assert run["resumed_after"] == [1]
 
 
+def test_what_the_server_and_each_client_measure_is_told(tmp_path: Path) -> None:
+    """Losses on the server's own file, clients' held-out losses, and everybody's memory."""
+    told = {
+        "a": {"train": {"loss": 3.9, "num-tokens": 20, "peak-memory-mb": 700.0}},
+        "b": {"evaluate": {"loss": 2.5, "num-tokens": 8, "peak-memory-mb": 900.0}},
+    }
+    memory = {"server_mb": 400.0, "server_peak_mb": 500.0}
+    lines = [round_(1, 3, 3.0, central={"loss": 2.0}, per_client=told, memory=memory)]
+    folder = run_folder(tmp_path, "one", lines)
+    (run,) = numbers(folder, out=tmp_path)["runs"]
+
+    assert (run["rounds"][0]["central_loss"], run["rounds"][0]["client_peak_mb"]) == (2, 900)
+    assert (run["summary"]["server_peak_mb"], run["summary"]["client_peak_mb"]) == (500, 900)
+    a, b = run["client_rounds"]
+    assert (a["train_loss"], a["tokens"], a["heldout_loss"], a["peak_mb"]) == (3.9, 20, None, 700)
+    assert (b["train_loss"], b["heldout_loss"], b["heldout_tokens"]) == (None, 2.5, 8)
+    text = page(folder, out=tmp_path)
+    for words in ("server&#39;s file", "Held-out loss of each client", "largest client&#39;s peak"):
+        assert words in text, words
+
+
 def test_every_room_of_the_page_is_there(tmp_path: Path) -> None:
     text = page(small(tmp_path), out=tmp_path)
     for words in ("Loss", "Perplexity", "Rounds", "Clients", "Traffic", "Time", "Participation"):

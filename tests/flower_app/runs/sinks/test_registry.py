@@ -169,6 +169,20 @@ def test_a_tracker_that_hangs_or_is_slow_holds_nobody_up(
     assert len((recorder.folder / "metrics.jsonl").read_text().splitlines()) == 12
 
 
+def test_a_tracker_that_wants_to_end_the_process_is_named_too(
+    config: Config, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    text = TOY.replace(
+        "def event(self, event):", "def event(self, event):\n        raise SystemExit(3)"
+    )
+    (tmp_path / "sinks" / "toy_file.py").write_text(text)
+    folder, _ = run(config)
+    assert (
+        "toy-file of tracking.sinks failed and is told nothing more: SystemExit: 3" in caplog.text
+    )
+    assert (folder / "summary.json").exists()
+
+
 def test_a_slow_tracker_is_told_everything_in_order_before_the_run_ends(
     config: Config, tmp_path: Path
 ) -> None:

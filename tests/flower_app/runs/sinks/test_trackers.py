@@ -148,9 +148,9 @@ def test_trackio(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert found.config["train.lr"] == 0.01
     assert found.config["run_folder"] == str(folder)
     values = SQLiteStorage.get_logs("mine", folder.name)
-    held = [(row["round"], row["eval/loss"]) for row in values if "eval/loss" in row]
+    held = [(row["step"], row["eval/loss"]) for row in values if "eval/loss" in row]
     assert held == [(0, 3.0), (1, 2.0), (2, 1.0)]
-    steps = [(row["train/step"], row["train/loss/a"]) for row in values if "train/loss/a" in row]
+    steps = [(row["step"], row["train/loss/a"]) for row in values if "train/loss/a" in row]
     want = [(STEPS * (n - 1) + s, loss(n, s, "a")) for n in (1, 2) for s in range(1, STEPS + 1)]
     assert steps == want
     assert not [r for r in caplog.records if "tracking.sinks" in r.getMessage()]
