@@ -112,19 +112,18 @@ def _absolute(experiment: str) -> str:
 
 
 def _changed(spec: Spec, key: str, text: str) -> Spec:
-    """The sweep with one key swept or fixed anew."""
+    """The sweep with one key swept or fixed anew; in a grid it keeps its place."""
     values = parse_values(key, text)
-    spec = replace(
-        spec,
-        fixed={name: value for name, value in spec.fixed.items() if name != key},
-        grid={name: each for name, each in spec.grid.items() if name != key},
-        spans={name: span for name, span in spec.spans.items() if name != key},
-    )
+    grid = {name: each for name, each in spec.grid.items() if name != key}
+    fixed = {name: value for name, value in spec.fixed.items() if name != key}
+    spans = {name: span for name, span in spec.spans.items() if name != key}
     if isinstance(values, Interval):
-        return replace(spec, spans=spec.spans | {key: values})
-    if len(values) == 1:
-        return replace(spec, fixed=spec.fixed | {key: values[0]})
-    return replace(spec, grid=spec.grid | {key: values})
+        spans[key] = values
+    elif len(values) == 1:
+        fixed[key] = values[0]
+    else:
+        grid = spec.grid | {key: values}
+    return replace(spec, fixed=fixed, grid=grid, spans=spans)
 
 
 def _tree(path: Path) -> dict[str, Any]:
