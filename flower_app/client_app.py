@@ -92,7 +92,7 @@ def _train(site: Site, context: Context) -> RecordDict:
     finally:
         link.abort()
     return RecordDict(
-        {ARRAYS: to_arrays(site.shared(bottom, top)), METRICS: _metrics(outcome, link)}
+        {ARRAYS: to_arrays(site.trained(bottom, top)), METRICS: _metrics(outcome, link)}
     )
 
 

@@ -159,7 +159,7 @@ class Training:
         tokens = int(self._numbers["tokens"])
         outcome = Outcome(loss=self._numbers["loss"] / max(1, tokens), tokens=tokens, steps=count)
         content = _finish(self._parked, outcome)
-        content[ARRAYS] = to_arrays(self._site.shared(self._bottom, self._top))
+        content[ARRAYS] = to_arrays(self._site.trained(self._bottom, self._top))
         return content
 
     def _taken_up(self, site: Site) -> Ends:

@@ -98,18 +98,23 @@ class Site:
             fold_residuals((bottom, top), residuals or {})
         return bottom, top
 
-    def shared(self, bottom: Part, top: Part) -> dict[str, Tensor]:
-        """What of the trained ends the server gets; what it does not is kept here, by the round."""
-        state, kept = client_state(bottom, top), own_names(self.config, bottom, top)
-        if self.own is not None and kept:
+    def trained(self, bottom: Part, top: Part) -> dict[str, Tensor]:
+        """What the server gets of the trained ends; what it does not is kept here, by the round."""
+        if self.own is not None:
+            stays = own_names(self.config, bottom, top)
             self.own.keep(
                 self.asked.round,
-                {name: state[name] for name in kept},
+                {name: t for name, t in client_state(bottom, top).items() if name in stays},
                 base=self.asked.ends_round,
                 best=self.asked.ends_best,
                 most=self.config.output.keep_checkpoints,
             )
-        return {name: tensor for name, tensor in state.items() if name not in kept}
+        return self.shared(bottom, top)
+
+    def shared(self, bottom: Part, top: Part) -> dict[str, Tensor]:
+        """What of the ends may leave this client."""
+        stays = own_names(self.config, bottom, top)
+        return {name: t for name, t in client_state(bottom, top).items() if name not in stays}
 
     def export(self) -> RecordDict:
         """Save what of this site's model stays here, now that the run is over."""

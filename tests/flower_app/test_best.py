@@ -135,7 +135,9 @@ def test_a_run_that_no_longer_gains_ends_and_leaves_its_best_round(tmp_path: Pat
     assert again["model_round"] == 5
 
 
-@pytest.mark.parametrize(("round", "message"), [(2, "train"), (2, "evaluate")])
+@pytest.mark.parametrize(
+    ("round", "message"), [pytest.param(2, "train", marks=pytest.mark.slow), (2, "evaluate")]
+)
 def test_a_killed_run_ends_in_the_same_round_with_the_same_model(
     round: int, message: str, tmp_path: Path
 ) -> None:

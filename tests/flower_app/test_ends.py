@@ -10,15 +10,17 @@ from typing import Any
 
 import pytest
 import torch
-from flwr.app import Message
+from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 from peft import AutoPeftModelForCausalLM
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from conf.load import load_config
 from conf.schema import Config
 from flower_app.client.node import own_config
+from flower_app.export import export_model
 from models import build_scratch
 from simulations.equality.reference import train_whole
 from strategies.aggregate.means import weighted_mean
@@ -157,13 +159,13 @@ def names_on_disk(folder: Path) -> set[str]:
 def test_each_site_has_the_model_that_fedper_of_unsplit_models_gives_it(
     ends: str, transport: str, tmp_path: Path, sites: Path
 ) -> None:
-    """Three clients of unequal size; the server is never told what stays, nor writes it down."""
+    """Clients of unequal size; the server is never told what stays, nor writes it down."""
     config = test_app.tiny_config(
         tmp_path,
         f"{EXACT} {UNTIED} aggregation.ends={ends} output.share_trunk=true "
         f"train.rounds={3 if transport == 'stream' else 2} link.transport={transport}",
     )
-    grid = grid_of(tmp_path)
+    grid = grid_of(tmp_path, 3 if transport == "stream" else 2)
 
     folder, _, _ = test_app.run(config, grid)
 
@@ -258,6 +260,15 @@ def test_a_killed_run_goes_on_with_each_sites_own_ends(
     one, other = (load_file(folder / "common.safetensors") for folder in (broken, smooth))
     assert all(torch.equal(one[name], tensor) for name, tensor in other.items())
 
+    # Whoever has both files puts a site's whole model together, as docs/federation.md says.
+    site, number = sites / second / "client-1", 1
+    own = load_config(str(site / "config.yaml"))
+    whole = {**one, **load_file(site / "ends.safetensors")}
+    model = AutoModelForCausalLM.from_pretrained(export_model(own, whole, None, site / "model"))
+    told = test_resume.records(broken)[-1]["per_client"][site.name]["evaluate"]
+    loss, tokens = test_app.held_out_of(model.eval(), config, number)
+    assert loss / tokens == pytest.approx(told["loss"], abs=1e-5)
+
     # The round before can be gone back to as well: the sites have it, as the server has.
     test_resume.resume(broken / "checkpoints" / "round-0003", InProcessGrid(2))
     assert_alike(own_ends(sites, second), own_ends(sites, first))
@@ -308,7 +319,7 @@ def test_another_runs_ends_are_not_taken_for_this_ones(tmp_path: Path, sites: Pa
     [
         "train.strategy=merged link.transport=messages",
         "tuning.trunk=frozen",
-        "train.strategy=splitfed-v2 tuning.trunk=frozen",
+        pytest.param("train.strategy=splitfed-v2 tuning.trunk=frozen", marks=pytest.mark.slow),
     ],
 )
 def test_nothing_to_average_is_no_trouble(changes: str, tmp_path: Path, sites: Path) -> None:
@@ -323,7 +334,7 @@ def test_nothing_to_average_is_no_trouble(changes: str, tmp_path: Path, sites: P
     assert any(not torch.equal(one[name], other[name]) for name in one)
 
 
-@pytest.mark.parametrize("how", ["factors", "ffa", "exact"])
+@pytest.mark.parametrize("how", ["factors", pytest.param("ffa", marks=pytest.mark.slow), "exact"])
 def test_a_sites_adapter_is_its_own_ends_around_the_common_trunk(
     how: str, tmp_path: Path, sites: Path
 ) -> None:
@@ -374,3 +385,24 @@ def test_own_cuts_and_ranks_are_refused_in_words(tmp_path: Path) -> None:
     )
     with pytest.raises(ValueError, match="lora-rank=3 .*aggregation.ends=local"):
         own_config(lora, {"lora-rank": 3})
+
+
+def test_a_server_that_asks_for_what_stays_does_not_get_it(tmp_path: Path, sites: Path) -> None:
+    """Nor does its question cost the site what it has kept."""
+    config = test_resume.configured(tmp_path, f"{UNTIED} aggregation.ends=local-top train.rounds=1")
+    grid = Watched(2)
+    test_resume.run(config, grid)
+    asked = [m for m in grid.seen if "ticket" in m.content.config_records]
+    evaluate = next(m for m in reversed(asked) if m.metadata.message_type == "evaluate")
+    before = {name: set(state.array_records) for name, state in grid.states.items()}
+    curious = dict(evaluate.content.config_records["ticket"]) | {"send-tensors": True}
+    content = RecordDict({**evaluate.content, "ticket": ConfigRecord(curious)})
+
+    reply = grid._deliver(Message(content, 100, message_type="query"))
+
+    assert reply is not None
+    assert not reply.content.config_records["outcome"]["error"]
+    sent = reply.content.array_records["arrays"]
+    assert sent
+    assert all(is_common(name, "local-top") for name in sent)
+    assert {name: set(state.array_records) for name, state in grid.states.items()} == before

@@ -18,7 +18,7 @@ import torch
 import transformers
 
 from simulations.bench.compare import report
-from simulations.bench.compare.counted import count_round
+from simulations.bench.compare.counted import count_quickly
 from simulations.bench.compare.data import all_heldout
 from simulations.bench.compare.fedavg.app import load_model, mean_loss
 from simulations.bench.compare.flops import count_flops, full_batch
@@ -124,8 +124,7 @@ def _train(compare: Compare, start: Start, scratch: Path, say: Say) -> dict[str,
                 run = run_central(config, folder)
             else:
                 run = run_method(flower, config, method, folder)
-                (folder / "count").mkdir()
-                run |= count_round(config, method, folder / "count")
+                run |= count_quickly(config, method, folder / "count")
             model = load_model(config, run["adapter"])
             run["heldout"] = mean_loss(model, all_heldout(config))[0]
             runs[method] = run

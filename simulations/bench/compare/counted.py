@@ -50,6 +50,15 @@ class CountingGrid(InProcessGrid):
         return self.pull_messages(list(self.push_messages(messages)))
 
 
+def count_quickly(config: Config, method: str, folder: Path) -> dict[str, float]:
+    """Do what `count_round` does, in as few steps and examples as give the same counts."""
+    few = config.train.batch_size * 10
+    config = replace(config, data=replace(config.data, max_examples=few))
+    if config.link.transport == "stream":  # no step takes a message
+        config = replace(config, train=replace(config.train, local_steps=1))
+    return count_round(config, method, folder)
+
+
 def count_round(config: Config, method: str, folder: Path) -> dict[str, float]:
     """Count what Flower's messages of the second of two rounds hold, run in this process.
 
@@ -62,7 +71,7 @@ def count_round(config: Config, method: str, folder: Path) -> dict[str, float]:
     method : str
         One of `METHODS`, not central.
     folder : Path
-        For the run folder.
+        For the run folder; made.
 
     Returns
     -------
@@ -70,6 +79,7 @@ def count_round(config: Config, method: str, folder: Path) -> dict[str, float]:
         ``flower_up`` and ``flower_down``: bytes of a client's training messages in the round;
         ``averaging``: seconds from the last answer to the averaged model.
     """
+    folder.mkdir(parents=True, exist_ok=True)
     train = replace(config.train, rounds=2)
     output = replace(config.output, folder=str(folder))
     config = replace(config, train=train, output=output)

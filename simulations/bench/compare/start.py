@@ -21,12 +21,8 @@ from models import build_scratch
 from simulations.bench.compare.fedavg.app import plain_optimizer, train_steps
 from simulations.bench.compare.settings import Compare, Start
 
-SOURCES = """
-argparse ast calendar configparser csv dataclasses difflib doctest inspect ipaddress locale
-optparse pathlib pdb pickle platform plistlib pydoc shutil smtplib statistics subprocess
-tarfile textwrap threading tokenize traceback turtle typing zipfile
-"""
-"""Modules of the standard library whose source code is learned."""
+SOURCES = "argparse ast calendar configparser dataclasses difflib inspect pathlib shutil textwrap"
+"""Modules of the standard library, whose source code is learned."""
 
 PASSAGE = 2048
 """Characters of one document."""

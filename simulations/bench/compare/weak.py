@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from conf.load import from_json, to_json
-from conf.schema import Config
+from conf.schema import Config, TrainConfig
 from flower_app.build import build_client, build_trunk
 from flower_app.client import streamed
 from flower_app.client.ends import Clock, Ends
@@ -29,6 +29,7 @@ from simulations.bench.compare.flops import full_batch
 from simulations.bench.compare.relay import Relay
 from strategies.engine.engine import TrunkEngine
 from strategies.transport import tickets
+from strategies.transport.link import Link
 from strategies.transport.stream.link import GrpcLink
 from strategies.transport.stream.service import TrunkService
 from strategies.transport.tickets import Guest, Ticket
@@ -101,9 +102,21 @@ class _SlowEnds(Ends):
             super().take_step(step, square)
 
 
-class _Trainer(streamed.Trainer):
-    def __init__(self, ends: Ends, link: GrpcLink) -> None:
-        self._ends, self._link = ends, link
+class SlowTrainer(streamed.Trainer):
+    """Takes a client's steps on a weak machine; arguments are those of `streamed.Trainer`."""
+
+    def __init__(
+        self,
+        slow: Slow,
+        bottom: Any,
+        top: Any,
+        link: Link,
+        count: int,
+        config: TrainConfig,
+        place: Place,
+    ) -> None:
+        super().__init__(bottom, top, link, count, config, place)
+        self._ends = _SlowEnds(slow, bottom, top, count, config, place)
 
 
 class Emulation:
@@ -157,7 +170,10 @@ class Emulation:
     def _train(self, jobs: Sequence[Job]) -> Point:
         for pipe, job in zip(self._clients, jobs, strict=True):
             pipe.send(job)
-        rows = [row for pipe in self._clients for row in pipe.recv()]
+        try:
+            rows = [row for pipe in self._clients for row in pipe.recv()]
+        except EOFError:
+            raise RuntimeError("a client's process died; its error stands above") from None
         return Point(**{name: statistics.median(row[name] for row in rows) for name in rows[0]})
 
 
@@ -228,7 +244,7 @@ def _split(config: Config, ends: Any, job: Job) -> list[dict[str, float]]:
     assert job.ticket is not None
     slow, train = Slow(job.slow), config.train
     link = GrpcLink(job.ticket, job.node_key, steps=job.steps, config=config.link)
-    trainer = _Trainer(_SlowEnds(slow, *ends, job.steps, train, _place()), link)
+    trainer = SlowTrainer(slow, ends[0], ends[1], link, job.steps, train, _place())
     rows = []
     for step in range(job.steps):
         began, before = time.perf_counter(), _so_far(slow, link)

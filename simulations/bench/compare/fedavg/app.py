@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import time
+import warnings
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -87,7 +88,9 @@ def _model(path: str) -> PeftModel:
 def load_model(config: Config, adapter: str = "") -> PeftModel:
     """The base model with an adapter, by default the one that training starts from."""
     base = AutoModelForCausalLM.from_pretrained(config.model.base)
-    return PeftModel.from_pretrained(base, adapter or config.model.path, is_trainable=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of transformers, at what peft calls
+        return PeftModel.from_pretrained(base, adapter or config.model.path, is_trainable=True)
 
 
 def plain_optimizer(model: nn.Module, train: TrainConfig) -> torch.optim.Optimizer:

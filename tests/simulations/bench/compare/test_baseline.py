@@ -17,18 +17,29 @@ from peft import get_peft_model_state_dict
 from safetensors.torch import load_file
 
 from conf.schema import Config
+from flower_app.build import build_client
+from flower_app.client import streamed
+from flower_app.client.place import Place
 from simulations.bench.compare import report, rows
 from simulations.bench.compare.compare import leave
-from simulations.bench.compare.counted import count_round
+from simulations.bench.compare.counted import count_quickly, count_round
 from simulations.bench.compare.data import all_heldout, client_steps
 from simulations.bench.compare.fedavg.app import load_model, mean_loss
-from simulations.bench.compare.flops import count_flops
+from simulations.bench.compare.flops import count_flops, full_batch
+from simulations.bench.compare.memory import Echo
 from simulations.bench.compare.methods import graft_rounds, train_central
 from simulations.bench.compare.publish import FIGURE, PAGE, README, publish
 from simulations.bench.compare.relay import Relay
-from simulations.bench.compare.settings import FEDAVG, METHODS, Compare, Start, config_of
+from simulations.bench.compare.settings import (
+    FEDAVG,
+    METHODS,
+    QUICK,
+    Compare,
+    Start,
+    config_of,
+)
 from simulations.bench.compare.start import make_start
-from simulations.bench.compare.weak import Point, Slow, predicted_split
+from simulations.bench.compare.weak import Point, Slow, SlowTrainer, predicted_split
 from simulations.equality.federation import largest_difference
 from simulations.equality.reference import fed_avg_round
 
@@ -141,11 +152,22 @@ def test_flowers_messages_hold_the_adapters(trained: dict[str, Trained]) -> None
     tensors = load_file(trained[FEDAVG].adapter / "adapter_model.safetensors")
     of_ends = [t for name, t in tensors.items() if ".0." in name or ".3." in name]
     all_bytes = sum(t.nbytes for t in tensors.values())
-    end_bytes = sum(t.nbytes for t in of_ends if t is not None)
+    end_bytes = sum(t.nbytes for t in of_ends)
 
     for way in ("flower_up", "flower_down"):
         assert all_bytes < whole[way] < 2.5 * all_bytes  # names and headers: tensors are tiny
         assert end_bytes < split[way] < whole[way]
+
+
+def test_a_step_over_the_stream_adds_nothing_to_flowers_messages(
+    trained: dict[str, Trained], tmp_path: Path
+) -> None:
+    whole = trained["splitfed-v1"]
+
+    quick = count_quickly(whole.config, "splitfed-v1", tmp_path)
+
+    for way in ("flower_up", "flower_down"):
+        assert quick[way] == pytest.approx(whole.counted[way], rel=0.01)
 
 
 def test_operations_of_the_parts_are_those_of_the_whole(start: Start, tmp_path: Path) -> None:
@@ -198,6 +220,21 @@ def test_a_slow_client_waits_as_often_as_it_is_slower() -> None:
 
     assert slow.seconds > 0
     assert time.perf_counter() - began >= 4.0 * slow.seconds * 0.99
+
+
+def test_a_slow_client_takes_the_same_steps(start: Start, tmp_path: Path) -> None:
+    config, slow = config_of(TINY, start, "splitfed-v1", tmp_path), Slow(2.0)
+    place = Place(seed=0, client="client-0", round=1, rounds=1)
+    losses = []
+
+    for trainer in (SlowTrainer, streamed.Trainer):
+        own = (slow,) if trainer is SlowTrainer else ()
+        each = trainer(*own, *build_client(config), Echo(), 2, config.train, place)
+        losses.append([each.step(step, [full_batch(config)]) for step in range(2)])
+
+    assert losses[0] == losses[1]
+    assert losses[0][0] != losses[0][1], "nothing was learned"
+    assert slow.seconds > 0
 
 
 def test_at_break_even_a_split_step_takes_as_long_as_an_unsplit_one() -> None:
@@ -286,7 +323,7 @@ def test_the_quick_comparison_end_to_end(tmp_path: Path) -> None:
 
     result = bench_compare(quick=True, folder=tmp_path)
 
-    assert set(result["methods"]) == set(METHODS)
+    assert tuple(result["methods"]) == QUICK.methods
     assert all(abs(gap) < 1e-4 for gap in result["differences"].values()), result["differences"]
     assert all(row["target_seconds"] for row in result["methods"].values())
     assert {path.name for path in tmp_path.iterdir()} == {
