@@ -116,6 +116,25 @@ def bench_compare(
         typer.echo(note)
 
 
+@bench.command("plan")
+def bench_plan(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    steps: Annotated[int, typer.Option(help="Timed steps of each model.", min=1)] = 8,
+) -> None:
+    """Compare what `graft plan` foretells with real steps; 1 if it is further off than it may."""
+    from simulations.bench.plan import bench_plan as measure
+    from simulations.bench.plan import columns
+
+    result = measure(steps, say=progress)
+    if as_json:
+        figures(result, as_json)
+    else:
+        table(*columns(result))
+        figures({key: result[key] for key in ("resident", "worst", "bounds", "within")}, False)
+    if not result["within"]:
+        raise typer.Exit(1)
+
+
 @commands.command(rich_help_panel="Check and measure")
 def study(
     quick: Annotated[bool, typer.Option("--quick", help="The same in small, in a minute.")] = False,

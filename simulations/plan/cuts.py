@@ -10,10 +10,20 @@ from transformers import PretrainedConfig
 
 from conf.schema import Config
 from models.cut import Cut
-from simulations.plan.footprint import Footprint, client_footprint, server_footprint
+from simulations.plan.footprint import (
+    Footprint,
+    client_footprint,
+    server_footprint,
+    whole_footprint,
+)
+from simulations.plan.hollow import outline_parts
+from simulations.plan.speed import block_shapes
 
 LEAST = Cut(1, 1)
 """Without a block of its own, a bottom sends embeddings, which can be looked up."""
+
+MANY = 8
+"""Blocks up to which all are rehearsed."""
 
 EQUAL = 0.03
 """Share of a step's seconds that decides nothing."""
@@ -42,25 +52,45 @@ class Memory:
 
     def __init__(self, shape: PretrainedConfig, config: Config, blocks: int, clients: int) -> None:
         self._shape, self._config, self._blocks, self._clients = shape, config, blocks, clients
-        self.client = cache(self._client)
-        self.server = cache(self._server)
+        kept = outline_parts(shape, config, Cut(0, 0))[1]
+        self._alike = len(set(block_shapes(kept))) == 1
+        self.client, self._exact = cache(self._client), cache(self._server)
 
     def server_peak(self, cut: Cut) -> int:
         """Bytes that the server holds for all clients."""
         return for_all(self.server(cut), self._config, self._clients)
 
+    def server(self, cut: Cut) -> Footprint:
+        """One session; of many blocks that are alike, on the line through two and three of them."""
+        trunk = self._blocks - cut.bottom - cut.top
+        return self._exact(cut) if trunk <= MANY or not self._alike else self._on_line(trunk)
+
+    def whole(self) -> Footprint:
+        """The unsplit model on one client."""
+        if self._blocks <= MANY or not self._alike:
+            return whole_footprint(self._shape, self._config)
+        two, three = (whole_footprint(self._shape, self._config, count) for count in (2, 3))
+        return two.stretched(three, self._blocks - 2)
+
+    def _on_line(self, trunk: int) -> Footprint:
+        two, three = (self._exact(Cut(self._blocks - count, 0)) for count in (2, 3))
+        return two.stretched(three, trunk - 2)
+
     def estimate(self, cut: Cut) -> tuple[float, float]:
         """Peaks of client and server, on the line through two rehearsals; exact for like blocks."""
         least = self._least()
-        client = self.client(least).peak
-        client += (cut.bottom - least.bottom) * (self.client(_more(least, 1, 0)).peak - client)
-        if cut.top != least.top:
+        more = (_more(least, 1, 0), _more(least, 0, 1))
+        client = self.client(least)
+        if cut.bottom > least.bottom:
+            client = client.stretched(self.client(more[0]), cut.bottom - least.bottom)
+        if cut.top > least.top:
             base = self.client(least).peak
-            client += (cut.top - least.top) * (self.client(_more(least, 0, 1)).peak - base)
-        small, large = Cut(self._blocks - 2, 0), Cut(self._blocks - 3, 0)
-        one, two = self.server_peak(small), self.server_peak(large)
+            higher = (cut.top - least.top) * (self.client(more[1]).peak - base)
+        else:
+            higher = 0
         trunk = self._blocks - cut.bottom - cut.top
-        return client, one + (trunk - 2) * (two - one)
+        server = self._exact(cut) if self._blocks < 4 else self._on_line(trunk)
+        return client.peak + higher, for_all(server, self._config, self._clients)
 
     def _client(self, cut: Cut) -> Footprint:
         return client_footprint(self._shape, at(self._config, cut))

@@ -5,10 +5,9 @@ Shapes: B sequences, T tokens, D hidden size.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +16,7 @@ from transformers import PretrainedConfig
 from conf.schema import Config
 from flower_app.build import cut_of
 from flower_app.data.client import Batch
+from models.anatomy import find_blocks
 from simulations.plan.hollow import fill_hollow, hollow, outline_parts, tuned_whole
 from simulations.plan.live import Live
 from simulations.plan.operations import Operations
@@ -47,14 +47,34 @@ class Footprint:
     """Bytes of parameters and buffers, a replica's and FedProx's anchor among them."""
     gradients: int
     optimizer: int
-    activations: int
-    """What else there is when most is held: activations kept for the backward, and what an
-    operation takes for a moment."""
-    peak: int
+    peaks: Mapping[str, int]
+    """Most bytes held, by phase."""
     common: int
     """Of the peak, what a further session would not add."""
     flops: Mapping[str, float]
     """By phase, of one micro-batch."""
+
+    @property
+    def peak(self) -> int:
+        """Most bytes held."""
+        return max(self.peaks.values())
+
+    @property
+    def activations(self) -> int:
+        """What else there is when most is held: activations kept for the backward, and what an
+        operation takes for a moment."""
+        return max(0, self.peak - self.weights - self.gradients - self.optimizer)
+
+    def stretched(self, larger: Footprint, times: float) -> Footprint:
+        """This, and so many times what a larger one has more: its blocks, if they are alike."""
+
+        def line(first: Any, second: Any) -> Any:
+            if isinstance(first, Mapping):
+                return {key: line(first[key], second[key]) for key in first}
+            return round(first + times * (second - first))
+
+        own, other = vars(self), vars(larger)
+        return Footprint(**{name: line(own[name], other[name]) for name in own})
 
 
 class _Side(Protocol):
@@ -90,9 +110,13 @@ def server_footprint(shape: PretrainedConfig, config: Config, clients: int = 1) 
         return _measure([trunk], make, config)
 
 
-def whole_footprint(shape: PretrainedConfig, config: Config) -> Footprint:
-    """The unsplit model, tuned as the parts are, on one client."""
+def whole_footprint(shape: PretrainedConfig, config: Config, blocks: int = 0) -> Footprint:
+    """The unsplit model, tuned as the parts are, on one client; or its first so many blocks."""
     model = tuned_whole(shape, config, cut_of(config))
+    if blocks:
+        kept = model.get_submodule(find_blocks(model))
+        assert isinstance(kept, nn.ModuleList)
+        del kept[blocks:]
     with hollow():
         fill_hollow([model])
 
@@ -126,13 +150,13 @@ def _measure(
     parameters = distinct(p for module in modules for p in module.parameters())
     train = trainable(*modules)
     gradients, moments = nbytes(train), _moments(train, config)
-    live, peaks = Live(HERE), Counter[str]()
+    live, peaks = Live(HERE), dict[str, int]()
     live.adopt([*parameters, *(b for module in modules for b in module.buffers())])
     common = live.now[HERE]
 
     def ended(phase: str) -> None:
         held = live.peak[HERE] + (0 if phase in OPTIMIZER else moments)
-        peaks[phase] = max(peaks[phase], held)
+        peaks[phase] = max(peaks.get(phase, 0), held)
         live.forget_peak()
 
     # A second micro-batch meets the first one's gradients; a third changes nothing.
@@ -143,15 +167,13 @@ def _measure(
         side = make(micros, phases)
         weights = live.now[HERE]
         side.step()
-    peak = max(peaks.values())
     return Footprint(
         parameters=sum(p.numel() for p in parameters),
         trainable=sum(p.numel() for p in train),
         weights=weights,
         gradients=gradients,
         optimizer=moments,
-        activations=max(0, peak - weights - gradients - moments),
-        peak=peak,
+        peaks=peaks,
         common=common,
         flops={name: spent / micros for name, spent in phases.spent.items()},
     )

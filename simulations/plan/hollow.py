@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,11 +17,11 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import import_utils
 
-from conf.schema import Config
-from flower_app.build import source_of
+from conf.schema import Config, ModelConfig
 from models import Cut, Part, tune, tune_whole
 from models.families import require_tested
 from models.parts import split_unchecked
+from models.source import ADAPTER_CONFIG, find_source
 from models.whole import build_hollow, make_config, parse_attention, parse_dtype, read_config
 from simulations.plan.live import Answers
 
@@ -57,7 +58,7 @@ def read_shape(config: Config) -> PretrainedConfig:
             "give the folder or hub id of the model that it was made from"
         )
     else:
-        found = read_config(source_of(model).base)
+        found = read_config(_base_of(model))
     require_tested(found, model.allow_untested)
     return found
 
@@ -123,6 +124,14 @@ def fill_hollow(modules: Sequence[nn.Module]) -> None:
         for leaf, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[leaf] = torch.empty(buffer.shape, dtype=buffer.dtype)
+
+
+def _base_of(model: ModelConfig) -> str:
+    """Where the model's config is: an adapter's is its base's. Weights need not be there."""
+    folder = Path(model.path).expanduser()
+    if (folder / ADAPTER_CONFIG).is_file():
+        return find_source(model.path, model.base).base
+    return str(folder) if folder.is_dir() else model.path
 
 
 @contextmanager

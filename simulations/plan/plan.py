@@ -11,11 +11,11 @@ from conf.schema import Config
 from models import client_state
 from models.cut import ROLES, Cut
 from simulations.plan.cuts import Budgets, Memory, best_cut, some_cuts
-from simulations.plan.footprint import Footprint, whole_footprint
+from simulations.plan.footprint import Footprint
 from simulations.plan.frames import StepFrames, step_frames
 from simulations.plan.hollow import outline_parts, read_shape
 from simulations.plan.seconds import Network, StepSeconds, step_seconds, whole_seconds
-from simulations.plan.speed import Pieces, at_speed, count_operations, measure
+from simulations.plan.speed import Pieces, at_speed, count_operations, measure, torch_threads
 
 STEPS = 100
 """Of a client in a round, where the configuration counts epochs of data that nobody has read."""
@@ -68,7 +68,8 @@ class _Planner:
         self._micros = config.train.accumulate
         self._steps = setting.steps or config.train.local_steps or STEPS
         self._memory = Memory(self._shape, config, self._blocks, setting.clients)
-        self._frames: StepFrames = step_frames(config, self._parts[0].hidden_size)
+        with torch_threads(1):
+            self._frames: StepFrames = step_frames(config, self._parts[0].hidden_size)
         operations = count_operations(self._shape, config, self._blocks)
         self._operations = operations
         runtime = config.runtime
@@ -93,7 +94,7 @@ class _Planner:
             lambda cut: self._seconds(cut).total,
         )
         client, server = self._memory.client(self._cut), self._memory.server(self._cut)
-        whole = whole_footprint(self._shape, self._config)
+        whole = self._memory.whole()
         return {
             "model": self._describe(),
             "setting": self._describe_setting(),
@@ -238,7 +239,8 @@ def state_bytes(parts: Any) -> int:
 
 
 def _memory(footprint: Footprint, budget: int) -> dict[str, Any]:
-    found = {name: value for name, value in asdict(footprint).items() if name != "flops"}
+    keys = ("parameters", "trainable", "weights", "gradients", "optimizer", "activations", "peak")
+    found = {key: getattr(footprint, key) for key in keys}
     return found | {"fits": _fits(footprint.peak, budget)}
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from conf.load import experiments, load_config
+from conf.rules import nearest
 from conf.schema import Config
-from flower_app.build import resolve_model
+from flower_app.build import LAST
 from flower_app.check import check_names
+from flower_app.runs.folders import find_last_run
 from simulations.plan import units
 
 PLAIN = "lora"
@@ -66,6 +68,11 @@ def configure(model: str, short: Shorthand, overrides: list[str]) -> Config:
     """
     experiment = model in experiments() or Path(model).suffix in (".yaml", ".yml")
     own = [] if experiment else [f"model.path={model}", "model.base="]
+    if not experiment and not Path(model).exists() and (near := nearest(model, experiments())):
+        raise ValueError(f"{model} is neither an experiment nor the folder of a model{near}")
     config = load_config(model if experiment else PLAIN, [*own, *short.overrides(), *overrides])
     check_names(config)
-    return resolve_model(config)
+    if not config.model.path.startswith(LAST):
+        return config
+    folder = find_last_run(config.model.path.removeprefix(LAST), config.output.folder)
+    return replace(config, model=replace(config.model, path=str(folder)))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -80,7 +80,7 @@ def at_speed(operations: Pieces, flops_per_second: float) -> Pieces:
 def measure(shape: PretrainedConfig, config: Config, operations: Pieces, threads: int) -> Pieces:
     """Time each kind of piece on this machine, with so many torch threads (0: torch's choice)."""
     kinds = block_kinds(shape, config, len(operations.blocks))
-    with _threads(threads):
+    with torch_threads(threads):
         ends = _time_ends(shape, config, operations.ends.both)
         timed = {
             kind: _time_block(
@@ -93,15 +93,16 @@ def measure(shape: PretrainedConfig, config: Config, operations: Pieces, threads
 
 def block_kinds(shape: PretrainedConfig, config: Config, blocks: int) -> list[Any]:
     """For each block what it is like: blocks of one kind take the same time."""
-    trunk = outline_parts(shape, config, Cut(0, 0))[1]
-    kept = trunk.model.get_submodule(trunk.block_list)
-    assert isinstance(kept, nn.ModuleList)
-    assert len(kept) == blocks
+    shapes = block_shapes(outline_parts(shape, config, Cut(0, 0))[1])
     types = getattr(shape.get_text_config(decoder=True), "layer_types", None) or [""] * blocks
-    return [
-        (types[i], tuple((name, tuple(p.shape)) for name, p in block.named_parameters()))
-        for i, block in enumerate(kept)
-    ]
+    return list(zip(types, shapes, strict=True))
+
+
+def block_shapes(trunk: Part) -> list[Any]:
+    """Names and shapes of each block's weights."""
+    blocks = trunk.model.get_submodule(trunk.block_list)
+    assert isinstance(blocks, nn.ModuleList)
+    return [tuple((name, tuple(p.shape)) for name, p in b.named_parameters()) for b in blocks]
 
 
 def _operations(shape: PretrainedConfig, config: Config, index: int) -> Piece:
@@ -143,7 +144,7 @@ def _time_ends(shape: PretrainedConfig, config: Config, operations: float) -> Pi
 
 def _time(make: Callable[[Phases], Any]) -> dict[str, float]:
     """Median seconds of each phase of a step, after one that warms up."""
-    phases = Phases(time.perf_counter)
+    phases = Phases(undisturbed_clock())
     side = make(phases)
     side.step()
     started = time.perf_counter()
@@ -153,6 +154,11 @@ def _time(make: Callable[[Phases], Any]) -> dict[str, float]:
         side.step()
         spent.append(dict(phases.spent))
     return {name: statistics.median(each[name] for each in spent) for name in spent[0]}
+
+
+def undisturbed_clock() -> Callable[[], float]:
+    """Seconds that do not hang on who else uses the machine, as far as one thread works here."""
+    return time.process_time if torch.get_num_threads() == 1 else time.perf_counter
 
 
 def _make_real(parts: Sequence[Part]) -> None:
@@ -200,7 +206,8 @@ def _cut_of(config: Config) -> Cut:
 
 
 @contextmanager
-def _threads(count: int) -> Any:
+def torch_threads(count: int) -> Iterator[None]:
+    """So many torch threads for a while; 0: torch's choice."""
     before = torch.get_num_threads()
     if count > 0:
         torch.set_num_threads(count)

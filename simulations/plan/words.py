@@ -12,6 +12,9 @@ from simulations.plan.units import in_bytes, in_short, in_time
 
 FEDAVG = "no cut"
 
+ALIKE = 0.05
+"""Share of a round's seconds that is not worth a word."""
+
 
 def show(plan: dict[str, Any], console: Console | None = None) -> None:
     """Print a plan.
@@ -127,7 +130,7 @@ def _step(plan: dict[str, Any]) -> Table:
             f"{wire['per_token']:,.0f} B a token",
         ),
         ("round trips", seconds["latency"], str(wire["round_trips"])),
-        ("packing", seconds["framing"], "tensors to frames and back"),
+        ("packing", seconds["framing"], "tensors to frames and back, measured here"),
         ("waiting", seconds["waiting"], "while the trunk serves other clients"),
         ("a step", seconds["total"], ""),
         (
@@ -187,13 +190,14 @@ def _best(plan: dict[str, Any]) -> str:
 def _against_fedavg(plan: dict[str, Any]) -> str:
     whole, seconds = plan["unsplit"], plan["seconds"]
     ratio = seconds["round"] / whole["round"]
-    fits = "it fits the client" if whole["fits"] else "but it does not fit the client"
-    if not plan["setting"]["budgets"]["client"]:
-        fits = "if a client can hold it"
+    budget = plan["setting"]["budgets"]["client"]
+    fits = "it fits" if whole["fits"] else "it does not fit"
+    fits = f"{fits} within {in_bytes(budget)}" if budget else "if a client can hold that"
     holds = f"a client then holds {in_bytes(whole['peak'])}, not {in_bytes(plan['client']['peak'])}"
-    if whole["faster"]:
-        return f"unsplit FedAvg would be {ratio:.2g} times faster, {fits}: {holds}"
-    return f"unsplit FedAvg would be {1 / ratio:.2g} times slower; {holds}"
+    faster = f"{ratio:.2g} times faster" if whole["faster"] else f"{1 / ratio:.2g} times slower"
+    if abs(ratio - 1) < ALIKE:
+        faster = "as fast"
+    return f"unsplit FedAvg would be {faster}; {holds}: {fits}"
 
 
 def _speed(who: str, setting: dict[str, Any]) -> str:
