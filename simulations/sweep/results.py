@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from conf.rules import ConfigError, nearest
 from flower_app.runs.history import read_history
 from flower_app.runs.lines import perplexity
-from simulations.sweep.state import CRASHED, FINISHED, Point, Sweep, shown
+from simulations.sweep.state import CRASHED, FINISHED, PRUNED, Point, Sweep, shown
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -202,10 +202,11 @@ def _crashed(sweep: Sweep) -> list[str]:
 
 
 def _pruned(sweep: Sweep) -> list[str]:
-    count = sweep.count("pruned")
-    return ["", f"{count} points were ended early, as hopeless, and are not in the table."] * bool(
-        count
-    )
+    count = sweep.count(PRUNED)
+    if not count:
+        return []
+    words = "1 point was" if count == 1 else f"{count} points were"
+    return ["", f"{words} ended early, as hopeless, and not in the table."]
 
 
 def _row(cells: Sequence[str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,6 +17,8 @@ from simulations.launch.watcher import MARK
 from simulations.sweep.state import CRASHED, FINISHED, STOPPED
 from simulations.sweep.task import Ended, Task
 
+MOST_LETTERS = 400
+"""Of an error in the state; all of it is in the log."""
 LOCK_SECONDS = 60.0
 """How long what a killed sweep left may take to let go of a run folder."""
 
@@ -185,6 +188,10 @@ def guarded(runner: Callable[[Task], Ended], task: Task) -> Ended:
         if task.halted.is_set():
             return Ended(status=STOPPED)
         task.say(f"failed: {type(error).__name__}: {error}")
-        return Ended(
-            status=CRASHED, error=str(error).splitlines()[0] if str(error) else repr(error)
-        )
+        return Ended(status=CRASHED, error=_in_a_line(str(error) or repr(error)))
+
+
+def _in_a_line(text: str) -> str:
+    """An error without line ends and the boxes that Flower draws around its own."""
+    words = re.sub(r"[\s\u2500-\u257f]+", " ", text).strip()
+    return words if len(words) <= MOST_LETTERS else f"{words[:MOST_LETTERS]} ..."

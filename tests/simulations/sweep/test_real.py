@@ -5,12 +5,13 @@ Each takes minutes; what they print goes to files beside the sweep's folder.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pandas
@@ -21,7 +22,15 @@ from flower_app.runs.folders import runs_folder
 from simulations.deploy.demo import NODES
 from simulations.deploy.deployment import deployment, write_data
 from simulations.launch.processes import program, wait_until
-from simulations.sweep.state import CRASHED, FINISHED, RUNNING, Sweep, read_sweep, sweeps_folder
+from simulations.sweep.state import (
+    CRASHED,
+    FILE,
+    FINISHED,
+    RUNNING,
+    Sweep,
+    read_sweep,
+    sweeps_folder,
+)
 
 TINY = """
 fixed:
@@ -39,23 +48,33 @@ grid:
   train.lr: [1e-3, 3e-3, 1e-2, 3e-2, 1e-1]
 seeds: [0, 1]
 include:
-  - {{federation.round_timeout: 0.001, federation.quorum: 1}}   # nobody answers in time: crashes
+  - {{link.tls: on, link.certificate: {file}, link.key: {file}}}   # no PEM file: crashes
 """
 CRASHING = ["006", "012"]
 
 
 def _write(folder: Path, experiment: str, *, rounds: int, more: str = "") -> Path:
-    path = folder / "twelve.yaml"
-    path.write_text(f"experiment: {experiment}\n" + TINY.format(rounds=rounds, more=more))
+    path, file = folder / "twelve.yaml", folder / "no.pem"
+    file.write_text("nothing\n")
+    path.write_text(
+        f"experiment: {experiment}\n" + TINY.format(rounds=rounds, more=more, file=file)
+    )
     return path
 
 
-def _start(*arguments: str, env: Mapping[str, str], log: Path) -> subprocess.Popen[bytes]:
+@contextlib.contextmanager
+def _graft(*arguments: str, env: Mapping[str, str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """`graft sweep`, which ends with the context if it has not by then."""
     with log.open("wb") as output:
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [program("graft"), "sweep", *arguments], env=dict(env), stdout=output,
             stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
         )  # fmt: skip
+    try:
+        yield process
+    finally:
+        process.terminate()
+        process.wait(120)
 
 
 def _kill_in_the_middle(graft: subprocess.Popen[bytes], *, after: int) -> tuple[Path, Sweep]:
@@ -63,8 +82,8 @@ def _kill_in_the_middle(graft: subprocess.Popen[bytes], *, after: int) -> tuple[
 
     def in_the_middle() -> bool:
         assert graft.poll() is None, "the sweep ended before it was killed"
-        for folder in sweeps_folder().glob("*"):
-            state = read_sweep(folder)
+        for path in sweeps_folder().glob(f"*/{FILE}"):
+            state = read_sweep(path.parent)
             under_way = [p for p in state.points if p.status == RUNNING and p.run]
             if state.count(FINISHED) >= after and under_way:
                 return True
@@ -86,7 +105,7 @@ def _check_table(folder: Path, before: Sweep, *, rounds: int, clients: int) -> N
             assert new == old  # not run again
     for point in done.points:
         if point.status == CRASHED:
-            assert "quorum" in point.error
+            assert "link.certificate holds no PEM certificate" in point.error
             assert (folder / "logs" / f"{point.id}.log").stat().st_size > 1000
         else:
             summary = json.loads((Path(point.run) / "summary.json").read_text())
@@ -104,11 +123,12 @@ def _check_table(folder: Path, before: Sweep, *, rounds: int, clients: int) -> N
 @pytest.mark.timeout(3600)
 def test_a_killed_sweep_goes_on_in_a_simulation(tmp_path: Path) -> None:
     path = _write(tmp_path, "demo", rounds=2)
-    graft = _start(str(path), env=os.environ, log=tmp_path / "first.log")
-    folder, before = _kill_in_the_middle(graft, after=2)
+    with _graft(str(path), env=os.environ, log=tmp_path / "first.log") as graft:
+        folder, before = _kill_in_the_middle(graft, after=2)
     wait_until(lambda: not _left_over(), seconds=60, what="the watcher to end what was left")
-    again = _start("--resume", folder.name, env=os.environ, log=tmp_path / "second.log")
-    assert again.wait(3000) == 1, (tmp_path / "second.log").read_text()  # for two points crashed
+    log = tmp_path / "second.log"
+    with _graft("--resume", folder.name, env=os.environ, log=log) as again:
+        assert again.wait(3000) == 1, log.read_text()  # for two points crashed
     _check_table(folder, before, rounds=2, clients=2)
     assert all(point.peak_mb > 500 for point in read_sweep(folder).points)
     assert not _left_over()
@@ -137,12 +157,13 @@ def test_a_killed_sweep_goes_on_at_a_superlink(tmp_path: Path) -> None:
         wait_until(lambda: site.online() == len(NODES), seconds=120, what="the SuperNodes")
         env = os.environ | {"FLWR_HOME": str(site.flower.home)}
         where = ("--superlink", site.flower.superlink, "--jobs", "2")
-        graft = _start(str(path), *where, env=env, log=tmp_path / "first.log")
-        folder, before = _kill_in_the_middle(graft, after=2)
+        with _graft(str(path), *where, env=env, log=tmp_path / "first.log") as graft:
+            folder, before = _kill_in_the_middle(graft, after=2)
         under_way = [point for point in before.points if point.status == RUNNING and point.run]
         time.sleep(1.0)
-        again = _start("--resume", folder.name, "--jobs", "2", env=env, log=tmp_path / "second.log")
-        assert again.wait(3000) == 1, (tmp_path / "second.log").read_text()
+        log = tmp_path / "second.log"
+        with _graft("--resume", folder.name, "--jobs", "2", env=env, log=log) as again:
+            assert again.wait(3000) == 1, log.read_text()
         _check_table(folder, before, rounds=1, clients=2)
         # They went on by themselves at the SuperLink, and were waited for.
         after = {point.id: point for point in read_sweep(folder).points}

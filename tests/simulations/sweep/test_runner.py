@@ -174,11 +174,11 @@ def test_a_run_folder_elsewhere_is_said_to_be_so(tmp_path: Path) -> None:
 
 def test_what_prevents_a_run_is_the_points_end(tmp_path: Path) -> None:
     def runner(task: Task) -> Ended:
-        raise RuntimeError("no SuperLink")
+        raise RuntimeError("no\n╭─ Error ──╮\n│ SuperLink │\n")
 
     task = _task(tmp_path)
-    assert guarded(runner, task) == Ended(status=CRASHED, error="no SuperLink")
-    assert "no SuperLink" in task.log.read_text()
+    assert guarded(runner, task) == Ended(status=CRASHED, error="no Error SuperLink")
+    assert "SuperLink" in task.log.read_text()
     task.halted.set()
     assert guarded(runner, task) == Ended(status=STOPPED)
 
