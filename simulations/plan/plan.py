@@ -11,7 +11,7 @@ from conf.schema import Config
 from models import client_state
 from models.cut import ROLES, Cut
 from simulations.plan.cuts import Budgets, Memory, best_cut, some_cuts
-from simulations.plan.footprint import Footprint
+from simulations.plan.footprint import MERGED, Footprint
 from simulations.plan.frames import StepFrames, step_frames
 from simulations.plan.hollow import outline_parts, read_shape
 from simulations.plan.seconds import Network, StepSeconds, step_seconds, whole_seconds
@@ -158,9 +158,11 @@ class _Planner:
         }
 
     def _flops(self, client: Footprint, server: Footprint) -> dict[str, float]:
+        # Under `merged`, what was rehearsed is one batch of all clients'.
+        shared = self._setting.clients if self._config.train.strategy == MERGED else 1
         return {
             "client": self._micros * sum(client.flops.values()),
-            "server": self._micros * sum(server.flops.values()),
+            "server": self._micros * sum(server.flops.values()) / shared,
             "unsplit": self._micros * whole_operations(self._operations),
         }
 

@@ -130,6 +130,8 @@ def _draw_weak(axes: Any, result: Mapping[str, Any]) -> None:
     slow = [row["slow"] for row in first]
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
     axes.set_xticks(slow, [str(k) for k in slow])
     axes.set_title("A step of weak clients: measured (dots), predicted (lines)")
     axes.set_xlabel("k: how many times slower a client computes")
