@@ -119,13 +119,14 @@ def bench_compare(
 @bench.command("plan")
 def bench_plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    steps: Annotated[int, typer.Option(help="Timed steps of each model.", min=1)] = 8,
+    steps: Annotated[int, typer.Option(help="Steps of each model, timed thrice.", min=1)] = 5,
+    cases: Annotated[str, typer.Option(help="Some of them: llama,gpt2; empty: all.")] = "",
 ) -> None:
     """Compare what `graft plan` foretells with real steps; 1 if it is further off than it may."""
     from simulations.bench.plan import bench_plan as measure
     from simulations.bench.plan import columns
 
-    result = measure(steps, say=progress)
+    result = measure(steps, [name.strip() for name in cases.split(",") if name.strip()], progress)
     if as_json:
         figures(result, as_json)
     else:

@@ -55,11 +55,14 @@ def make_plan(config: Config, setting: Setting) -> dict[str, Any]:
     ValueError
         If the model cannot be split, or the cut leaves no trunk.
     """
-    return _Planner(config, setting).plan()
+    return Planner(config, setting).plan()
 
 
-class _Planner:
+class Planner:
+    """See `make_plan`; what hangs on this machine's speed can be timed again."""
+
     def __init__(self, config: Config, setting: Setting) -> None:
+        _refuse_what_is_not_planned(config)
         self._config, self._setting = config, setting
         self._cut = Cut(config.cut.bottom, config.cut.top)
         self._shape: PretrainedConfig = read_shape(config)
@@ -68,22 +71,28 @@ class _Planner:
         self._micros = config.train.accumulate
         self._steps = setting.steps or config.train.local_steps or STEPS
         self._memory = Memory(self._shape, config, self._blocks, setting.clients)
+        self._operations = count_operations(self._shape, config, self._blocks)
+        self.time()
+
+    def time(self) -> None:
+        """Time what the setting gives no speed for, and the making of frames."""
+        config, setting, measured = self._config, self._setting, dict[int, Pieces]()
         with torch_threads(1):
             self._frames: StepFrames = step_frames(config, self._parts[0].hidden_size)
-        operations = count_operations(self._shape, config, self._blocks)
-        self._operations = operations
-        runtime = config.runtime
-        measured: dict[int, Pieces] = {}
 
         def pieces(speed: float, threads: int) -> Pieces:
             if speed:
-                return at_speed(operations, speed)
+                return at_speed(self._operations, speed)
             if threads not in measured:
-                measured[threads] = measure(self._shape, config, operations, threads)
+                measured[threads] = measure(self._shape, config, self._operations, threads)
             return measured[threads]
 
-        self._client = pieces(setting.client_speed, runtime.client_threads)
-        self._server = pieces(setting.server_speed, runtime.trunk_threads)
+        self._client = pieces(setting.client_speed, config.runtime.client_threads)
+        self._server = pieces(setting.server_speed, config.runtime.trunk_threads)
+
+    def seconds(self) -> StepSeconds:
+        """A step at the configured cut."""
+        return self._seconds(self._cut)
 
     def plan(self) -> dict[str, Any]:
         """All of it."""
@@ -226,6 +235,15 @@ class _Planner:
             "round": rounded,
             "faster": rounded < self._round(self._cut)["round"],
         }
+
+
+def _refuse_what_is_not_planned(config: Config) -> None:
+    if config.train.sync == "step":
+        raise ValueError(
+            "train.sync=step is not planned: in each of its steps the gradients of both ends go "
+            "up and their weights come down, which the bytes and seconds of a plan leave out; "
+            "plan with train.sync=round"
+        )
 
 
 def whole_operations(pieces: Pieces) -> float:

@@ -122,9 +122,9 @@ def _legs(cut: Cut, client: Pieces, server: Pieces) -> _Legs:
         rising=ends.forward + sum(each.forward for each in bottom),
         across=ends.top + sum(each.both for each in top),
         back=ends.backward + sum(each.backward for each in bottom),
-        trunk=sum(each.both for each in trunk),
+        trunk=server.call.both + sum(each.both for each in trunk),
         client_step=ends.step + sum(each.step for each in (*bottom, *top)),
-        trunk_step=sum(each.step for each in trunk),
+        trunk_step=server.call.step + sum(each.step for each in trunk),
     )
 
 

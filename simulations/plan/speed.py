@@ -1,11 +1,13 @@
 """Seconds that each block, and what is around them, takes: measured here, or by a given speed.
 
 Measured is the real step on a part of one block with random weights: how fast a machine multiplies
-depends on the shapes.
+depends on the shapes. What the call of a part takes besides its blocks (a session's checks, masks,
+positions) is told apart by a second part of several blocks, where a block is not too large.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -32,6 +34,12 @@ REPEATS = 7
 PATIENCE = 2.0
 """Seconds after which a piece is not timed again."""
 
+SEVERAL = 4
+"""Blocks of the part that tells a call from its blocks."""
+
+HEAVY = 2**24
+"""Weights of a block beside which a call is nothing."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
@@ -49,18 +57,22 @@ class Piece:
         return self.forward + self.backward + self.top
 
 
+NOTHING = Piece(forward=0.0, backward=0.0, step=0.0)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Pieces:
-    """Of a whole model: the ends without blocks, and each block."""
+    """Of a whole model: the ends without blocks, each block, and a call of the trunk besides."""
 
     ends: Piece
     blocks: Sequence[Piece]
+    call: Piece = NOTHING
 
 
 def count_operations(shape: PretrainedConfig, config: Config, blocks: int) -> Pieces:
     """Operations of each piece, in place of seconds; those of the optimizer are not counted."""
     kinds = block_kinds(shape, config, blocks)
-    counted = {kind: _operations(shape, config, kinds.index(kind)) for kind in set(kinds)}
+    counted = {kind: _one(shape, config, kinds.index(kind)) for kind in set(kinds)}
     flops = client_footprint(shape, _cut(config, Cut(0, 0))).flops
     ends = Piece(
         forward=flops["bottom forward"], backward=flops["bottom backward"], step=0, top=flops["top"]
@@ -80,15 +92,41 @@ def at_speed(operations: Pieces, flops_per_second: float) -> Pieces:
 def measure(shape: PretrainedConfig, config: Config, operations: Pieces, threads: int) -> Pieces:
     """Time each kind of piece on this machine, with so many torch threads (0: torch's choice)."""
     kinds = block_kinds(shape, config, len(operations.blocks))
+    counted = [each.both for each in operations.blocks]
     with torch_threads(threads):
         ends = _time_ends(shape, config, operations.ends.both)
         timed = {
-            kind: _time_block(
-                shape, config, kinds.index(kind), operations.blocks[kinds.index(kind)].both
-            )
+            kind: _time_blocks(shape, config, range(first, first + 1), counted[first])
             for kind in dict.fromkeys(kinds)
+            for first in [kinds.index(kind)]
         }
-    return Pieces(ends=ends, blocks=[timed[kind] for kind in kinds])
+        blocks = [timed[kind] for kind in kinds]
+        call = NOTHING
+        several = range(min(SEVERAL, len(blocks)))
+        if len(several) > 1 and _weights(kinds[0]) < HEAVY:
+            together = _time_blocks(shape, config, several, sum(counted[: len(several)]))
+            call = _call([blocks[i] for i in several], together)
+    return Pieces(ends=ends, blocks=[less(each, call) for each in blocks], call=call)
+
+
+def _call(alone: Sequence[Piece], together: Piece) -> Piece:
+    """What each of some blocks spends alone, and all of them together but once."""
+    times = len(alone) - 1
+
+    def spare(name: str) -> float:
+        return (sum(getattr(each, name) for each in alone) - getattr(together, name)) / times
+
+    return Piece(forward=spare("forward"), backward=spare("backward"), step=spare("step"))
+
+
+def less(piece: Piece, other: Piece) -> Piece:
+    """The one without the other."""
+    return Piece(**{name: each - getattr(other, name) for name, each in vars(piece).items()})
+
+
+def _weights(kind: Any) -> int:
+    _, shapes = kind
+    return sum(math.prod(size) for _, size in shapes)
 
 
 def block_kinds(shape: PretrainedConfig, config: Config, blocks: int) -> list[Any]:
@@ -105,14 +143,21 @@ def block_shapes(trunk: Part) -> list[Any]:
     return [tuple((name, tuple(p.shape)) for name, p in b.named_parameters()) for b in blocks]
 
 
-def _operations(shape: PretrainedConfig, config: Config, index: int) -> Piece:
-    flops = server_footprint(shape, _around(config, shape, index)).flops
+def _one(shape: PretrainedConfig, config: Config, index: int) -> Piece:
+    return _operations(shape, config, range(index, index + 1))
+
+
+def _operations(shape: PretrainedConfig, config: Config, blocks: range) -> Piece:
+    flops = server_footprint(shape, _around(config, shape, blocks)).flops
     return Piece(forward=flops["trunk forward"], backward=flops["trunk backward"], step=0)
 
 
-def _time_block(shape: PretrainedConfig, config: Config, index: int, operations: float) -> Piece:
-    config = _small(_around(config, shape, index), operations)
-    scale = operations / _operations(shape, config, index).both
+def _time_blocks(
+    shape: PretrainedConfig, config: Config, blocks: range, operations: float
+) -> Piece:
+    """A trunk of these blocks."""
+    config = _small(_around(config, shape, blocks), operations / len(blocks))
+    scale = operations / _operations(shape, config, blocks).both
     trunk = outline_parts(shape, config, _cut_of(config))[1]
     _make_real([trunk])
     size = (config.train.batch_size, config.data.context, trunk.hidden_size)
@@ -189,10 +234,10 @@ def _small(config: Config, operations: float) -> Config:
     )
 
 
-def _around(config: Config, shape: PretrainedConfig, index: int) -> Config:
-    """With a trunk of the one block."""
-    blocks = int(shape.get_text_config(decoder=True).num_hidden_layers)
-    return _cut(config, Cut(index, blocks - 1 - index))
+def _around(config: Config, shape: PretrainedConfig, blocks: range) -> Config:
+    """With a trunk of these blocks."""
+    count = int(shape.get_text_config(decoder=True).num_hidden_layers)
+    return _cut(config, Cut(blocks.start, count - blocks.stop))
 
 
 def _cut(config: Config, cut: Cut) -> Config:
