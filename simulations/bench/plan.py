@@ -51,6 +51,15 @@ CASES: dict[str, tuple[str, int, int, list[str]]] = {
 }
 """Family, width, blocks, and what else is set."""
 
+KEYS = {
+    "client_mb": "client MB",
+    "server_mb": "server MB",
+    "up_mb": "MB up",
+    "down_mb": "MB down",
+    "step_s": "step s",
+}
+"""What is held against a plan."""
+
 TURNS = 3
 """Times that a step is foretold and taken, in turn: a machine is not always equally fast."""
 
@@ -119,21 +128,20 @@ def _config(name: str) -> Config:
 
 
 def _case(config: Config, trunk: _Trunk, steps: int) -> dict[str, Any]:
-    planner = Planner(config, Setting(network=LOOPBACK, clients=1))
-    plan = planner.plan()
     client = _Client(config, trunk)
-    foretold, spent = [], []
-    for _ in range(TURNS):
-        spent.append(client.time(steps))
+    planner = Planner(config, Setting(network=LOOPBACK, clients=1))
+    foretold, spent = [planner.seconds().total], [client.time(steps)]
+    for _ in range(1, TURNS):
         planner.time()
         foretold.append(planner.seconds().total)
+        spent.append(client.time(steps))
     client.link.close()
     held = measure_step(config, VOCABULARY)
     pairs = {
-        "client_mb": (plan["client"]["peak"] / 1e6, held.client_peak / 1e6),
-        "server_mb": (plan["server"]["peak"] / 1e6, held.server_peak / 1e6),
-        "up_mb": (plan["wire"]["up"] / 1e6, client.up / 1e6),
-        "down_mb": (plan["wire"]["down"] / 1e6, client.down / 1e6),
+        "client_mb": (planner.memory.client(planner.cut).peak / 1e6, held.client_peak / 1e6),
+        "server_mb": (planner.memory.server_peak(planner.cut) / 1e6, held.server_peak / 1e6),
+        "up_mb": (planner.frames.up / 1e6, client.up / 1e6),
+        "down_mb": (planner.frames.down / 1e6, client.down / 1e6),
         "step_s": (statistics.median(foretold), statistics.median(spent)),
     }
     case: dict[str, Any] = {
@@ -268,14 +276,12 @@ def _grow(text: str) -> int:
 
 def columns(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """A row for each case: predicted / measured = ratio."""
-    keys = {
-        "client_mb": "client MB",
-        "server_mb": "server MB",
-        "up_mb": "MB up",
-        "step_s": "step s",
-    }
     rows = [
-        [name, *(f"{c[k]['plan']:.3g} / {c[k]['real']:.3g} = {c[k]['ratio']:.3f}" for k in keys)]
+        [
+            name,
+            *(f"{c[k]['plan']:.3g} / {c[k]['real']:.3g} = {c[k]['ratio']:.2f}" for k in KEYS),
+            f"{c['busy']:.2f}",
+        ]
         for name, c in result["cases"].items()
     ]
-    return ["plan / real", *keys.values()], rows
+    return ["plan / real", *KEYS.values(), "busy"], rows

@@ -14,7 +14,7 @@ _HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": _HEADS,
-    "gpt2": {"n_head": 4},
+    "gpt2": {"n_head": 4, "bos_token_id": 0, "eos_token_id": 0},
     "qwen3": {**_HEADS, "head_dim": 64},
     "gemma2": {**_HEADS, "head_dim": 64},
     "mistral": {**_HEADS, "sliding_window": 64},

@@ -59,18 +59,26 @@ def make_plan(config: Config, setting: Setting) -> dict[str, Any]:
 
 
 class Planner:
-    """See `make_plan`; what hangs on this machine's speed can be timed again."""
+    """See `make_plan`; what hangs on this machine's speed can be timed again.
+
+    Attributes
+    ----------
+    cut : Cut
+        The configured one.
+    memory : Memory
+    frames : StepFrames
+    """
 
     def __init__(self, config: Config, setting: Setting) -> None:
         _refuse_what_is_not_planned(config)
         self._config, self._setting = config, setting
-        self._cut = Cut(config.cut.bottom, config.cut.top)
+        self.cut = Cut(config.cut.bottom, config.cut.top)
         self._shape: PretrainedConfig = read_shape(config)
-        self._parts = outline_parts(self._shape, config, self._cut)
+        self._parts = outline_parts(self._shape, config, self.cut)
         self._blocks = self._parts[0].num_blocks_total
         self._micros = config.train.accumulate
         self._steps = setting.steps or config.train.local_steps or STEPS
-        self._memory = Memory(self._shape, config, self._blocks, setting.clients)
+        self.memory = Memory(self._shape, config, self._blocks, setting.clients)
         self._operations = count_operations(self._shape, config, self._blocks)
         self.time()
 
@@ -78,7 +86,7 @@ class Planner:
         """Time what the setting gives no speed for, and the making of frames."""
         config, setting, measured = self._config, self._setting, dict[int, Pieces]()
         with torch_threads(1):
-            self._frames: StepFrames = step_frames(config, self._parts[0].hidden_size)
+            self.frames: StepFrames = step_frames(config, self._parts[0].hidden_size)
 
         def pieces(speed: float, threads: int) -> Pieces:
             if speed:
@@ -91,31 +99,31 @@ class Planner:
         self._server = pieces(setting.server_speed, config.runtime.trunk_threads)
 
     def seconds(self) -> StepSeconds:
-        """A step at the configured cut."""
-        return self._seconds(self._cut)
+        """Of a step at the configured cut."""
+        return self._seconds(self.cut)
 
     def plan(self) -> dict[str, Any]:
         """All of it."""
         best = best_cut(
             self._blocks,
-            self._memory,
+            self.memory,
             self._setting.budgets,
             lambda cut: self._seconds(cut).total,
         )
-        client, server = self._memory.client(self._cut), self._memory.server(self._cut)
-        whole = self._memory.whole()
+        client, server = self.memory.client(self.cut), self.memory.server(self.cut)
+        whole = self.memory.whole()
         return {
             "model": self._describe(),
             "setting": self._describe_setting(),
             "parts": {part.role: self._part(part) for part in self._parts},
             "client": _memory(client, self._setting.budgets.client),
             "server": _memory(server, self._setting.budgets.server)
-            | {"sessions": self._setting.clients, "all": self._memory.server_peak(self._cut)},
+            | {"sessions": self._setting.clients, "all": self.memory.server_peak(self.cut)},
             "flops": self._flops(client, server),
             "wire": self._wire(),
-            "seconds": self._round(self._cut),
+            "seconds": self._round(self.cut),
             "best": None if best is None else str(best),
-            "alternatives": [self._row(cut) for cut in some_cuts(self._blocks, self._cut, best)],
+            "alternatives": [self._row(cut) for cut in some_cuts(self._blocks, self.cut, best)],
             "unsplit": self._unsplit(whole),
         }
 
@@ -127,7 +135,7 @@ class Planner:
             "blocks": self._blocks,
             "width": self._parts[0].hidden_size,
             "vocabulary": text.vocab_size,
-            "cut": str(self._cut),
+            "cut": str(self.cut),
             "tuning": {role: getattr(config.tuning, role) for role in ROLES},
             "rank": config.lora.rank,
             "dtype": config.model.dtype,
@@ -176,7 +184,7 @@ class Planner:
         }
 
     def _wire(self) -> dict[str, Any]:
-        frames, (rows, tokens) = self._frames, self._batch()
+        frames, (rows, tokens) = self.frames, self._batch()
         ends = state_bytes(self._parts)
         return {
             "up": frames.up,
@@ -197,7 +205,7 @@ class Planner:
             cut,
             self._client,
             self._server,
-            self._frames,
+            self.frames,
             self._setting.network,
             clients=self._setting.clients,
             strategy=self._config.train.strategy,
@@ -211,9 +219,9 @@ class Planner:
 
     def _row(self, cut: Cut) -> dict[str, Any]:
         budgets, step = self._setting.budgets, self._seconds(cut)
-        client, server = self._memory.estimate(cut)
-        if cut == self._cut:
-            client, server = self._memory.client(cut).peak, self._memory.server_peak(cut)
+        client, server = self.memory.estimate(cut)
+        if cut == self.cut:
+            client, server = self.memory.client(cut).peak, self.memory.server_peak(cut)
         return {
             "cut": str(cut),
             "client_peak": round(client),
@@ -233,7 +241,7 @@ class Planner:
             "step": step,
             "state": state,
             "round": rounded,
-            "faster": rounded < self._round(self._cut)["round"],
+            "faster": rounded < self._round(self.cut)["round"],
         }
 
 

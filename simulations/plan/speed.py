@@ -30,7 +30,7 @@ from simulations.plan.rehearsal import ClientSide, Phases, ServerSide, make_batc
 ENOUGH = 12e9
 """Operations of a step that is timed; a larger batch is cut down to it, and the time scaled up."""
 
-REPEATS = 7
+REPEATS = 5
 PATIENCE = 2.0
 """Seconds after which a piece is not timed again."""
 

@@ -29,7 +29,7 @@ SIZES = ["train.batch_size=2", "data.context=32"]
 
 @pytest.fixture
 def llama() -> Config:
-    return family_config("llama", 64, 4, SIZES)
+    return family_config("llama", 64, 4, [*SIZES, "train.optimizer=sgd"])
 
 
 def test_operations_are_those_that_torch_counts() -> None:
@@ -90,7 +90,15 @@ def test_a_step_that_is_hardly_faster_is_not_worth_a_clients_memory() -> None:
 def test_a_config_is_enough(tmp_path: Path, llama: Config) -> None:
     read_shape(llama).save_pretrained(tmp_path)
     options = ["--cut", "2,1", "--batch", "4x64", "--full", "--wire", "bf16", "--json"]
-    options += ["--client-flops", "1T", "--server-flops", "10T", "--clients", "3"]
+    options += [
+        "train.optimizer=sgd",
+        "--client-flops",
+        "1T",
+        "--server-flops",
+        "10T",
+        "--clients",
+        "3",
+    ]
 
     done = CliRunner().invoke(app, ["plan", str(tmp_path), *options])
 
@@ -126,6 +134,7 @@ def _check_words(plan: dict[str, Any]) -> None:
         (["demmo"], "did you mean 'demo'"),
         (["demo", "--wire", "fp31"], "link.dtype"),
         (["/no/such/model"], "/no/such/model"),
+        (["demo", "train.strategy=merged", "train.sync=step"], "train.sync=round"),
     ],
 )
 def test_what_cannot_be_planned_is_refused_in_words(arguments: list[str], words: str) -> None:

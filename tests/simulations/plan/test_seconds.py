@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from models.cut import Cut
@@ -56,6 +58,17 @@ def test_micro_batches_repeat_all_but_the_optimizer() -> None:
     one, two = _step(), _step(micros=2)
     assert two["client"] - one["client"] == pytest.approx(7.0)
     assert two["server"] - one["server"] == pytest.approx(0.6)
+
+
+def test_a_call_of_the_trunk_counts_once_however_many_blocks_there_are() -> None:
+    call = Piece(forward=0.01, backward=0.02, step=0.04)
+    server = replace(SERVER, call=call)
+    args = (FRAMES, NETWORK)
+    options = {"clients": 1, "strategy": "splitfed-v1", "micros": 2}
+    for cut in (Cut(1, 1), Cut(1, 2)):
+        plain = step_seconds(cut, CLIENT, SERVER, *args, **options)  # type: ignore[arg-type]
+        called = step_seconds(cut, CLIENT, server, *args, **options)  # type: ignore[arg-type]
+        assert called.server - plain.server == pytest.approx(2 * 0.03 + 0.04)
 
 
 def test_the_unsplit_step_has_every_piece() -> None:
