@@ -141,6 +141,7 @@ class Planner:
             "dtype": config.model.dtype,
             "precision": config.train.precision,
             "wire": config.link.dtype,
+            "transport": config.link.transport,
             "optimizer": config.train.optimizer,
             "strategy": config.train.strategy,
             "batch": [config.train.batch_size, config.data.context],

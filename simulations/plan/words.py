@@ -61,8 +61,12 @@ def assumptions(plan: dict[str, Any]) -> list[str]:
         f"a round is {setting['steps']} steps of each client, and the ends both ways; evaluation, "
         "Flower's messages and start-up come on top",
     ]
-    found += [_speed(who, setting) for who in ("client", "server")]
-    return found
+    if plan["model"]["transport"] != "stream":
+        found.append(
+            f"frames go over a stream: what link.transport={plan['model']['transport']} adds to a "
+            "step is not planned"
+        )
+    return found + [_speed(who, setting) for who in ("client", "server")]
 
 
 def _title(plan: dict[str, Any]) -> str:

@@ -89,16 +89,9 @@ def test_a_step_that_is_hardly_faster_is_not_worth_a_clients_memory() -> None:
 
 def test_a_config_is_enough(tmp_path: Path, llama: Config) -> None:
     read_shape(llama).save_pretrained(tmp_path)
+    keys = ["train.optimizer=sgd", "link.transport=messages"]
     options = ["--cut", "2,1", "--batch", "4x64", "--full", "--wire", "bf16", "--json"]
-    options += [
-        "train.optimizer=sgd",
-        "--client-flops",
-        "1T",
-        "--server-flops",
-        "10T",
-        "--clients",
-        "3",
-    ]
+    options += ["--client-flops", "1T", "--server-flops", "10T", "--clients", "3", *keys]
 
     done = CliRunner().invoke(app, ["plan", str(tmp_path), *options])
 
@@ -122,6 +115,7 @@ def _check_words(plan: dict[str, Any]) -> None:
     assert "best cut: 1,1" in text
     assert "unsplit FedAvg would be" in text
     assert "the client sustains 1 TFLOP/s" in text
+    assert "link.transport=messages adds to a step is not planned" in text
     assert max(map(len, out.getvalue().splitlines())) <= 80
 
 
