@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from conf.rules import ConfigError, nearest
 from flower_app.runs.history import read_history
 from flower_app.runs.lines import perplexity
-from simulations.sweep.state import CRASHED, FINISHED, PRUNED, Point, Sweep, shown
+from simulations.sweep.state import CRASHED, FINISHED, PRUNED, Point, Sweep, counted, shown
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -205,9 +205,8 @@ def _pruned(sweep: Sweep) -> list[str]:
     count = sweep.count(PRUNED)
     if not count:
         return []
-    words = "1 point was" if count == 1 else f"{count} points were"
-    return ["", f"{words} ended early, as hopeless, and not in the table."]
+    return ["", f"Not in the table, for they were hopeless: {counted(count, 'point')} ended early."]
 
 
 def _row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"

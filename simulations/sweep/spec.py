@@ -113,6 +113,12 @@ def _absolute(experiment: str) -> str:
 
 def _changed(spec: Spec, key: str, text: str) -> Spec:
     """The sweep with one key swept or fixed anew; in a grid it keeps its place."""
+    for part, lists in (("zip", spec.zipped), ("when", [each.then for each in spec.when])):
+        if any(key in each for each in lists):
+            raise ConfigError(
+                f"{key} is in `{part}` of the sweep's file, where it goes with other keys: change "
+                "it there"
+            )
     values = parse_values(key, text)
     grid = {name: each for name, each in spec.grid.items() if name != key}
     fixed = {name: value for name, value in spec.fixed.items() if name != key}
@@ -160,15 +166,25 @@ def _from_file(path: Path) -> Spec:
         search=_count(tree.get("search", "0"), source),
     )
     grid = _part(tree, "grid", source)
-    for key, name in ((CLIENTS, CLIENTS), (SEED, "seeds")):
-        if name in tree:
-            grid[key] = tree[name]
+    own = {key: tree[name] for key, name in ((CLIENTS, CLIENTS), (SEED, "seeds")) if name in tree}
+    _check_once([spec.fixed, grid, own, *spec.zipped], source)
+    grid |= own
     spans = {key: _swept(key, each) for key, each in grid.items()}
     return replace(
         spec,
         grid={key: each for key, each in spans.items() if isinstance(each, list)},
         spans={key: each for key, each in spans.items() if isinstance(each, Interval)},
     )
+
+
+def _check_once(parts: Sequence[Mapping[str, Any]], source: str) -> None:
+    """Refuse a key that is fixed and swept, or swept twice: one would silently hide the other."""
+    named = [key for part in parts for key in part]
+    if twice := [key for key in dict.fromkeys(named) if named.count(key) > 1]:
+        raise ConfigError(
+            f"{source}: {twice[0]} is there twice among fixed, grid and zip, seeds and clients: "
+            "leave one"
+        )
 
 
 def _swept(key: str, value: Any) -> list[str] | Interval:
