@@ -183,6 +183,8 @@ class Follower:
         elif kind == "trained":
             history.trained = record
         elif kind == "round":
+            told = [*record.get("clients", ()), *record.get("missing", ())]
+            record.setdefault("asked", sorted(told))  # an earlier Graft's does not say
             if history.trained is not None:
                 record["trained_at"] = history.trained["at"]
             history.rounds.append(record)

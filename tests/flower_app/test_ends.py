@@ -301,6 +301,33 @@ def test_ends_that_are_gone_are_never_begun_anew(tmp_path: Path, sites: Path) ->
     assert "begin the run anew" in why
 
 
+@pytest.mark.parametrize("least", [1, 2])
+def test_who_has_left_when_the_run_ends_is_named_and_the_run_is_complete(
+    least: int, tmp_path: Path, sites: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also where a round would have too few clients now: there is none to come."""
+    config = test_resume.configured(
+        tmp_path,
+        f"aggregation.ends=local train.rounds=1 federation.min_clients={least} "
+        "federation.round_timeout=1",
+    )
+    grid = InProcessGrid(2)
+
+    def leave(message: Message) -> None:
+        ticket = message.content.config_records["ticket"]
+        if (ticket["round"], message.metadata.message_type) == (1, "evaluate"):
+            grid.present = {0}
+
+    grid.meanwhile = leave
+    folder = test_resume.run(config, grid)
+
+    (run,) = sites.iterdir()
+    assert own_ends(sites, run.name).keys() == {"client-0"}
+    assert "client-1 has not saved its own ends: it is not connected" in caplog.text
+    assert (run / "client-1" / "round-0001.safetensors").is_file()
+    assert '"status": "finished"' in (folder / "summary.json").read_text()
+
+
 def test_another_runs_ends_are_not_taken_for_this_ones(tmp_path: Path, sites: Path) -> None:
     """The nodes stay up: what they have of one run, state and folder, means nothing to the next."""
     config = test_resume.configured(tmp_path, "aggregation.ends=local train.rounds=2")
