@@ -61,7 +61,7 @@
       if (run.curves.central.loss.length && !banded.length)
         traces.push(line(turn(run.curves.central, "loss"), "y", many ? `${run.label}, the server's file` : "the server's own file", {width: 1.8, color: many ? c : color(2), dash: "dash"}, {mode: "lines+markers", marker: {size: 4}}));
       if (held.loss.length) {
-        const faint = banded.length > 0;
+        const faint = Boolean(banded.length && settings[place.get(i)].band);  // its mean is named
         traces.push(line(turn(held, "loss"), "y", many ? (faint ? run.label : `${run.label}, held-out`) : "held-out text, all clients",
           {width: faint ? 1 : 2.2, color: faint ? alpha(c, .45) : c, dash: faint ? "solid" : d},
           {mode: held.loss.length > 60 ? "lines" : "lines+markers", marker: {size: faint ? 3 : 6}, showlegend: !faint}));
@@ -80,9 +80,10 @@
   const asLoss = (curve, column) => ({...curve, y: curve[column]});
   const asPerplexity = (curve, column) => ({...curve, y: perplexity(curve[column])});
 
-  function perClient(curves, column) {
+  function perClient(run, curves, column) {
+    const place = name => run.clients.place[run.clients.name.indexOf(name)];
     const names = Object.keys(curves).filter(name => curves[name].loss.length);
-    const traces = names.map((name, i) => line(curves[name], column, name, {width: 1.8, color: color(i), dash: dash(i)},
+    const traces = names.map((name, i) => line(curves[name], column, place(name), {width: 1.8, color: color(i), dash: dash(i)},
       {mode: curves[name].loss.length < 30 ? "lines+markers" : "lines", marker: {size: 4}}));
     if (names.length <= 12) return traces;
     const ends = names.map(name => last(curves[name][column]));
@@ -127,8 +128,8 @@
       const scale = narrow ? {} : {type: "log", dtick: "D2", exponentformat: "none", tickformat: ",~g"};
       return [traces, layout(AXES[axis], narrow ? "perplexity" : "perplexity, logarithmic", {yaxis: scale})];
     },
-    "clients": run => [perClient(run.curves.clients, "smooth"), layout(AXES[axis], "training loss, smoothed (nats per token)")],
-    "clients-heldout": run => [perClient(run.curves.clients_heldout, "loss"), layout(AXES[axis], "held-out loss (nats per token)")],
+    "clients": run => [perClient(run, run.curves.clients, "smooth"), layout(AXES[axis], "training loss, smoothed (nats per token)")],
+    "clients-heldout": run => [perClient(run, run.curves.clients_heldout, "loss"), layout(AXES[axis], "held-out loss (nats per token)")],
     "traffic": run => [[bar(run.rounds.round, run.rounds.up, "up, to the server", color(0), "MB"), bar(run.rounds.round, run.rounds.down, "down, to the clients", color(1), "MB")],
       layout("round", "MB", {barmode: "group", height: 320, xaxis: {dtick: run.rounds.round.length <= 25 ? 1 : undefined}})],
     "traffic-clients": run => [[bar(run.clients.place.map(esc), run.clients.up, "up, to the server", color(0), "MB"), bar(run.clients.place.map(esc), run.clients.down, "down, to the client", color(1), "MB")],

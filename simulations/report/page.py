@@ -24,8 +24,8 @@ MOST_DETAILED = 6
 """Runs that are shown by themselves."""
 MOST_COLUMNS = 240
 """Of the timeline."""
-MOST_LETTERS = 72
-"""Of a client's name beside an axis."""
+MOST_LETTERS = 32
+"""Of a client's name in a figure; of a longer one, its beginning and its end."""
 AXES = {
     "steps": "steps",
     "rounds": "rounds",
@@ -218,13 +218,13 @@ def _timeline(run: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def places(names: Sequence[str]) -> list[str]:
-    """Return what stands beside an axis for each name: short, and no two alike.
+    """Return what stands in a figure for each name: short, and no two alike.
 
     Bars and rows whose places are called the same would be drawn as one.
     """
     found: dict[str, None] = {}
     for name in names:
-        short = name if len(name) <= MOST_LETTERS else f"{name[: MOST_LETTERS - 1]}…"
+        short = name if len(name) <= MOST_LETTERS else f"{name[:20]}…{name[-11:]}"
         alike = (f"{short} ({number})" for number in count(2))
         found[next(each for each in chain([short], alike) if each not in found)] = None
     return list(found)

@@ -169,16 +169,16 @@ def test_no_spreadsheet_computes_what_strangers_say(tmp_path: Path) -> None:
 
 
 def test_clients_with_names_that_begin_alike_have_places_of_their_own(tmp_path: Path) -> None:
-    names = ["x" * 80 + end for end in "ab"] + ["c"]
+    names = ["x" * 80 + end for end in ("a", "b", "y" + "x" * 20, "z" + "x" * 20)]
     lines = [*(step(1, 1, 1, name) for name in names), round_(1, 2, 3.0, asked=names)]
     text = page(run_folder(tmp_path, "one", lines), out=tmp_path)
     (data,) = re.findall(r'(?s)<script[^>]*id="data"[^>]*>(.*?)</script>', text)
     (run,) = json.loads(data)["runs"]
     places = run["participation"]["rows"]
     assert places == run["clients"]["place"]
-    assert places[0] == "c"
-    assert len(set(places)) == 3
-    assert max(map(len, places)) < 80
+    assert places[0] == "x" * 20 + "…" + "x" * 10 + "a"
+    assert len(set(places)) == 4
+    assert max(map(len, places)) < 40
 
 
 def test_runs_of_every_fate_are_reported(tmp_path: Path) -> None:

@@ -63,6 +63,14 @@ def test_means_and_spreads_are_over_finished_seeds(sweep: Sweep) -> None:
     assert "4 of 6 points finished" in text
 
 
+def test_a_setting_whose_first_point_crashed_keeps_its_place(sweep: Sweep) -> None:
+    sweep.points[1].id, sweep.points[2].id = "003", "002"
+    sweep.points.sort(key=lambda point: point.id)  # all of the first seed come first
+    sweep.points[0].status = CRASHED
+    text = table(sweep, rows_of(sweep))
+    assert text.index("| 0.001 | 1 | 3.2000 |") < text.index("| **0.003** | **2** |")
+
+
 def test_a_single_seed_has_no_spread(sweep: Sweep) -> None:
     sweep.points = sweep.points[:1]
     assert "| **0.001** | **1** | **3.0000** |" in table(sweep, rows_of(sweep))
