@@ -132,10 +132,23 @@ def _changed(spec: Spec, key: str, text: str) -> Spec:
     return replace(spec, fixed=fixed, grid=grid, spans=spans)
 
 
+class _Loader(yaml.BaseLoader):
+    """Refuses a key that a mapping has twice, of which YAML would take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        for place, (key, _) in enumerate(node.value):
+            if key.value in keys[:place]:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value!r} is there twice", key.start_mark
+                )
+        return super().construct_mapping(node, deep)
+
+
 def _tree(path: Path) -> dict[str, Any]:
     """A YAML file with every scalar as the text that stands there: `off` is no boolean."""
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), yaml.BaseLoader)
+        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from error
     return _mapping(tree, str(path))
@@ -154,8 +167,11 @@ def _from_file(path: Path) -> Spec:
         raise ConfigError(f"{source} names no experiment; there are {', '.join(experiments())}")
     experiment = _text(tree["experiment"], f"{source}: experiment")
     beside = (path.parent / experiment).absolute()
+    name = _text(tree.get("name", path.stem), f"{source}: name")
+    if Path(name).name != name:
+        raise ConfigError(f"{source}: name is a folder's, without /; got {name!r}")
     spec = Spec(
-        name=_text(tree.get("name", path.stem), f"{source}: name"),
+        name=name,
         experiment=str(beside) if beside.is_file() else _absolute(experiment),
         fixed={key: _value(each) for key, each in _part(tree, "fixed", source).items()},
         zipped=tuple(_zip(each, source) for each in _list(tree, "zip", source)),
@@ -199,8 +215,10 @@ def _swept(key: str, value: Any) -> list[str] | Interval:
 def _zip(value: Any, source: str) -> Values:
     lists = {key: _swept(key, each) for key, each in _mapping(value, f"{source}: zip").items()}
     plain = {key: each for key, each in lists.items() if isinstance(each, list)}
+    if not lists or len(plain) < len(lists):
+        raise ConfigError(f"{source}: each of `zip` has keys with lists, got {value!r}")
     lengths = {key: len(each) for key, each in plain.items()}
-    if len(plain) < len(lists) or len(set(lengths.values())) != 1:
+    if len(set(lengths.values())) != 1:
         words = ", ".join(f"{key} has {count}" for key, count in lengths.items())
         raise ConfigError(f"{source}: lists that are zipped must be of one length; {words}")
     return plain

@@ -184,18 +184,20 @@ def test_clients_with_names_that_begin_alike_have_places_of_their_own(tmp_path: 
 def test_runs_of_every_fate_are_reported(tmp_path: Path) -> None:
     start, asked = line("start", 0, 0), line("asked", 1, 1, attempt=1, training=True, clients=["a"])
     empty = run_folder(tmp_path, "empty", [])
-    begun = run_folder(tmp_path, "begun", [start, asked, step(1, 1, 2, loss=None)])
+    begun = run_folder(tmp_path, "begun", [start, asked, step(1, 1, 2, loss=math.nan)])
     tried = [start, asked, step(1, 1, 2), line("answered", 1, 3, attempt=1, training=True,
              client="a", why="gone")]  # fmt: skip
     failed = ended(run_folder(tmp_path, "failed", tried), "failed", error="no quorum")
-    old = run_folder(tmp_path, "old", [round_(0, None, 5.0), step(1, 1, None), "garbage", ""])
+    lacking = [f'{{"kind": "{kind}", "round": 1}}' for kind in ("step", "asked", "answered")]
+    damaged = ["garbage", "", *lacking]
+    old = run_folder(tmp_path, "old", [round_(0, None, 5.0), step(1, 1, None), *damaged])
     (old / "config.yaml").unlink()
 
     text = page(empty, begun, failed, old, out=tmp_path)
     told = {run["name"]: run for run in numbers(empty, begun, failed, old, out=tmp_path)["runs"]}
 
     assert "The run failed: no quorum" in text
-    assert "1 lines of metrics.jsonl are no records" in text
+    assert "4 lines of metrics.jsonl are no records" in text
     assert "An earlier Graft wrote this record" in text
     assert [told[name]["status"] for name in told] == [*["unfinished"] * 2, "failed", "unfinished"]
     assert told["begun"]["participation"][0]["outcomes"] == {"a": "waiting"}
