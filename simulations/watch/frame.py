@@ -77,7 +77,8 @@ def _head(state: State, width: int) -> Iterator[RenderableType]:
     strategy = (config.get("train") or {}).get("strategy", "")
     facts = [str(config.get("experiment", "")), str(strategy), history.model]
     left = Text(" · ".join(fact for fact in facts if fact), style="dim")
-    yield _apart(left, Text(f"clients: {len(state.clients)}", style="dim"))
+    count = len(state.clients)
+    yield _apart(left, Text(f"{count} client{'' if count == 1 else 's'}", style="dim"))
     share = _share(state)
     time = f"{duration(state.elapsed)} elapsed"
     if history.status == RUNNING:
