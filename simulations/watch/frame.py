@@ -77,7 +77,8 @@ def _head(state: State, width: int) -> Iterator[RenderableType]:
     strategy = (config.get("train") or {}).get("strategy", "")
     facts = [str(config.get("experiment", "")), str(strategy), history.model]
     left = Text(" · ".join(fact for fact in facts if fact), style="dim")
-    yield _apart(left, Text(f"clients: {len(state.clients)}", style="dim"))
+    count = len(state.clients)
+    yield _apart(left, Text(f"{count} client{'' if count == 1 else 's'}", style="dim"))
     share = _share(state)
     time = f"{duration(state.elapsed)} elapsed"
     if history.status == RUNNING:
@@ -112,10 +113,12 @@ def _at(state: State) -> str:
 
 def _losses(state: State, width: int) -> Iterator[RenderableType]:
     trained = step_losses(state.history.steps)
+    rounds = state.history.rounds
+    of = "central" if any(record.get("central") for record in rounds) else "evaluate"
     evaluated = [
-        (record["round"], record["evaluate"]["loss"])
-        for record in state.history.rounds
-        if (record["evaluate"] or {}).get("loss") is not None
+        (record["round"], record[of]["loss"])
+        for record in rounds
+        if (record.get(of) or {}).get("loss") is not None
     ]
     room = max(10, width - 40)
     tenth = max(1, len(trained) // 20)
@@ -125,7 +128,8 @@ def _losses(state: State, width: int) -> Iterator[RenderableType]:
     held = [loss for _, loss in evaluated]
     best = min(evaluated, key=lambda told: told[1], default=None)
     words = f"best {best[1]:.4f} in round {best[0]}" if best else "nobody has evaluated yet"
-    yield _curve("held-out loss", held, (held[0], held[-1]) if held else None, room, words)
+    name = "central loss" if of == "central" else "held-out loss"
+    yield _curve(name, held, (held[0], held[-1]) if held else None, room, words)
 
 
 def step_losses(steps: Sequence[Mapping[str, Any]]) -> list[float]:

@@ -151,6 +151,17 @@ def test_the_training_loss_of_a_step_is_its_clients_mean(story: Story) -> None:
     assert step_losses(read(story).history.steps) == [3.0, 2.0]
 
 
+def test_the_servers_own_evaluation_is_shown_where_there_is_one(story: Story) -> None:
+    """Though no client holds anything out."""
+    for number in range(2):
+        story.write(
+            kind="round", round=number, train=None, evaluate=None, asked=[], clients=[], missing={},
+            tokens=0, bytes_up=0, bytes_down=0, seconds=1.0, central={"loss": 5.0 - number},
+        )  # fmt: skip
+    (line,) = [line for line in rendered(read(story)) if "best" in line]
+    assert " ".join(line.split()) == "central loss 5.0000 █▁ 4.0000 best 4.0000 in round 1"
+
+
 def test_a_run_of_which_only_the_end_is_known_is_shown(tmp_path: Path) -> None:
     (tmp_path / "summary.json").write_text('{"status": "failed", "error": "no data"}')
     console = Console(width=80, file=io.StringIO())
