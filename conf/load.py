@@ -215,7 +215,10 @@ def _known(key: str, source: str) -> str:
     inside = [known.split(".")[1] for known in _KINDS if known.startswith(f"{section}.")]
     same_name = [known for known in _KINDS if known.split(".")[-1] == name]
     near = difflib.get_close_matches(name, inside, n=1)
-    if near:
+    if key in _SECTIONS:
+        first = next(known for known in _KINDS if known.startswith(f"{key}."))
+        hint = f": it is a section; name one of its keys, such as {first!r}"
+    elif near:
         hint = f"; did you mean {f'{section}.{near[0]}'!r}?"
     elif same_name:
         hint = f"; did you mean {same_name[0]!r}?"

@@ -19,6 +19,7 @@ from flower_app.build import build_client, take_residuals
 from flower_app.client.ends import on_device, token_loss
 from flower_app.client.plan import check_fit, padding_id
 from flower_app.data.client import Batch, batches, load_client_data
+from flower_app.data.refusals import DataError
 from flower_app.data.text import load_tokenizer
 from models import Part, fold_residuals, load_client_state
 from strategies.engine.engine import TrunkEngine
@@ -104,14 +105,17 @@ class CentralEvaluation:
     def _read(self, bottom: Part) -> list[Batch]:
         data, tokenizer = self._config.data, load_tokenizer(self._config.model)
         whole = replace(data, partitioner="iid", partition_by="", heldout=0.0, max_examples=0)
-        examples = load_client_data(
-            whole,
-            tokenizer,
-            partition=0,
-            partitions=1,
-            data_path=data.central_path,
-            seed=self._config.seed,
-        ).train
+        try:
+            examples = load_client_data(
+                whole,
+                tokenizer,
+                partition=0,
+                partitions=1,
+                data_path=data.central_path,
+                seed=self._config.seed,
+            ).train
+        except DataError as error:
+            raise DataError(f"data.central_path, which the server reads: {error}") from error
         check_fit(bottom, examples, data.context)
         size, pad = self._config.train.batch_size, padding_id(bottom, tokenizer)
         return list(batches(examples, size, pad_id=pad, generator=None))

@@ -18,7 +18,9 @@ from flower_app.runs import checkpoint
 from flower_app.runs.folders import folders
 from flower_app.runs.recorder import Recorder
 from strategies.records import to_arrays
+from strategies.rounds.answers import Profile
 from strategies.rounds.local import ask_to_export
+from strategies.rounds.roster import Roster
 from strategies.rounds.splitfed import SplitFed
 
 logger = logging.getLogger(__name__)
@@ -49,9 +51,8 @@ def leave(config: Config, grid: Grid, strategy: SplitFed, recorder: Recorder) ->
         return _save(config, state, folder)
     _write(state, folder / COMMON)
     arrays = to_arrays(state) if config.output.share_trunk else strategy.joint.arrays_for()
-    failed = ask_to_export(
-        grid, config, strategy.roster.gather(grid), strategy.local, arrays, number
-    )
+    there = _present(strategy.roster, grid)
+    failed = ask_to_export(grid, config, there, strategy.local, arrays, number)
     for client, why in sorted(failed.items()):
         logger.warning("%s has not saved its own ends: %s", client, why)
     recorder.say(
@@ -59,6 +60,16 @@ def leave(config: Config, grid: Grid, strategy: SplitFed, recorder: Recorder) ->
         f"site; what is common is in {folder / COMMON}"
     )
     return None
+
+
+def _present(roster: Roster, grid: Grid) -> list[Profile]:
+    """Who is there to save its own ends: the run is complete, so fewer than it needed will do."""
+    try:
+        return roster.gather(grid)
+    except RuntimeError as error:
+        logger.warning("not all clients are there at the end: %s", error)
+        roster.meet(grid, sorted(grid.get_node_ids()))
+        return roster.here
 
 
 def _go_to_best(strategy: SplitFed, recorder: Recorder) -> int:

@@ -53,7 +53,8 @@ class RunMetrics:
     def _finish(self, event: RoundDone) -> None:
         self._round.set(event.round)
         self._seconds.set(event.seconds)
-        for data, metrics in (("train", event.train), ("held-out", event.evaluate)):
+        losses = {"train": event.train, "held-out": event.evaluate, "central": event.central}
+        for data, metrics in losses.items():
             if metrics and "loss" in metrics:
                 self._loss.labels(data).set(metrics["loss"])
         if event.training:

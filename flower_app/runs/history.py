@@ -28,6 +28,13 @@ METRICS = "metrics.jsonl"
 RUNNING, UNFINISHED = "running", "unfinished"
 """States of a run without a summary; the others are those of `folders`."""
 
+NEEDED = {
+    "step": ("client",),
+    "asked": ("attempt", "training", "clients"),
+    "answered": ("attempt", "training", "client", "why"),
+}
+"""What a record of a kind is none without, besides its round."""
+
 Record = dict[str, Any]
 """A line of `metrics.jsonl`, and `at`: seconds that the run had been going by then."""
 
@@ -69,7 +76,8 @@ class History:
     @property
     def planned(self) -> int | None:
         """Rounds that the run is to have."""
-        rounds = (self.config.get("train") or {}).get("rounds")
+        train = self.config.get("train")
+        rounds = train.get("rounds") if isinstance(train, dict) else None
         return rounds if isinstance(rounds, int) else None
 
 
@@ -92,6 +100,11 @@ def read_history(folder: Path) -> History:
             history.damaged[0],
         )
     return history
+
+
+def _is_whole(record: Record) -> bool:
+    """Whether a record has what every Graft writes of its kind."""
+    return all(key in record for key in NEEDED.get(record.get("kind", "round"), ()))
 
 
 class Follower:
@@ -143,11 +156,11 @@ class Follower:
             self._offset += len(line) + 1
             self._line += 1
             record = read_line(line)
-            if record is not None:
+            if record is not None and _is_whole(record):
                 self._take(record)
             elif line.strip():
                 self._history.damaged.append(self._line)
-        if (record := read_line(rest)) is not None:
+        if (record := read_line(rest)) is not None and _is_whole(record):
             self._offset += len(rest)
             self._take(record)
 
@@ -170,6 +183,8 @@ class Follower:
         elif kind == "trained":
             history.trained = record
         elif kind == "round":
+            told = [*record.get("clients", ()), *record.get("missing", ())]
+            record.setdefault("asked", sorted(told))  # an earlier Graft's does not say
             if history.trained is not None:
                 record["trained_at"] = history.trained["at"]
             history.rounds.append(record)

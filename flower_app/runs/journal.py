@@ -240,7 +240,7 @@ def _lines(path: Path) -> Iterator[_Line]:
 def _read_line(place: int, line: bytes) -> _Line:
     try:
         text = line.decode("utf-8").strip()
-        record = json.loads(text)
+        record = json.loads(text, parse_constant=lambda name: None)  # as `dumps` writes NaN
         if type(record["round"]) is not int:
             raise ValueError(f"its round is {record['round']!r}")
     except (ValueError, TypeError, LookupError, RecursionError) as error:

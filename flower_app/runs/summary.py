@@ -28,7 +28,7 @@ def summarize(
         "eval_loss_last": losses[-1] if losses else None,
         "eval_perplexity_last": perplexity(losses[-1]) if losses else None,
         **_of_central(central),
-        **_best(trained, "central" if central else "evaluate"),
+        **_best(trained, "central" if config.data.central_path else "evaluate"),
         "tokens": tokens,
         "bytes_up": sum(record["bytes_up"] for record in rounds),
         "bytes_down": sum(record["bytes_down"] for record in rounds),

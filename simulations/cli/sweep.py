@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated
 
 import typer
@@ -57,6 +58,12 @@ def sweep(
 
     if jobs != "auto" and not (jobs.isdecimal() and int(jobs)):
         raise ValueError(f"--jobs {jobs}: give auto, or a whole number, 1 or more")
+    _check_together(
+        {"--table": table, "--resume": resume, "a new sweep": what},
+        {"KEY=V1,V2": changes, "--clients": clients, "--dry-run": dry, "--search": search,
+         "--superlink": superlink},
+        {"--retry-failed": retry_failed},
+    )  # fmt: skip
     room = Room(jobs=0 if jobs == "auto" else int(jobs), cores=cores, memory_gb=memory)
     if table or not (what or resume):
         rebuild(table, say=typer.echo) if table else overview(say=typer.echo)
@@ -72,3 +79,17 @@ def sweep(
         done = begin(spec, room, superlink, pruner=pruner, say=typer.echo)
     if done.count(CRASHED):
         raise typer.Exit(1)
+
+
+def _check_together(
+    asked: Mapping[str, object], begins: Mapping[str, object], resumes: Mapping[str, object]
+) -> None:
+    """Refuse two wishes in one command, and options that would be passed over."""
+    told = [name for name, there in asked.items() if there]
+    if len(told) > 1:
+        raise ValueError(f"{' and '.join(told)}: give one of them")
+    own = {"a new sweep": begins, "--resume": resumes}
+    for kind, options in own.items():
+        if kind not in told and (unused := [name for name, there in options.items() if there]):
+            needs = "names an experiment or a sweep" if options is begins else "has --resume FOLDER"
+            raise ValueError(f"{', '.join(unused)}: only for a command that {needs}")

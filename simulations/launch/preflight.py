@@ -106,6 +106,8 @@ def _check_clients(federation: FederationConfig, clients: int) -> None:
 
 
 def _check_data(data: DataConfig) -> None:
+    if data.central_path:
+        _check_file("data.central_path", Path(data.central_path).expanduser())
     if data.source != "files":
         return
     if not data.path:

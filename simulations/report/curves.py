@@ -57,7 +57,7 @@ def train_curve(history: History) -> Curve:
     places: dict[tuple[int, int], list[Mapping[str, Any]]] = defaultdict(list)
     for step in history.steps:
         if step.get("loss") is not None and step["client"] not in lost.get(step["round"], ()):
-            places[step["round"], step["step"]].append(step)
+            places[step["round"], step.get("step", 1)].append(step)
     return _curve([_joined(places[place]) for place in sorted(places)], MOST_POINTS)
 
 
@@ -89,7 +89,8 @@ def round_curve(points: Iterable[Mapping[str, Any]], loss: str) -> Curve:
 
 
 def _point(step: Mapping[str, Any]) -> dict[str, float]:
-    share = step["step"] / max(1, step.get("steps") or step["step"])
+    place = step.get("step", 1)
+    share = place / max(1, step.get("steps") or place)
     return {
         "steps": step["steps_so_far"],
         "rounds": step["round"] - 1 + share,

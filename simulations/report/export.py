@@ -13,6 +13,8 @@ from flower_app.runs.journal import dumps
 from simulations.report.settings import differing, setting_of
 
 FORMAT = 1
+FORMULA = ("=", "+", "-", "@", "\t", "\r")
+"""What a text begins with that a spreadsheet computes."""
 
 
 def as_json(
@@ -55,11 +57,16 @@ def _whose(run: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
     }
 
 
+def _harmless(cell: Any) -> Any:
+    """A cell that no spreadsheet takes for a formula; numbers, negative ones too, as they are."""
+    return f"'{cell}" if isinstance(cell, str) and cell.startswith(FORMULA) else cell
+
+
 def _csv(rows: Iterable[Mapping[str, Any]]) -> str:
     found = list(rows)
     text = io.StringIO()
     if found:
         writer = csv.DictWriter(text, fieldnames=list(found[0]), lineterminator="\n")
         writer.writeheader()
-        writer.writerows(found)
+        writer.writerows({key: _harmless(cell) for key, cell in row.items()} for row in found)
     return text.getvalue()

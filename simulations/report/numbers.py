@@ -261,10 +261,13 @@ def _notes(history: History) -> list[str]:
     """What a reader must know of the record."""
     notes = []
     if history.damaged:
-        notes.append(
-            f"{len(history.damaged)} lines of metrics.jsonl are no records and are passed over; "
-            f"the first is line {history.damaged[0]}."
+        count = len(history.damaged)
+        what = (
+            "1 line of metrics.jsonl is no record and is"
+            if count == 1
+            else (f"{count} lines of metrics.jsonl are no records and are")
         )
+        notes.append(f"{what} passed over; the first is line {history.damaged[0]}.")
     if history.estimated:
         notes.append(
             "An earlier Graft wrote this record, without instants: times are sums of durations."

@@ -61,7 +61,7 @@
       if (run.curves.central.loss.length && !banded.length)
         traces.push(line(turn(run.curves.central, "loss"), "y", many ? `${run.label}, the server's file` : "the server's own file", {width: 1.8, color: many ? c : color(2), dash: "dash"}, {mode: "lines+markers", marker: {size: 4}}));
       if (held.loss.length) {
-        const faint = banded.length > 0;
+        const faint = Boolean(banded.length && settings[place.get(i)].band);  // its mean is named
         traces.push(line(turn(held, "loss"), "y", many ? (faint ? run.label : `${run.label}, held-out`) : "held-out text, all clients",
           {width: faint ? 1 : 2.2, color: faint ? alpha(c, .45) : c, dash: faint ? "solid" : d},
           {mode: held.loss.length > 60 ? "lines" : "lines+markers", marker: {size: faint ? 3 : 6}, showlegend: !faint}));
@@ -80,9 +80,10 @@
   const asLoss = (curve, column) => ({...curve, y: curve[column]});
   const asPerplexity = (curve, column) => ({...curve, y: perplexity(curve[column])});
 
-  function perClient(curves, column) {
+  function perClient(run, curves, column) {
+    const place = name => run.clients.place[run.clients.name.indexOf(name)];
     const names = Object.keys(curves).filter(name => curves[name].loss.length);
-    const traces = names.map((name, i) => line(curves[name], column, name, {width: 1.8, color: color(i), dash: dash(i)},
+    const traces = names.map((name, i) => line(curves[name], column, place(name), {width: 1.8, color: color(i), dash: dash(i)},
       {mode: curves[name].loss.length < 30 ? "lines+markers" : "lines", marker: {size: 4}}));
     if (names.length <= 12) return traces;
     const ends = names.map(name => last(curves[name][column]));
@@ -106,7 +107,7 @@
     const text = p.outcomes.map((row, i) => row.map((o, j) => `${esc(p.clients[i])}, ${esc(p.columns[j])}: ${o}` + (p.reasons[i + "," + j] ? `<br>${esc(p.reasons[i + "," + j]).replace(/(.{60}\S*)\s/g, "$1<br>")}` : "")));
     const roomy = p.clients.length <= 12 ? 30 : p.clients.length <= 40 ? 18 : 13;
     const rowHeight = printing ? Math.min(roomy, 820 / p.clients.length) : roomy;  // one page
-    const trace = {type: "heatmap", x: p.columns.map(esc), y: p.clients.map(short), z, zmin: 0, zmax: 5, zauto: false, colorscale: scale, showscale: false, xgap: few ? 2 : 1, ygap: few ? 2 : 1,
+    const trace = {type: "heatmap", x: p.columns.map(esc), y: p.rows.map(esc), z, zmin: 0, zmax: 5, zauto: false, colorscale: scale, showscale: false, xgap: few ? 2 : 1, ygap: few ? 2 : 1,
       text, hovertemplate: "%{text}<extra></extra>"};
     const show = {height: p.clients.length * rowHeight + 110, showlegend: false, margin: {l: 40, r: 16, t: 8, b: 60}};
     const width = printing ? PAPER : element.clientWidth, crowded = p.columns.length * 62 > width;
@@ -127,11 +128,11 @@
       const scale = narrow ? {} : {type: "log", dtick: "D2", exponentformat: "none", tickformat: ",~g"};
       return [traces, layout(AXES[axis], narrow ? "perplexity" : "perplexity, logarithmic", {yaxis: scale})];
     },
-    "clients": run => [perClient(run.curves.clients, "smooth"), layout(AXES[axis], "training loss, smoothed (nats per token)")],
-    "clients-heldout": run => [perClient(run.curves.clients_heldout, "loss"), layout(AXES[axis], "held-out loss (nats per token)")],
+    "clients": run => [perClient(run, run.curves.clients, "smooth"), layout(AXES[axis], "training loss, smoothed (nats per token)")],
+    "clients-heldout": run => [perClient(run, run.curves.clients_heldout, "loss"), layout(AXES[axis], "held-out loss (nats per token)")],
     "traffic": run => [[bar(run.rounds.round, run.rounds.up, "up, to the server", color(0), "MB"), bar(run.rounds.round, run.rounds.down, "down, to the clients", color(1), "MB")],
       layout("round", "MB", {barmode: "group", height: 320, xaxis: {dtick: run.rounds.round.length <= 25 ? 1 : undefined}})],
-    "traffic-clients": run => [[bar(run.clients.name.map(short), run.clients.up, "up, to the server", color(0), "MB"), bar(run.clients.name.map(short), run.clients.down, "down, to the client", color(1), "MB")],
+    "traffic-clients": run => [[bar(run.clients.place.map(esc), run.clients.up, "up, to the server", color(0), "MB"), bar(run.clients.place.map(esc), run.clients.down, "down, to the client", color(1), "MB")],
       layout("client", "MB", {barmode: "group", height: 340, xaxis: {type: "category", showgrid: false, tickfont: {size: run.clients.name.length > 40 ? 9 : 12}}})],
     "time": run => [run.parts.filter(part => run.rounds[part].some(v => v > 0)).map(part => bar(run.rounds.round, run.rounds[part], ({rest: "the rest", startup: "start-up"})[part] || part, part === "rest" ? theme().waiting : color(SHADES[part]), "s")),
       layout("round", "seconds", {barmode: "stack", xaxis: {dtick: run.rounds.round.length <= 25 ? 1 : undefined}})],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 from collections.abc import Mapping, Sequence
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ MOST_DETAILED = 6
 """Runs that are shown by themselves."""
 MOST_COLUMNS = 240
 """Of the timeline."""
+MOST_LETTERS = 32
+"""Of a client's name in a figure; of a longer one, its beginning and its end."""
 AXES = {
     "steps": "steps",
     "rounds": "rounds",
@@ -185,6 +188,7 @@ def _run_data(run: Mapping[str, Any]) -> dict[str, Any]:
         "parts": PARTS,
         "clients": {
             "name": [each["client"] for each in clients],
+            "place": places([each["client"] for each in clients]),
             "up": [each["bytes_up"] / 1e6 for each in clients],
             "down": [each["bytes_down"] / 1e6 for each in clients],
         },
@@ -204,12 +208,26 @@ def _timeline(run: Mapping[str, Any]) -> dict[str, Any]:
     }
     return {
         "clients": names,
+        "rows": places(names),
         "columns": [each["label"] for each in askings],
         "outcomes": [
             [each["outcomes"].get(name, "not asked") for each in askings] for name in names
         ],
         "reasons": reasons,
     }
+
+
+def places(names: Sequence[str]) -> list[str]:
+    """Return what stands in a figure for each name: short, and no two alike.
+
+    Bars and rows whose places are called the same would be drawn as one.
+    """
+    found: dict[str, None] = {}
+    for name in names:
+        short = name if len(name) <= MOST_LETTERS else f"{name[:20]}…{name[-11:]}"
+        alike = (f"{short} ({number})" for number in count(2))
+        found[next(each for each in chain([short], alike) if each not in found)] = None
+    return list(found)
 
 
 def _json(value: Any) -> str:

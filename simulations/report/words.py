@@ -23,10 +23,12 @@ def lead(run: Run) -> str:
     """Return in a sentence what was run, by whom, and how it ended."""
     config, told = run["config"], run["summary"]
     what = f"{run['experiment'] or 'a run'}: {run['model'] or 'a model not on record'}"
-    cut = f"cut {config['cut.bottom']} + {config['cut.top']}" if "cut.bottom" in config else ""
+    known = {"cut.bottom", "cut.top"} <= config.keys()
+    cut = f"cut {config['cut.bottom']} + {config['cut.top']}" if known else ""
     names = [each["client"] for each in run["clients"]]
     rest = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    who = f"{len(names)} clients ({', '.join(names[:NAMED])}{rest})" if names else "no clients"
+    some = "1 client" if len(names) == 1 else f"{len(names)} clients"
+    who = f"{some} ({', '.join(names[:NAMED])}{rest})" if names else "no clients"
     adapted = ", ".join(f"{share:.0%} of the {role}" for role, share in told["adapted"].items())
     parts = [
         what,

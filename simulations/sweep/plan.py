@@ -18,6 +18,7 @@ from simulations.sweep.state import (
     FILE,
     Point,
     Sweep,
+    counted,
     read_sweep,
     sweeps_folder,
     write_sweep,
@@ -52,9 +53,9 @@ def plan(spec: Spec, superlink: str, say: Say) -> tuple[Sweep, list[Config]]:
         )
     found = expand(spec, 0 if superlink else FLOWERS_CLIENTS)
     if found.doubles:
-        say(f"{found.doubles} of the combinations say the same as others: each is run once")
+        say(f"left out, for others say the same: {counted(found.doubles, 'combination')}")
     if found.excluded:
-        say(f"{found.excluded} of the combinations are excluded")
+        say(f"excluded: {counted(found.excluded, 'combination')}")
     if not superlink:
         for note in check_machine(look_at_machine()):
             say(note)

@@ -47,8 +47,12 @@ def draw(sweep: Sweep, rows: DataFrame, folder: Path) -> list[Path]:
         made.append(_draw_lines(sweep, finished, folder / "loss.png"))
     last = last_rows(rows)
     for measure in sweep.plot or ["eval_loss"]:
-        if len(sweep.keys) > 1 and last[measure].notna().any():
-            made.append(_draw_heat(sweep, last, measure, folder / f"heat-{measure}.png"))
+        known = last[last[measure].notna()]
+        # A key of which one value is finished is no axis.
+        keys = [key for key in sweep.keys if known[key].nunique(dropna=False) > 1]
+        if len(keys) > 1:
+            path = folder / f"heat-{measure}.png"
+            made.append(_draw_heat(sweep.name, keys, known, measure, path))
     return made
 
 
@@ -117,9 +121,9 @@ def _seeds(rows: DataFrame) -> str:
     return f"mean of {count} seeds, bands from lowest to highest"
 
 
-def _draw_heat(sweep: Sweep, last: DataFrame, measure: str, path: Path) -> Path:
+def _draw_heat(name: str, keys: Sequence[str], last: DataFrame, measure: str, path: Path) -> Path:
     """The first two keys across and down, a panel for each setting of the others."""
-    down, across, *others = sweep.keys
+    down, across, *others = keys
     panels = [(_label(others, setting), frame) for setting, frame in _settings(last, others)]
     note = ""
     if len(panels) > PANELS:
@@ -142,7 +146,7 @@ def _draw_heat(sweep: Sweep, last: DataFrame, measure: str, path: Path) -> Path:
     figure.colorbar(image, ax=list(axes), label=MEASURES[measure])
     seeds = last["seed"].nunique()
     over = f"mean of {seeds} seeds" if seeds > 1 else f"seed {last['seed'].iloc[0]}"
-    figure.suptitle(f"{sweep.name}: after the last round, {over}{note}", fontsize=10)
+    figure.suptitle(f"{name}: after the last round, {over}{note}", fontsize=10)
     figure.savefig(path, dpi=110)
     return path
 

@@ -48,8 +48,8 @@ def expand(spec: Spec, clients: int) -> Expanded:
     ConfigError
         If a key or a value of any point is wrong, or there is no point.
     """
-    settings = list(_settings(spec, clients))
-    configs = [load_setting(spec, setting) for setting in settings]
+    loaded = list(_settings(spec, clients))
+    settings, configs = [setting for setting, _ in loaded], [config for _, config in loaded]
     counts = [clients_of(spec, setting, clients) for setting in settings]
     unlike: dict[str, int] = {}
     excluded = 0
@@ -128,8 +128,8 @@ def value_in(config: Config, clients: int, key: str) -> Any:
     return value
 
 
-def _settings(spec: Spec, clients: int) -> Iterator[Setting]:
-    """Every combination, those of a seed together."""
+def _settings(spec: Spec, clients: int) -> Iterator[tuple[Setting, Config]]:
+    """Every combination with its configuration, those of a seed together."""
     seeds = [{SEED: seed} for seed in spec.grid.get(SEED, [])] or [{}]
     grid = {key: values for key, values in spec.grid.items() if key != SEED}
     axes = [*(_axis({key: values}) for key, values in grid.items()), *map(_axis, spec.zipped)]
@@ -142,7 +142,7 @@ def _settings(spec: Spec, clients: int) -> Iterator[Setting]:
                 merged = {key: text for part in combination for key, text in part.items()}
                 yield from _with_conditions(spec, merged | seed, clients)
         named = (extra for extra in spec.include if SEED not in extra or seed is seeds[0])
-        yield from (seed | extra for extra in named)
+        yield from ((seed | extra, load_setting(spec, seed | extra)) for extra in named)
 
 
 def _axis(lists: Values) -> list[Setting]:
@@ -150,21 +150,19 @@ def _axis(lists: Values) -> list[Setting]:
     return [dict(zip(lists, texts, strict=True)) for texts in zip(*lists.values(), strict=True)]
 
 
-def _with_conditions(spec: Spec, setting: Setting, clients: int) -> list[Setting]:
+def _with_conditions(spec: Spec, setting: Setting, clients: int) -> list[tuple[Setting, Config]]:
     """The setting, or those that the sweep's conditions make of it, one after another."""
-    found = [setting]
+    found = [(setting, load_setting(spec, setting))]
     for when in spec.when:
-        after: list[Setting] = []
-        for each in found:
-            config, count = load_setting(spec, each), clients_of(spec, each, clients)
+        after: list[tuple[Setting, Config]] = []
+        for each, config in found:
+            count = clients_of(spec, each, clients)
             if all(_holds(key, texts, config, count) for key, texts in when.condition.items()):
-                keys, lists = list(when.then), when.then.values()
-                after += [
-                    each | dict(zip(keys, texts, strict=True))
-                    for texts in itertools.product(*lists)
-                ]
+                combinations = itertools.product(*when.then.values())
+                made = [each | dict(zip(when.then, texts, strict=True)) for texts in combinations]
+                after += [(one, load_setting(spec, one)) for one in made]
             else:
-                after.append(each)
+                after.append((each, config))
         found = after
     return found
 

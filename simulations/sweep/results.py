@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from conf.rules import ConfigError, nearest
 from flower_app.runs.history import read_history
 from flower_app.runs.lines import perplexity
-from simulations.sweep.state import CRASHED, FINISHED, PRUNED, Point, Sweep, shown
+from simulations.sweep.state import CRASHED, FINISHED, PRUNED, Point, Sweep, counted, shown
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -150,7 +150,7 @@ def over_seeds(last: DataFrame, keys: Sequence[str]) -> DataFrame:
 
 def table(sweep: Sweep, rows: DataFrame) -> str:
     """Return means and spreads over seeds as Markdown, the best in bold, and what went wrong."""
-    means = over_seeds(last_rows(rows), sweep.keys)
+    means = _in_order(over_seeds(last_rows(rows), sweep.keys), sweep)
     told = [name for name in _COLUMNS if means[name].notna().any()]
     best = means["eval_loss"].idxmin() if means["eval_loss"].notna().any() else None
     lines = [
@@ -168,6 +168,20 @@ def table(sweep: Sweep, rows: DataFrame) -> str:
         lines.append(_row([f"**{cell}**" if index == best else cell for cell in cells]))
     lines += [line for part in (_crashed(sweep), _pruned(sweep)) for line in part]
     return "\n".join(lines) + "\n"
+
+
+def _in_order(means: DataFrame, sweep: Sweep) -> DataFrame:
+    """Settings in the order of the sweep's points, also where the first point of one crashed."""
+    first: dict[tuple[str, ...], int] = {}
+    for place, point in enumerate(sweep.points):
+        first.setdefault(_setting(point.values, sweep.keys), place)
+    places = [first.get(_setting(row, sweep.keys), 0) for row in means.to_dict("records")]
+    order = sorted(range(len(places)), key=places.__getitem__)
+    return means.iloc[order].reset_index(drop=True)
+
+
+def _setting(values: Mapping[str, Any], keys: Sequence[str]) -> tuple[str, ...]:
+    return tuple(shown(values.get(key)) for key in keys)
 
 
 _COLUMNS = {
@@ -205,9 +219,8 @@ def _pruned(sweep: Sweep) -> list[str]:
     count = sweep.count(PRUNED)
     if not count:
         return []
-    words = "1 point was" if count == 1 else f"{count} points were"
-    return ["", f"{words} ended early, as hopeless, and not in the table."]
+    return ["", f"Not in the table, for they were hopeless: {counted(count, 'point')} ended early."]
 
 
 def _row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"

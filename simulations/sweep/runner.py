@@ -169,7 +169,7 @@ def judge(task: Task, outcome: Outcome) -> Ended:
     if task.halted.is_set() or outcome.status == "finished:stopped":
         return Ended(status=STOPPED)
     told = (read_summary(Path(task.run)) or {}).get("error") if task.run else ""
-    return Ended(status=CRASHED, error=str(told or task.failure or outcome.details))
+    return Ended(status=CRASHED, error=_in_a_line(str(told or task.failure or outcome.details)))
 
 
 def _being_written(folder: Path) -> bool:

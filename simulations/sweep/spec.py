@@ -113,6 +113,12 @@ def _absolute(experiment: str) -> str:
 
 def _changed(spec: Spec, key: str, text: str) -> Spec:
     """The sweep with one key swept or fixed anew; in a grid it keeps its place."""
+    for part, lists in (("zip", spec.zipped), ("when", [each.then for each in spec.when])):
+        if any(key in each for each in lists):
+            raise ConfigError(
+                f"{key} is in `{part}` of the sweep's file, where it goes with other keys: change "
+                "it there"
+            )
     values = parse_values(key, text)
     grid = {name: each for name, each in spec.grid.items() if name != key}
     fixed = {name: value for name, value in spec.fixed.items() if name != key}
@@ -126,10 +132,23 @@ def _changed(spec: Spec, key: str, text: str) -> Spec:
     return replace(spec, fixed=fixed, grid=grid, spans=spans)
 
 
+class _Loader(yaml.BaseLoader):
+    """Refuses a key that a mapping has twice, of which YAML would take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        for place, (key, _) in enumerate(node.value):
+            if key.value in keys[:place]:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value!r} is there twice", key.start_mark
+                )
+        return super().construct_mapping(node, deep)
+
+
 def _tree(path: Path) -> dict[str, Any]:
     """A YAML file with every scalar as the text that stands there: `off` is no boolean."""
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), yaml.BaseLoader)
+        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from error
     return _mapping(tree, str(path))
@@ -148,8 +167,11 @@ def _from_file(path: Path) -> Spec:
         raise ConfigError(f"{source} names no experiment; there are {', '.join(experiments())}")
     experiment = _text(tree["experiment"], f"{source}: experiment")
     beside = (path.parent / experiment).absolute()
+    name = _text(tree.get("name", path.stem), f"{source}: name")
+    if Path(name).name != name:
+        raise ConfigError(f"{source}: name is a folder's, without /; got {name!r}")
     spec = Spec(
-        name=_text(tree.get("name", path.stem), f"{source}: name"),
+        name=name,
         experiment=str(beside) if beside.is_file() else _absolute(experiment),
         fixed={key: _value(each) for key, each in _part(tree, "fixed", source).items()},
         zipped=tuple(_zip(each, source) for each in _list(tree, "zip", source)),
@@ -160,15 +182,25 @@ def _from_file(path: Path) -> Spec:
         search=_count(tree.get("search", "0"), source),
     )
     grid = _part(tree, "grid", source)
-    for key, name in ((CLIENTS, CLIENTS), (SEED, "seeds")):
-        if name in tree:
-            grid[key] = tree[name]
+    own = {key: tree[name] for key, name in ((CLIENTS, CLIENTS), (SEED, "seeds")) if name in tree}
+    _check_once([spec.fixed, grid, own, *spec.zipped], source)
+    grid |= own
     spans = {key: _swept(key, each) for key, each in grid.items()}
     return replace(
         spec,
         grid={key: each for key, each in spans.items() if isinstance(each, list)},
         spans={key: each for key, each in spans.items() if isinstance(each, Interval)},
     )
+
+
+def _check_once(parts: Sequence[Mapping[str, Any]], source: str) -> None:
+    """Refuse a key that is fixed and swept, or swept twice: one would silently hide the other."""
+    named = [key for part in parts for key in part]
+    if twice := [key for key in dict.fromkeys(named) if named.count(key) > 1]:
+        raise ConfigError(
+            f"{source}: {twice[0]} is there twice among fixed, grid and zip, seeds and clients: "
+            "leave one"
+        )
 
 
 def _swept(key: str, value: Any) -> list[str] | Interval:
@@ -183,8 +215,10 @@ def _swept(key: str, value: Any) -> list[str] | Interval:
 def _zip(value: Any, source: str) -> Values:
     lists = {key: _swept(key, each) for key, each in _mapping(value, f"{source}: zip").items()}
     plain = {key: each for key, each in lists.items() if isinstance(each, list)}
+    if not lists or len(plain) < len(lists):
+        raise ConfigError(f"{source}: each of `zip` has keys with lists, got {value!r}")
     lengths = {key: len(each) for key, each in plain.items()}
-    if len(plain) < len(lists) or len(set(lengths.values())) != 1:
+    if len(set(lengths.values())) != 1:
         words = ", ".join(f"{key} has {count}" for key, count in lengths.items())
         raise ConfigError(f"{source}: lists that are zipped must be of one length; {words}")
     return plain

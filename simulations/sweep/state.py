@@ -140,4 +140,9 @@ def shown(value: Any) -> str:
         return f"{value:.6g}"
     if isinstance(value, list | tuple):
         return "[" + ",".join(shown(each) for each in value) + "]"
-    return str(value)
+    return str(value) or "''"
+
+
+def counted(number: int, what: str) -> str:
+    """Return `1 point` or `2 points`."""
+    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"

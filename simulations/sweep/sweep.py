@@ -29,6 +29,7 @@ from simulations.sweep.state import (
     PENDING,
     Point,
     Sweep,
+    counted,
     find_sweep,
     lock_sweep,
     read_sweep,
@@ -114,7 +115,7 @@ def go_on(
         if retry and point.status == CRASHED:
             point.status = PENDING
     left = sum(point.open for point in sweep.points)
-    say(f"sweep folder: {folder}; {sweep.count(FINISHED)} points are finished, {left} are left")
+    say(f"sweep folder: {folder}; {counted(sweep.count(FINISHED), 'point')} finished, {left} left")
     return _run(folder, sweep, room, say, runner)
 
 
@@ -136,7 +137,7 @@ def _run(folder: Path, sweep: Sweep, room: Room, say: Say, runner: Runner | None
             ).run()
     except (KeyboardInterrupt, SystemExit):
         done = sweep.count(FINISHED)
-        say(f"stopped with {done} of {total} points finished; to go on:")
+        say(f"stopped with {done} of {counted(total, 'point')} finished; to go on:")
         say(f"  graft sweep --resume {folder}")
         raise
     finally:
@@ -150,9 +151,10 @@ def _tell_end(folder: Path, sweep: Sweep, say: Say) -> None:
     say((folder / "table.md").read_text(encoding="utf-8"))
     say(f"in {folder}: {', '.join(path.name for path in made)}")
     if crashed := sweep.count(CRASHED):
-        say(f"{crashed} points crashed; again: graft sweep --resume {folder} --retry-failed")
+        say(f"{counted(crashed, 'point')} crashed; to run what crashed again:")
+        say(f"  graft sweep --resume {folder} --retry-failed")
     if stopped := sweep.count(*OPEN):
-        say(f"{stopped} points were stopped; to go on: graft sweep --resume {folder}")
+        say(f"{counted(stopped, 'point')} stopped; to go on: graft sweep --resume {folder}")
 
 
 def dry_run(spec: Spec, room: Room, superlink: str = "", *, say: Say = print) -> None:
@@ -168,7 +170,7 @@ def dry_run(spec: Spec, room: Room, superlink: str = "", *, say: Say = print) ->
         took = "" if each.seconds is None else f"  {span(each.seconds)}"
         sent = "" if each.mb is None else f", {each.mb:,.1f} MB"
         say(f"{point.id}  {point.name}{clients}{took}{sent}")
-    say(f"{len(sweep.points)} points of experiment {sweep.experiment}; {basis}")
+    say(f"{counted(len(sweep.points), 'point')} of experiment {sweep.experiment}; {basis}")
     known = [each.seconds for each in found if each.seconds is not None]
     if len(known) == len(found):
         at_once = room.jobs or 1

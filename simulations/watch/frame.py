@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.table import Table
@@ -76,7 +77,8 @@ def _head(state: State, width: int) -> Iterator[RenderableType]:
     strategy = (config.get("train") or {}).get("strategy", "")
     facts = [str(config.get("experiment", "")), str(strategy), history.model]
     left = Text(" · ".join(fact for fact in facts if fact), style="dim")
-    yield _apart(left, Text(f"{len(state.clients)} clients", style="dim"))
+    count = len(state.clients)
+    yield _apart(left, Text(f"{count} client{'' if count == 1 else 's'}", style="dim"))
     share = _share(state)
     time = f"{duration(state.elapsed)} elapsed"
     if history.status == RUNNING:
@@ -92,9 +94,8 @@ def _head(state: State, width: int) -> Iterator[RenderableType]:
 def _share(state: State) -> float:
     if state.history.status == FINISHED:
         return 1.0
-    whole = state.number if state.current is None else max(0, state.number - 1)
-    under_way = state.done if state.current is not None and state.number else 0.0
-    return min(1.0, (whole + under_way) / state.rounds)
+    under_way = state.done if state.number > state.over else 0.0
+    return min(1.0, (state.over + under_way) / state.rounds)
 
 
 def _at(state: State) -> str:
@@ -111,23 +112,38 @@ def _at(state: State) -> str:
 
 
 def _losses(state: State, width: int) -> Iterator[RenderableType]:
-    # Not in the order in which they came: clients may take turns, one round each.
-    steps = sorted(state.history.steps, key=lambda step: (step["round"], step["step"]))
-    trained = [step["loss"] for step in steps if step["loss"] is not None]
+    trained = step_losses(state.history.steps)
+    rounds = state.history.rounds
+    of = "central" if any(record.get("central") for record in rounds) else "evaluate"
     evaluated = [
-        (record["round"], record["evaluate"]["loss"])
-        for record in state.history.rounds
-        if (record["evaluate"] or {}).get("loss") is not None
+        (record["round"], record[of]["loss"])
+        for record in rounds
+        if (record.get(of) or {}).get("loss") is not None
     ]
     room = max(10, width - 40)
     tenth = max(1, len(trained) // 20)
     first, last = trained[:tenth], trained[-tenth:]
     ends = (sum(first) / tenth, sum(last) / tenth) if trained else None
-    yield _curve("train loss", trained, ends, room, f"{len(trained)} steps")
+    yield _curve("train loss", trained, ends, room, f"{len(state.history.steps)} steps")
     held = [loss for _, loss in evaluated]
     best = min(evaluated, key=lambda told: told[1], default=None)
     words = f"best {best[1]:.4f} in round {best[0]}" if best else "nobody has evaluated yet"
-    yield _curve("held-out loss", held, (held[0], held[-1]) if held else None, room, words)
+    name = "central loss" if of == "central" else "held-out loss"
+    yield _curve(name, held, (held[0], held[-1]) if held else None, room, words)
+
+
+def step_losses(steps: Sequence[Mapping[str, Any]]) -> list[float]:
+    """Return the mean over clients of each step, weighted by tokens.
+
+    Clients differ, and may take turns: one after another they would be no curve.
+    """
+    sums: dict[tuple[int, int], tuple[float, int]] = {}
+    for step in steps:
+        if step["loss"] is not None:
+            place = step["round"], step["step"]
+            loss, tokens = sums.get(place, (0.0, 0))
+            sums[place] = loss + step["loss"] * step["tokens"], tokens + step["tokens"]
+    return [loss / tokens for _, (loss, tokens) in sorted(sums.items()) if tokens]
 
 
 def _curve(

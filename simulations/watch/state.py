@@ -28,6 +28,8 @@ class State:
     """The record by which the cohort that is at work was asked."""
     number: int
     """The round that is under way, or the last one."""
+    over: int
+    """The last round that is over."""
     done: float
     """Share of this round's training that is done."""
     clients: list[Client]
@@ -74,6 +76,7 @@ def state_of(history: History, now: datetime, server_mb: float | None = None) ->
         left=_left(history, elapsed, number, done) if going else None,
         current=current if going else None,
         number=number,
+        over=_last_round(history),
         done=done,
         clients=clients,
         speed=_speed(history, elapsed),
@@ -178,5 +181,5 @@ def _notes(history: History) -> list[str]:
     for record in history.resumes:
         told.append((record["at"], f"resumed after round {record['round']}"))
     if history.damaged:
-        told.append((history.seconds, f"{len(history.damaged)} lines of metrics.jsonl are torn"))
+        told.append((history.seconds, f"torn lines in metrics.jsonl: {len(history.damaged)}"))
     return [text for _, text in sorted(told, key=lambda note: note[0])]

@@ -9,7 +9,14 @@ from pathlib import Path
 from rich.console import Console
 from rich.live import Live
 
-from flower_app.runs.folders import find_run, in_order, read_summaries, runs_folder, unfinished_runs
+from flower_app.runs.folders import (
+    find_run,
+    in_order,
+    read_summaries,
+    read_summary,
+    runs_folder,
+    unfinished_runs,
+)
 from flower_app.runs.history import METRICS, RUNNING, UNFINISHED, Follower, History
 from simulations.watch.frame import Frame
 from simulations.watch.state import State, state_of
@@ -40,8 +47,8 @@ def watch(run: str, *, once: bool, interval: float, console: Console | None = No
     """
     console = console or Console()
     folder = find_run(run) if run else newest_run()
-    if not (folder / METRICS).exists():
-        raise ValueError(f"{folder} is no run folder: it has no {METRICS}")
+    if not (folder / METRICS).exists() and read_summary(folder) is None:
+        raise ValueError(f"{folder} is no run folder: it has no {METRICS} and no summary.json")
     follower, took = Follower(folder), 0.0
     state = look(follower.poll())
     if once or not console.is_terminal or state.history.status != RUNNING:

@@ -82,7 +82,7 @@ class TrunkEngine:
         max_in_flight: int = 2**32,
         meter: Meter = SILENT,
     ) -> None:
-        self.trunk, self.hidden_size, self.train = trunk, hidden_size, train
+        self.trunk, self.hidden_size, self.train = trunk.eval(), hidden_size, train
         self.bench = Bench(
             next(trunk.parameters()).device,
             hidden_size=hidden_size,

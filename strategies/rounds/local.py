@@ -50,9 +50,10 @@ class LocalEnds:
         last, best = self._last.get(client, 0), self._best.get(client, 0)
         return {"run": self.run, "ends-round": last, "ends-best": best}
 
-    def has(self, client: str) -> bool:
-        """Whether it trained in a round that counted."""
-        return client in self._last
+    @property
+    def rounds(self) -> dict[str, int]:
+        """The last round of each client that trained in one that counted."""
+        return dict(self._last)
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs."""
@@ -92,9 +93,9 @@ def ask_to_export(
     Returns
     -------
     dict[str, str]
-        Who has saved nothing, and why.
+        Who has saved nothing, and why; those that are not there too.
     """
-    asked = [profile for profile in profiles if local.has(profile.client)]
+    asked = [profile for profile in profiles if profile.client in local.rounds]
     shared, timeout = ConfigRecord({"json": to_json(config)}), config.federation.round_timeout
     messages = []
     for profile in asked:
@@ -103,7 +104,12 @@ def ask_to_export(
         content = RecordDict({ARRAYS: arrays, CONFIG: shared, TICKET: ticket})
         ttl = lifetime(timeout)
         messages.append(Message(content, profile.node, message_type=MessageType.QUERY, ttl=ttl))
-    names, failed = {profile.node: profile.client for profile in asked}, {}
+    names = {profile.node: profile.client for profile in asked}
+    failed = {
+        client: f"it is not connected; what it kept of round {kept} is in its own folder still"
+        for client, kept in local.rounds.items()
+        if client not in names.values()
+    }
     waiting, refused = push(grid, messages)
     for reply in [*refused, *receive(grid, waiting, timeout=timeout)]:
         try:

@@ -62,6 +62,11 @@ class Roster:
         return sorted(profile.client for profile in self._profiles.values())
 
     @property
+    def here(self) -> list[Profile]:
+        """Who could take part when they were last asked, by name."""
+        return sorted(self._profiles.values(), key=lambda profile: profile.client)
+
+    @property
     def names(self) -> dict[str, int]:
         """Whose each name is: the id of its node."""
         return {**self._before, **{name: owner.node for name, owner in self._owners.items()}}
@@ -99,7 +104,7 @@ class Roster:
             limit = self._config.federation.round_timeout if self._profiles else math.inf
             self.meet(grid, wait_for(grid, least, limit))
             if len(self._profiles) >= least:
-                return sorted(self._profiles.values(), key=lambda profile: profile.client)
+                return self.here
         reasons = "; ".join(f"node {node}: {why}" for node, why in sorted(self._refused.items()))
         raise RuntimeError(
             f"{len(self._profiles)} of {len(self._profiles) + len(self._refused)} connected nodes "

@@ -81,6 +81,10 @@ def test_yaml_1_1_traps_are_read_as_meant(tmp_path: Path) -> None:
     [
         ("train.lrr=1", r"unknown key 'train.lrr' in override 'train.lrr=1'.*'train.lr'\?"),
         ("lr=1", r"unknown key 'lr'.*did you mean 'train.lr'\?"),
+        (
+            "train={lr: 1}",
+            r"unknown key 'train'.*is a section; name one of its keys, such as 'train",
+        ),
         ("trian.lr=1", r"did you mean 'train.lr'\?"),
         ("cut.middle=1", r"unknown key 'cut.middle'.*cut has bottom, top"),
         ("zzz.qqq=1", "the sections are model, cut"),

@@ -18,6 +18,8 @@ from flower_app.data.text import load_tokenizer
 from flower_app.runs import checkpoint
 from flower_app.runs.folders import find_last_run, folders
 from flower_app.runs.resume import look_up
+from flower_app.runs.summary import summarize
+from models import build_scratch
 from tests.flower_app.grid import InProcessGrid
 from tests.flower_app.runs import test_resume
 
@@ -99,6 +101,30 @@ def test_the_servers_evaluation_is_that_of_the_saved_model_whole(
     assert summary["central_loss_last"] == told[2]["loss"]
     assert summary["best_loss"] == min(told[1]["loss"], told[2]["loss"])
     assert any(f"central loss {told[2]['loss']:.4f}" in line for line in lines)
+
+
+def test_the_servers_evaluation_has_no_dropout_though_nobody_else_evaluates(tmp_path: Path) -> None:
+    """No round has been open before that of round 0."""
+    changes = "train.rounds=1 data.heldout=0 model.scratch.attention_dropout=0.5"
+    config = configured(tmp_path, changes, "What the server has. " * 9)
+
+    folder = test_resume.run(config, InProcessGrid(2))
+
+    first = build_scratch(config.model.scratch, config.seed).eval()
+    last = AutoModelForCausalLM.from_pretrained(folder / "model").eval()
+    for number, model in enumerate((first, last)):
+        told = rounds_of(folder)[number]["central"]["loss"]
+        assert told == pytest.approx(whole_loss(model, config)[0], abs=1e-5)
+
+
+def test_a_best_round_is_one_by_which_the_run_was_judged(tmp_path: Path) -> None:
+    """The held-out loss is none of those where the server has a file of its own."""
+    config = configured(tmp_path)
+    told = {"round": 1, "clients": [], "missing": {}, "tokens": 1, "bytes_up": 0, "bytes_down": 0}
+    rounds = [{**told, "evaluate": {"loss": 2.0}}]
+
+    assert "best_round" not in summarize(config, rounds, 1.0)
+    assert summarize(test_resume.configured(tmp_path), rounds, 1.0)["best_round"] == 1
 
 
 def test_a_run_that_no_longer_gains_ends_and_leaves_its_best_round(tmp_path: Path) -> None:
@@ -184,6 +210,6 @@ def test_a_file_that_the_server_cannot_read_ends_the_run_before_it_begins(tmp_pa
     config = test_resume.configured(tmp_path, f"data.central_path={tmp_path / 'none.jsonl'}")
     grid = InProcessGrid(2)
 
-    with pytest.raises(ValueError, match=r"none.jsonl"):
+    with pytest.raises(ValueError, match=r"data.central_path.* no data at .*none.jsonl"):
         test_resume.run(config, grid)
     assert not grid.seen

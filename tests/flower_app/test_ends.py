@@ -31,8 +31,8 @@ from tests.flower_app.test_app import site_steps
 from tests.strategies.helpers import largest_difference
 
 UNTIED = "model.scratch.tie_word_embeddings=false"
-EXACT = "train.optimizer=sgd train.lr=0.3 train.warmup=0 train.local_steps=0 data.max_examples=0"
-"""Adam would make whole steps of the rounding of gradients that are next to nothing."""
+EXACT = "train.lr=0.01 train.eps=1e-3 train.warmup=0 train.local_steps=0 data.max_examples=0"
+"""With a small eps, AdamW would make whole steps of gradients that are nothing but rounding."""
 
 
 @pytest.fixture(autouse=True)
@@ -186,7 +186,8 @@ def test_a_trunk_in_turns_between_ends_of_each_clients_own(tmp_path: Path, sites
     """splitfed-v2, SGD: the trunk goes from client to client, no end does."""
     config = test_app.tiny_config(
         tmp_path,
-        f"{EXACT} train.strategy=splitfed-v2 aggregation.ends=local output.share_trunk=true",
+        f"{EXACT} train.optimizer=sgd train.lr=0.3 train.strategy=splitfed-v2 "
+        "aggregation.ends=local output.share_trunk=true",
     )
     grid = grid_of(tmp_path, 2)
 
@@ -298,6 +299,33 @@ def test_ends_that_are_gone_are_never_begun_anew(tmp_path: Path, sites: Path) ->
     why = rounds[2]["missing"]["client-1"]
     assert "own ends after round 1 are gone" in why
     assert "begin the run anew" in why
+
+
+@pytest.mark.parametrize("least", [1, 2])
+def test_who_has_left_when_the_run_ends_is_named_and_the_run_is_complete(
+    least: int, tmp_path: Path, sites: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also where a round would have too few clients now: there is none to come."""
+    config = test_resume.configured(
+        tmp_path,
+        f"aggregation.ends=local train.rounds=1 federation.min_clients={least} "
+        "federation.round_timeout=1",
+    )
+    grid = InProcessGrid(2)
+
+    def leave(message: Message) -> None:
+        ticket = message.content.config_records["ticket"]
+        if (ticket["round"], message.metadata.message_type) == (1, "evaluate"):
+            grid.present = {0}
+
+    grid.meanwhile = leave
+    folder = test_resume.run(config, grid)
+
+    (run,) = sites.iterdir()
+    assert own_ends(sites, run.name).keys() == {"client-0"}
+    assert "client-1 has not saved its own ends: it is not connected" in caplog.text
+    assert (run / "client-1" / "round-0001.safetensors").is_file()
+    assert '"status": "finished"' in (folder / "summary.json").read_text()
 
 
 def test_another_runs_ends_are_not_taken_for_this_ones(tmp_path: Path, sites: Path) -> None:

@@ -67,6 +67,9 @@ def _of_round(record: Mapping[str, Any]) -> Iterator[tuple[str, float | None]]:
     if (loss := (record["evaluate"] or {}).get("loss")) is not None:
         yield "eval/loss", loss
         yield "eval/perplexity", perplexity(loss)
+    if (loss := (record.get("central") or {}).get("loss")) is not None:
+        yield "eval/central_loss", loss
+        yield "eval/central_perplexity", perplexity(loss)
     for client, told in (record.get("per_client") or {}).items():
         if (loss := (told.get("evaluate") or {}).get("loss")) is not None:
             yield f"eval/loss/{client}", loss

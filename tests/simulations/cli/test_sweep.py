@@ -27,6 +27,10 @@ def _graft(*arguments: str) -> tuple[int, str]:
         (["cutt"], "did you mean 'cut'"),
         (["--resume", "nowhere"], "is no sweep"),
         (["--table", "nowhere"], "is no sweep"),
+        (["--resume", "x", "--dry-run"], "--dry-run: only for a command that names"),
+        (["--superlink", "office"], "--superlink: only for a command that names"),
+        (["demo", "train.lr=1,2", "--retry-failed"], "--retry-failed: only for a command that has"),
+        (["demo", "--resume", "x"], "--resume and a new sweep: give one of them"),
         (["demo", "clients=2,4", "--superlink", "office"], "number of clients is the SuperLink's"),
         (
             ["demo", "train.lr=interval(1e-3,1)", "--search", "2", "--pruner", "x"],

@@ -154,21 +154,50 @@ def test_what_strangers_say_is_no_markup(form: str, tmp_path: Path) -> None:
         assert "\\u003cscript\\u003ealert" in text, "in the figures' data"
 
 
+def test_no_spreadsheet_computes_what_strangers_say(tmp_path: Path) -> None:
+    names = ['=HYPERLINK("http://x")', "+1", "-1", "@x", "\tx", "a=b"]
+    lines = [step(1, 1, 1, name, loss=-1.0) for name in names]
+    lines.append(round_(1, 2, 3.0, asked=names, clients=names[1:], missing={names[0]: "=1+1"}))
+    folder = run_folder(tmp_path, "=run", lines)
+    _, clients = write_report([str(folder)], tmp_path / "all", ["csv"])
+    rows = list(csv.DictReader(clients.open(newline="")))
+    told = {row["client"] for row in rows}
+    assert told == {*(f"'{name}" for name in names[:-1]), "a=b"}
+    assert {row["run"] for row in rows} == {"'=run"}
+    assert [row["why"] for row in rows if row["why"]] == ["'=1+1"]
+    assert {row["train_loss"] for row in rows} == {"-1.0"}, "a number stays one"
+
+
+def test_clients_with_names_that_begin_alike_have_places_of_their_own(tmp_path: Path) -> None:
+    names = ["x" * 80 + end for end in ("a", "b", "y" + "x" * 20, "z" + "x" * 20)]
+    lines = [*(step(1, 1, 1, name) for name in names), round_(1, 2, 3.0, asked=names)]
+    text = page(run_folder(tmp_path, "one", lines), out=tmp_path)
+    (data,) = re.findall(r'(?s)<script[^>]*id="data"[^>]*>(.*?)</script>', text)
+    (run,) = json.loads(data)["runs"]
+    places = run["participation"]["rows"]
+    assert places == run["clients"]["place"]
+    assert places[0] == "x" * 20 + "…" + "x" * 10 + "a"
+    assert len(set(places)) == 4
+    assert max(map(len, places)) < 40
+
+
 def test_runs_of_every_fate_are_reported(tmp_path: Path) -> None:
     start, asked = line("start", 0, 0), line("asked", 1, 1, attempt=1, training=True, clients=["a"])
     empty = run_folder(tmp_path, "empty", [])
-    begun = run_folder(tmp_path, "begun", [start, asked, step(1, 1, 2, loss=None)])
+    begun = run_folder(tmp_path, "begun", [start, asked, step(1, 1, 2, loss=math.nan)])
     tried = [start, asked, step(1, 1, 2), line("answered", 1, 3, attempt=1, training=True,
              client="a", why="gone")]  # fmt: skip
     failed = ended(run_folder(tmp_path, "failed", tried), "failed", error="no quorum")
-    old = run_folder(tmp_path, "old", [round_(0, None, 5.0), step(1, 1, None), "garbage", ""])
+    lacking = [f'{{"kind": "{kind}", "round": 1}}' for kind in ("step", "asked", "answered")]
+    damaged = ["garbage", "", *lacking]
+    old = run_folder(tmp_path, "old", [round_(0, None, 5.0), step(1, 1, None), *damaged])
     (old / "config.yaml").unlink()
 
     text = page(empty, begun, failed, old, out=tmp_path)
     told = {run["name"]: run for run in numbers(empty, begun, failed, old, out=tmp_path)["runs"]}
 
     assert "The run failed: no quorum" in text
-    assert "1 lines of metrics.jsonl are no records" in text
+    assert "4 lines of metrics.jsonl are no records" in text
     assert "An earlier Graft wrote this record" in text
     assert [told[name]["status"] for name in told] == [*["unfinished"] * 2, "failed", "unfinished"]
     assert told["begun"]["participation"][0]["outcomes"] == {"a": "waiting"}

@@ -6,7 +6,11 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import pytest
+
 from flower_app.runs.folders import new_folder, runs_folder
+from simulations.launch import preflight
+from simulations.sweep import tables
 from simulations.sweep.state import FINISHED, Point, Sweep
 from simulations.sweep.task import Ended, Task
 
@@ -43,6 +47,12 @@ def make_point(number: int, seed: int = 0, **values: object) -> Point:
     return Point(
         id=f"{number:03d}", values=named, seed=seed, clients=2, overrides=overrides, rounds=2
     )
+
+
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out pictures and the reading of documents, seconds for each sweep that is begun."""
+    monkeypatch.setattr(tables, "draw", lambda *arguments: [])
+    monkeypatch.setattr(preflight, "_check_documents", lambda *arguments: None)
 
 
 def make_sweep(points: list[Point]) -> Sweep:

@@ -34,7 +34,7 @@ from simulations.sweep.state import (
 )
 from simulations.sweep.sweep import Room, begin, dry_run, go_on
 from simulations.sweep.task import Ended, Task
-from tests.simulations.sweep.made import Pretended, make_point, make_run, make_sweep
+from tests.simulations.sweep.made import Pretended, make_point, make_run, make_sweep, undrawn
 
 ONE, ROOMY = Room(jobs=1), Limits(jobs=0, cores=8, memory_mb=1000.0)
 SPEC = ["train.lr=1e-3,3e-3", "seed=0,1", "train.rounds=2"]
@@ -57,7 +57,7 @@ def _execute(
     return said
 
 
-def test_a_sweep_begins_crashes_in_part_and_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_sweep_begins_crashes_in_part_and_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     runner, said = Pretended(crash=["002"]), list[str]()
     sweep = begin(read_spec("demo", SPEC), ONE, say=said.append, runner=runner)
     assert runner.ran == ["001", "002", "003", "004"]
@@ -69,8 +69,10 @@ def test_a_sweep_begins_crashes_in_part_and_goes_on(capsys: pytest.CaptureFixtur
     for name in ("results.csv", "results.parquet", "table.md", "loss.png", "sweep.json"):
         assert (folder / name).stat().st_size > 100
     assert any("--retry-failed" in line for line in said)
+    assert any("1 point crashed" in line for line in said)
     assert read_sweep(folder) == sweep
 
+    undrawn(monkeypatch)
     again = Pretended()
     go_on(folder.name, ONE, runner=again, say=said.append)
     assert again.ran == []  # a crash is not tried again unasked
@@ -80,7 +82,10 @@ def test_a_sweep_begins_crashes_in_part_and_goes_on(capsys: pytest.CaptureFixtur
     assert done.points[1].error == ""
 
 
-def test_points_of_a_killed_sweep_are_run_and_finished_ones_are_not() -> None:
+def test_points_of_a_killed_sweep_are_run_and_finished_ones_are_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    undrawn(monkeypatch)
     points = [make_point(number, train__lr=number / 1000) for number in range(1, 6)]
     sweep = make_sweep(points)
     for point, status in zip(points, (FINISHED, RUNNING, PENDING, CRASHED, STOPPED), strict=True):

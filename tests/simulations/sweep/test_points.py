@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from conf.load import experiments
 from conf.rules import ConfigError
 from flower_app.check import check_names
 from flower_app.data.partition import take_partition
+from flower_app.data.rows import Rows
 from flower_app.data.sources import load_rows
 from simulations.sweep.plan import check_clients, plan
 from simulations.sweep.points import expand
@@ -115,6 +117,14 @@ def test_changes_replace_what_a_file_says_of_a_key(tmp_path: Path) -> None:
     assert len(found.points) == 4
 
 
+def test_what_goes_with_other_keys_is_not_changed_from_outside(tmp_path: Path) -> None:
+    what = _file(tmp_path, "zip: [{train.lr: [1e-3, 2e-3], train.batch_size: [4, 8]}]\n")
+    with pytest.raises(ConfigError, match="train.lr is in `zip` of the sweep's file"):
+        read_spec(what, ["train.lr=1e-2"])
+    with pytest.raises(ConfigError, match="train.turns is in `when` of the sweep's file"):
+        read_spec("heterogeneity", ["train.turns=arrival"])
+
+
 def test_a_name_of_both_is_the_sweep_alone_and_the_experiment_with_changes() -> None:
     assert "lora" in experiments()
     assert read_spec("lora").grid
@@ -159,6 +169,14 @@ def test_a_wrong_key_or_value_of_any_point_is_refused(changes: list[str], words:
         ("exclude: [{train.lr: 1e-3}]\ngrid: {train.lr: [1e-3]}\n", "no point"),
         ("grid: {train.lr: [1e-3]}\nexclude: [{train.lrr: 1}]\n", "did you mean 'train.lr'"),
         ("search: many\n", "whole number of points"),
+        ("name: ../mine\n", "name is a folder's"),
+        ("zip: [{}]\n", "has keys with lists"),
+        ("zip: [{train.lr: 'interval(1,2)'}]\n", "has keys with lists"),
+        ("grid: {train.lr: [1]}\ngrid: {train.lr: [2]}\n", "the key 'grid' is there twice"),
+        ("grid: {train: {lr: [1, 2]}}\n", "is a section; name one of its keys"),
+        ("fixed: {train.lr: 1}\ngrid: {train.lr: [1, 2]}\n", "train.lr is there twice"),
+        ("grid: {seed: [1, 2]}\nseeds: [3]\n", "seed is there twice"),
+        ("zip: [{train.lr: [1, 2]}]\ngrid: {train.lr: [1, 2]}\n", "train.lr is there twice"),
     ],
 )
 def test_what_is_wrong_in_a_file_is_refused(tmp_path: Path, text: str, words: str) -> None:
@@ -202,8 +220,12 @@ def test_what_ships_is_right_at_every_point(name: str) -> None:
     for point, config in zip(found.points, found.configs, strict=True):
         check_names(config)
         divided[repr((config.data, point.clients, config.seed))] = (config, point.clients)
+    loaded: dict[str, Rows] = {}
     for config, clients in divided.values():
-        rows = load_rows(config.data)  # all of them are divided, whoever's part is asked for
+        source = repr(replace(config.data, alpha=1.0))  # which only divides
+        if source not in loaded:
+            loaded[source] = load_rows(config.data)
+        rows = loaded[source]  # all of them are divided, whoever's part is asked for
         take_partition(rows, config.data, partition=0, partitions=clients, seed=config.seed)
 
 

@@ -63,6 +63,14 @@ def test_means_and_spreads_are_over_finished_seeds(sweep: Sweep) -> None:
     assert "4 of 6 points finished" in text
 
 
+def test_a_setting_whose_first_point_crashed_keeps_its_place(sweep: Sweep) -> None:
+    sweep.points[1].id, sweep.points[2].id = "003", "002"
+    sweep.points.sort(key=lambda point: point.id)  # all of the first seed come first
+    sweep.points[0].status = CRASHED
+    text = table(sweep, rows_of(sweep))
+    assert text.index("| 0.001 | 1 | 3.2000 |") < text.index("| **0.003** | **2** |")
+
+
 def test_a_single_seed_has_no_spread(sweep: Sweep) -> None:
     sweep.points = sweep.points[:1]
     assert "| **0.001** | **1** | **3.0000** |" in table(sweep, rows_of(sweep))
@@ -113,6 +121,28 @@ def test_plots_are_drawn_for_one_key_two_and_three(tmp_path: Path) -> None:
         "loss.png", "heat-eval_loss.png", "heat-client_peak_mb.png",
     ]  # fmt: skip
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in made)
+
+
+def test_a_key_with_one_finished_value_is_no_axis(sweep: Sweep, tmp_path: Path) -> None:
+    for point in sweep.points:
+        point.values["cut.bottom"] = 1 if point.status == FINISHED else 2
+    sweep.keys = ["cut.bottom", "train.lr"]
+    assert [path.name for path in draw(sweep, rows_of(sweep), tmp_path)] == ["loss.png"]
+    for point in sweep.points:  # a third key takes its place
+        point.values["link.dtype"] = ["fp32", "bf16"][point.seed % 2]
+    sweep.keys.append("link.dtype")
+    made = draw(sweep, rows_of(sweep), tmp_path)
+    assert [path.name for path in made] == ["loss.png", "heat-eval_loss.png"]
+
+
+def test_empty_values_and_bars_stand_in_the_table(sweep: Sweep) -> None:
+    sweep.keys = ["data.path"]
+    for point, path in zip(sweep.points, ["/a|b", "/a|b", "", "", "", ""], strict=True):
+        point.values = {"data.path": path}
+    text = table(sweep, rows_of(sweep))
+    assert "| **''** | **2** |" in text
+    assert r"| /a\|b | 2 |" in text
+    assert sweep.points[2].name == "data.path='' seed=0"
 
 
 def test_a_column_that_is_not_there_is_refused() -> None:

@@ -29,7 +29,7 @@ from simulations.sweep.state import (
 )
 from simulations.sweep.sweep import Room, begin, go_on
 from simulations.sweep.task import Ended, Task
-from tests.simulations.sweep.made import Pretended, make_run
+from tests.simulations.sweep.made import Pretended, make_run, undrawn
 
 ONE = Room(jobs=1)
 
@@ -37,6 +37,7 @@ ONE = Room(jobs=1)
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(execute, "POLL_SECONDS", 0.01)
+    undrawn(monkeypatch)
 
 
 def _spec(*changes: str, points: int) -> Spec:
@@ -105,7 +106,7 @@ def test_a_hopeless_point_is_ended_early_and_another_takes_its_place() -> None:
     assert [point.status for point in sweep.points] == [FINISHED] * 6 + [PRUNED]
     states = [trial.state for trial in _study(_folder()).trials]
     assert states == [TrialState.COMPLETE] * 6 + [TrialState.PRUNED]
-    assert "1 point was ended early" in (_folder() / "table.md").read_text()
+    assert "1 point ended early" in (_folder() / "table.md").read_text()
 
 
 def test_without_a_pruner_nobody_is_ended_early() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -13,12 +14,12 @@ from rich.console import Console
 from flower_app.runs.folders import RunLock
 from flower_app.runs.history import Follower
 from simulations.watch import watch as module
-from simulations.watch.frame import Frame, choose
+from simulations.watch.frame import Frame, choose, step_losses
 from simulations.watch.spark import bar, duration, size, spark
 from simulations.watch.state import State, state_of
 from simulations.watch.watch import newest_run, watch
 from simulations.watch.writer import memory_mb, writer_of
-from tests.simulations.watch.story import Story
+from tests.simulations.watch.story import BEGAN, Story
 
 THREE = ("client-0", "client-1", "client-2")
 
@@ -130,6 +131,54 @@ def test_a_killed_run_is_told_from_one_that_goes(story: Story) -> None:
     lines = "\n".join(rendered(read(story, going=False)))
     assert "unfinished" in lines
     assert f"graft resume {story.folder.name}" in lines
+
+
+def test_a_round_that_was_broken_off_is_not_shown_as_done(story: Story) -> None:
+    story.round(0, THREE)
+    story.round(1, THREE)
+    story.ask(2, THREE, training=True)
+    story.step(2, "client-0", 3)
+    for going in (True, False):
+        assert any(" 37% " in line for line in rendered(read(story, going=going)))  # 1.1 of 3
+
+
+def test_the_training_loss_of_a_step_is_its_clients_mean(story: Story) -> None:
+    """Clients whose losses differ, one after another, are no curve."""
+    story.ask(1, THREE, training=True)
+    for step in (1, 2):
+        for number, name in enumerate(THREE):
+            story.step(1, name, step, loss=3.0 - step + number)
+    assert step_losses(read(story).history.steps) == [3.0, 2.0]
+
+
+def test_the_servers_own_evaluation_is_shown_where_there_is_one(story: Story) -> None:
+    """Though no client holds anything out."""
+    for number in range(2):
+        story.write(
+            kind="round", round=number, train=None, evaluate=None, asked=[], clients=[], missing={},
+            tokens=0, bytes_up=0, bytes_down=0, seconds=1.0, central={"loss": 5.0 - number},
+        )  # fmt: skip
+    (line,) = [line for line in rendered(read(story)) if "best" in line]
+    assert " ".join(line.split()) == "central loss 5.0000 █▁ 4.0000 best 4.0000 in round 1"
+
+
+def test_a_run_of_which_only_the_end_is_known_is_shown(tmp_path: Path) -> None:
+    (tmp_path / "summary.json").write_text('{"status": "failed", "error": "no data"}')
+    console = Console(width=80, file=io.StringIO())
+    with console.capture() as text:
+        watch(str(tmp_path), once=True, interval=1, console=console)
+    assert "failed: no data" in text.get()
+
+
+def test_a_record_of_an_earlier_graft_is_shown(tmp_path: Path) -> None:
+    """Its rounds say who answered and who did not, and not who was asked."""
+    told = {
+        "kind": "round", "round": 1, "train": {"loss": 4.0}, "evaluate": None, "clients": ["a"],
+        "missing": {"b": "gone"}, "tokens": 9, "bytes_up": 1, "bytes_down": 1, "seconds": 2.0,
+    }  # fmt: skip
+    (tmp_path / "metrics.jsonl").write_text(f"{json.dumps(told)}\n")
+    state = state_of(Follower(tmp_path).poll(), BEGAN)
+    assert phases(state) == {"a": "answered", "b": "missing"}
 
 
 @pytest.mark.parametrize(("width", "height"), [(60, 20), (80, 24), (140, 50)])
@@ -264,7 +313,7 @@ def test_clients_that_train_one_after_the_other_have_one_curve(story: Story) -> 
         for step in range(1, 9):
             story.step(1, name, step)
     (line,) = [line for line in rendered(read(story)) if line.startswith("train loss")]
-    assert line.split()[3] == "███▇▇▇▅▅▅▄▄▄▃▃▃▂▂▂▂▂▂▁▁▁"
+    assert line.split()[3] == "█▇▅▄▃▂▂▁"
 
 
 def test_numbers_as_text() -> None:

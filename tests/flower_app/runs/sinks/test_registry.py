@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import tomllib
 from dataclasses import replace
 from pathlib import Path
@@ -13,9 +14,13 @@ import pytest
 from conf.rules import ConfigError
 from conf.schema import Config, OutputConfig, TrackingConfig
 from flower_app.check import check_extras, check_names
+from flower_app.metrics.run import RunMetrics
+from flower_app.metrics.serve import new_registry
 from flower_app.runs import sinks
+from flower_app.runs.journal import as_record
 from flower_app.runs.recorder import Recorder
 from flower_app.runs.sinks import registry
+from flower_app.runs.sinks._scalars import scalars
 from strategies.events import RoundDone, StepDone
 
 TOY = """
@@ -212,3 +217,18 @@ def test_every_tracker_of_ours_has_an_extra_that_installs_what_it_needs(project:
     for name in ("mlflow", "tensorboard", "trackio", "wandb"):
         needed = registry.registry.load("flower_app.runs.sinks", name).NEEDS
         assert [one for one in extras[name] if one.startswith(needed)]
+
+
+def test_the_servers_own_evaluation_has_tags_of_its_own() -> None:
+    """Whoever judges a run by `data.central_path` sees that loss, in trackers and Prometheus."""
+    event = RoundDone(
+        round=1, train=None, evaluate=None, training=None, evaluation=None, central={"loss": 2.0}
+    )
+    told = scalars(as_record(event))
+    assert told is not None
+    assert told.values["eval/central_loss"] == 2.0
+    assert told.values["eval/central_perplexity"] == pytest.approx(math.exp(2))
+    assert "eval/loss" not in told.values
+    metrics = new_registry()
+    RunMetrics(metrics, Config(), Path("run"))(event)
+    assert metrics.get_sample_value("graft_run_loss", {"data": "central"}) == 2.0
