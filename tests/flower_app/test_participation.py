@@ -421,5 +421,5 @@ def test_a_run_stops_between_rounds_when_it_is_asked_to(
     del told["time"]
     assert told == {"kind": "stop", "round": 1, "rounds": 3}
     assert json.loads((folder / "summary.json").read_text())["status"] == "stopped"
-    assert "stops after round 1 of 3, as it was asked to" in text
+    assert "stops after round 1 of 3: as it was asked to" in text
     assert take_up(str(folder)).number == 1
