@@ -39,16 +39,21 @@ def publish(folder: Path, project: Path = PROJECT) -> None:
 def first_screen(result: Mapping[str, Any]) -> str:
     """What splitting costs and brings, in a few lines of README."""
     head, own = result["headline"], result["setting"]
-    even = [f"{k:.1f} ({m} Mbit/s)" for m, k in head["break_even"].items() if k is not None]
+    slowest = max(row["slow"] for row in result["weak"])
+    weak = [
+        f"{row['split'] / row['unsplit']:.2f} ({row['megabits']} Mbit/s)"
+        for row in result["weak"]
+        if row["slow"] == slowest
+    ]
     return "\n".join(
         [
             f"**What it costs:** on the same cores a split step takes "
             f"**{head['step_ratio']:.2f} unsplit steps**, and",
             f"{head['bytes_per_token'] / 1000:.1f} kB a token cross the line. **What it brings:** "
             f"a client does **{head['flops_share']:.0%} of the operations**",
-            f"and holds **{head['memory_share']:.0%} of the memory**; split steps are the quicker "
-            f"ones for clients that compute",
-            f"{' or '.join(even) or 'however many'} times slower than the server. (Llama of "
+            f"and holds **{head['memory_share']:.0%} of the memory**; for clients that compute "
+            f"{slowest} times slower than the server a split step takes",
+            f"{' or '.join(weak)} unsplit ones. (Llama of "
             f"{own['blocks']} x {own['hidden']}, cut {own['cut'][0]},{own['cut'][1]}, fp32;",
             "`graft bench compare`, [docs/baseline.md](docs/baseline.md), which also says where "
             "FedAvg is better.)",

@@ -81,8 +81,8 @@ def notes(result: Mapping[str, Any]) -> list[str]:
         f"{head['throughput_ratio']:.2f} times FedAvg's. A client does {head['flops_share']:.0%} "
         f"of the operations and holds {head['memory_share']:.0%} of the memory; "
         f"{head['bytes_per_token']:,.0f} bytes a token cross the line.",
-        f"By the formula a split step becomes the quicker one for clients that compute k times "
-        f"slower: {even}.",
+        f"By the formula, whose errors the last table shows, a split step becomes the quicker one "
+        f"for clients that compute k times slower: {even}.",
     ]
 
 
