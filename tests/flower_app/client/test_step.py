@@ -115,6 +115,7 @@ class Told(Framed):
     def __init__(self) -> None:
         super().__init__(link_config(), "a")
         self.sent: list[Request] = []
+        self.trunk_seconds = 0.0
 
     def send(self, request: Request) -> None:
         self.sent.append(request)

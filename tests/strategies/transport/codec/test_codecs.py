@@ -230,7 +230,7 @@ def test_kept_replies_are_bounded_by_what_may_be_in_flight() -> None:
     """A reply counts like the activations it answers."""
     engine = open_engine()
     room = 2 * H.nbytes
-    engine.bench.in_flight._limit = room
+    engine.bench.in_flight.limit = room
     talk = Conversation("a", engine.open("a", steps=1), "fp32", lambda report: None, 2**20)
     with pytest.raises(TrunkError, match="exceed link.max_in_flight_mb") as busy:
         talk.answer(client_frame(compute=pb.Compute(activations=encode(H, torch.float32))))
