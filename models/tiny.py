@@ -168,3 +168,21 @@ def has_key(config: PretrainedConfig, key: str) -> bool:
         return hasattr(config, key)
     except ValueError:
         return True
+
+
+def byte_llama(hidden: int, blocks: int, context: int) -> dict[str, Any]:
+    """The config of a small byte-level Llama, as `model.scratch` takes it."""
+    return {
+        "model_type": "llama",
+        "vocab_size": 259,
+        "hidden_size": hidden,
+        "intermediate_size": 2 * hidden,
+        "num_hidden_layers": blocks,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": context,
+        "tie_word_embeddings": False,
+        "bos_token_id": None,
+        "eos_token_id": 1,
+        "pad_token_id": 0,
+    }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import statistics
 import tempfile
@@ -26,6 +25,7 @@ from flower_app.metrics.trunk import TrunkMetrics
 from flower_app.runs.recorder import Recorder
 from models import split
 from simulations.bench.step import CUT, SIZES, SplitStep, make_batch, make_model
+from simulations.bench.worker import worker
 from strategies.engine.engine import TrunkEngine
 from strategies.engine.meter import SILENT, Meter
 from strategies.events import Event, StepDone
@@ -111,18 +111,8 @@ def _trunks(
     train: TrainConfig, link: LinkConfig
 ) -> Iterator[tuple[Connection, dict[str, tuple[Ticket, bytes]]]]:
     """A process that serves both trunks; yields the pipe to it, and a ticket and key for each."""
-    context = multiprocessing.get_context("spawn")
-    here, there = context.Pipe()
-    process = context.Process(target=_serve, args=(there, train, link), daemon=True)
-    process.start()
-    there.close()
-    try:
-        yield here, here.recv()
-    finally:
-        here.close()
-        process.join(60)
-        if process.is_alive():
-            process.terminate()
+    with worker(_serve, train, link, patience=60) as (pipe, _):
+        yield pipe, pipe.recv()
 
 
 def _serve(pipe: Connection, train: TrainConfig, link: LinkConfig) -> None:

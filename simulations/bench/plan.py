@@ -19,6 +19,7 @@ from conf.schema import Config
 from flower_app.build import build_client, build_trunk
 from flower_app.client.place import Place
 from flower_app.client.streamed import Trainer
+from simulations.bench.worker import worker
 from simulations.plan.families import VOCABULARY, family_config
 from simulations.plan.footprint import client_footprint, server_footprint
 from simulations.plan.hollow import read_shape
@@ -221,19 +222,9 @@ class _Trunk:
 @contextmanager
 def _trunk_process() -> Iterator[_Trunk]:
     """A process that serves the trunk of each configuration that it is sent, one after another."""
-    context = multiprocessing.get_context("spawn")
-    here, there = context.Pipe()
-    process = context.Process(target=_serve, args=(there,), daemon=True)
-    process.start()
-    there.close()
-    assert process.pid is not None
-    try:
-        yield _Trunk(pipe=here, pid=process.pid)
-    finally:
-        here.close()
-        process.join(10)
-        if process.is_alive():
-            process.terminate()
+    with worker(_serve) as (pipe, process):
+        assert process.pid is not None
+        yield _Trunk(pipe=pipe, pid=process.pid)
 
 
 def _serve(pipe: Connection) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import statistics
 import time
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from flower_app.client import streamed
 from flower_app.client.place import Place
 from flower_app.data.client import Batch
 from models import Cut, split
+from simulations.bench.worker import worker
 from strategies.engine.engine import TrunkEngine
 from strategies.optim import Progress, clipped_step, learning_rate, square_norm, trainable
 from strategies.transport import tickets
@@ -169,18 +169,8 @@ def _trunk_process(
 ) -> Iterator[tuple[Ticket, bytes]]:
     """A process that serves the trunk; yields a ticket to it and the key it is for."""
     find_codec(link.dtype)  # a name that nobody offers is refused in this process, in words
-    context = multiprocessing.get_context("spawn")
-    here, there = context.Pipe()
-    process = context.Process(target=_serve, args=(there, train, link), daemon=True)
-    process.start()
-    there.close()
-    try:
-        yield here.recv()
-    finally:
-        here.close()
-        process.join(10)
-        if process.is_alive():
-            process.terminate()
+    with worker(_serve, train, link) as (pipe, _):
+        yield pipe.recv()
 
 
 def _serve(pipe: Connection, train: TrainConfig, link: LinkConfig) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import multiprocessing
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from conf.schema import LinkConfig, TrainConfig
 from models import Cut, split
 from models.tiny import tiny_config
+from simulations.bench.worker import worker
 from simulations.equality.fold import fold
 from strategies.engine.engine import TrunkEngine
 from strategies.engine.policies.registry import find_policy
@@ -140,21 +140,10 @@ def trunk_process(
         Done to the engine first, by tests that want a bad one; a function of a module.
     """
     find_policy(train.strategy)  # a name that nobody offers is refused in this process, in words
-    context = multiprocessing.get_context("spawn")
-    here, there = context.Pipe()
     node_key = tickets.new_key()
-    arguments = (there, train, link, sizes, tickets.public_half(node_key), spoil)
-    process = context.Process(target=_serve, args=arguments, daemon=True)
-    process.start()
-    there.close()
-    try:
-        yield TrunkProcess(here, process, node_key)
-    finally:
-        here.close()
-        process.join(5)
-        if process.is_alive():
-            process.terminate()
-            process.join(5)
+    arguments = (train, link, sizes, tickets.public_half(node_key), spoil)
+    with worker(_serve, *arguments, patience=5) as (pipe, process):
+        yield TrunkProcess(pipe, process, node_key)
 
 
 def llama(sizes: dict[str, Any]) -> PreTrainedModel:

@@ -12,6 +12,7 @@ import torch
 
 from conf.schema import DataConfig, ModelConfig, TrainConfig
 from flower_app.data.client import Batch, ClientData, load_client_data, load_tokenizer, steps
+from models.tiny import byte_llama
 from simulations.study import methods as study_methods
 from simulations.study.methods import Cohort
 from strategies.optim import derive_seed
@@ -55,20 +56,7 @@ QUICK = Study(
 
 def scratch(study: Study) -> dict[str, Any]:
     """The config of a byte-level Llama with random weights."""
-    return {
-        "model_type": "llama",
-        "vocab_size": 259,
-        "hidden_size": study.hidden,
-        "intermediate_size": 2 * study.hidden,
-        "num_hidden_layers": study.blocks,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 4,
-        "max_position_embeddings": study.context,
-        "tie_word_embeddings": False,
-        "bos_token_id": None,
-        "eos_token_id": 1,
-        "pad_token_id": 0,
-    }
+    return byte_llama(study.hidden, study.blocks, study.context)
 
 
 @lru_cache(maxsize=8)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from conf.load import load_config, to_yaml
 from conf.schema import Config
+from models.tiny import byte_llama
 
 CENTRAL, FEDAVG = "central", "fedavg"
 
@@ -64,20 +65,7 @@ class Compare:
     @property
     def scratch(self) -> dict[str, object]:
         """The config of the byte-level Llama that is the base."""
-        return {
-            "model_type": "llama",
-            "vocab_size": 259,
-            "hidden_size": self.hidden,
-            "intermediate_size": 2 * self.hidden,
-            "num_hidden_layers": self.blocks,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 4,
-            "max_position_embeddings": self.context,
-            "tie_word_embeddings": False,
-            "bos_token_id": None,
-            "eos_token_id": 1,
-            "pad_token_id": 0,
-        }
+        return byte_llama(self.hidden, self.blocks, self.context)
 
 
 QUICK = Compare(

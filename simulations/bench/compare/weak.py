@@ -7,7 +7,6 @@ and the weights are the real ones; trunk and clients are processes of one thread
 
 from __future__ import annotations
 
-import multiprocessing
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -27,6 +26,7 @@ from flower_app.client.place import Place
 from simulations.bench.compare.fedavg.app import load_model, plain_optimizer, train_steps
 from simulations.bench.compare.flops import full_batch
 from simulations.bench.compare.relay import Relay
+from simulations.bench.worker import worker
 from strategies.engine.engine import TrunkEngine
 from strategies.transport import tickets
 from strategies.transport.link import Link
@@ -138,8 +138,8 @@ class Emulation:
 
     def __enter__(self) -> Emulation:
         text, clients = to_json(self._config), self._config.federation.min_clients
-        self._trunk = self._stack.enter_context(_process(_serve, text))
-        self._clients = [self._stack.enter_context(_process(_work, text)) for _ in range(clients)]
+        self._trunk = self._stack.enter_context(worker(_serve, text))[0]
+        self._clients = [self._stack.enter_context(worker(_work, text))[0] for _ in range(clients)]
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -175,22 +175,6 @@ class Emulation:
         except EOFError:
             raise RuntimeError("a client's process died; its error stands above") from None
         return Point(**{name: statistics.median(row[name] for row in rows) for name in rows[0]})
-
-
-@contextmanager
-def _process(work: Any, text: str) -> Iterator[Connection]:
-    context = multiprocessing.get_context("spawn")
-    here, there = context.Pipe()
-    process = context.Process(target=work, args=(there, text), daemon=True)
-    process.start()
-    there.close()
-    try:
-        yield here
-    finally:
-        here.close()
-        process.join(10)
-        if process.is_alive():
-            process.terminate()
 
 
 def _serve(pipe: Connection, text: str) -> None:
