@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import (
     Cache,
+    CacheLayerMixin,
     DynamicCache,
     DynamicLayer,
     DynamicSlidingWindowLayer,
@@ -46,12 +47,15 @@ class PartCache:
         L.
     rows : int
         B; 0 before the first forward.
+    attends : bool
+        Whether any layer looks back at positions: if not, masks are of the new ones alone.
     """
 
     def __init__(self, config: PretrainedConfig, own: range) -> None:
         text = config.get_text_config(decoder=True)
         self.layers = new_cache(config)
         self.elsewhere = [i for i in range(text.num_hidden_layers) if i not in own]
+        self.attends = any(isinstance(each, CacheLayerMixin) for each in self.layers.layers)
         self.length = self.rows = 0
         # A sliding window forgets only when the next forward comes: until then the last one can be
         # taken back.
@@ -104,12 +108,12 @@ def new_cache(config: PretrainedConfig) -> DynamicCache:
 
 def takes(model: PreTrainedModel, argument: str) -> bool:
     """Whether a model's forward has an argument of this name."""
-    return argument in _parameters(type(model))
+    return argument in _parameters(type(model).forward)
 
 
 @cache
-def _parameters(kind: type[PreTrainedModel]) -> frozenset[str]:
-    return frozenset(inspect.signature(kind.forward).parameters)
+def _parameters(forward: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(inspect.signature(forward).parameters)
 
 
 def crop(held: Cache, count: int) -> None:

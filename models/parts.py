@@ -85,11 +85,9 @@ class Part(nn.Module):
         x : Tensor
             bottom: token ids (B, T), integer. trunk and top: activations (B, T, D).
         attention_mask : Tensor, optional
-            (B, T), 1 for tokens and 0 for padding on either side; with a cache (B, L + T), for what
-            the cache holds, too.
+            (B, T), 1 for tokens and 0 for padding on either side; with a cache (B, L + T).
         positions : Tensor, optional
-            (B, T), integer: where each token stands in its text, if not one after the other. Models
-            that count positions otherwise do so.
+            (B, T), integer: where tokens stand in their texts, for models that ask.
         cache : PartCache, optional
             What the part keeps of the L positions before, for generation; it grows by T.
 
@@ -105,12 +103,10 @@ class Part(nn.Module):
             If a shape is wrong, or ids and mask do not agree on a text's last token where the
             head looks for it.
         """
-        self._check(x, attention_mask, 0 if cache is None else cache.length)
-        kwargs: dict[str, Any] = {"attention_mask": attention_mask, "use_cache": cache is not None}
-        if cache is not None:
-            kwargs["cache"] = cache.layers
-        if positions is not None and takes(self.model, "position_ids"):
-            kwargs["position_ids"] = positions
+        past = cache.length if cache is not None and cache.attends else 0
+        self._check(x, attention_mask, past)
+        kwargs = self._generating(positions, cache)
+        kwargs["attention_mask"] = attention_mask
         dtype = self.dtype
         flow = Flow(standin(x.shape[0], x.shape[1], self.hidden_size, x, dtype))
         if self.role == "bottom":
@@ -134,6 +130,15 @@ class Part(nn.Module):
                 f"{tuple(flow.out_BTD.shape)}, not (B, T, {self.hidden_size})"
             )
         return flow.out_BTD
+
+    def _generating(self, positions: Tensor | None, cache: PartCache | None) -> dict[str, Any]:
+        """What only generation asks the model for."""
+        kwargs: dict[str, Any] = {"use_cache": cache is not None}
+        if cache is not None:
+            kwargs["cache"] = cache.layers
+        if positions is not None and takes(self.model, "position_ids"):
+            kwargs["position_ids"] = positions
+        return kwargs
 
     def _check(self, x: Tensor, attention_mask: Tensor | None, past: int) -> None:
         if self.role == "bottom":

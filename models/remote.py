@@ -13,10 +13,10 @@ from __future__ import annotations
 import inspect
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextvars import ContextVar, Token
-from dataclasses import dataclass, fields
-from typing import Any, NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,92 +25,9 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
 from models.anatomy import set_module, share_copy
 from models.cached import new_cache, rows_of, stand_in
+from models.elsewhere import Crossed, RemoteSession, RemoteTrunk, Tally
 from models.flow import Skip, Vacant, halt_hook, hidden_states
 from models.parts import Part
-
-
-class Crossed(NamedTuple):
-    """What came back from the trunk, and what it took."""
-
-    h_BTD: Tensor
-    seconds: float = 0.0
-    """In the trunk."""
-    bytes_up: int = 0
-    bytes_down: int = 0
-    trips: int = 1
-
-
-class RemoteSession(Protocol):
-    """One cache on the trunk, and the forwards that go on from it."""
-
-    def forward(
-        self,
-        h_BTD: Tensor,
-        *,
-        mask_BT: Tensor | None = None,
-        positions_BT: Tensor | None = None,
-        rows: Sequence[int] = (),
-        length: int = 0,
-        keep: bool = True,
-    ) -> Crossed:
-        """Run the trunk on new positions.
-
-        Parameters
-        ----------
-        h_BTD : Tensor
-            The bottom's output for the T new positions.
-        mask_BT : Tensor, optional
-            Bool; false where a new position is padding. None: nowhere.
-        positions_BT : Tensor, optional
-            Int64, where the new positions stand in their texts. None: after what is cached.
-        rows : sequence of int
-            Which rows of what is cached go on, in this order; empty: all.
-        length : int
-            How many of the cached positions go on: L.
-        keep : bool
-            Whether the new positions are cached.
-        """
-        ...
-
-    def fork(self) -> RemoteSession:
-        """A session that begins with what this one has cached now."""
-        ...
-
-    def close(self) -> None:
-        """Let the trunk forget it."""
-        ...
-
-
-class RemoteTrunk(Protocol):
-    """A trunk somewhere else."""
-
-    def open(self) -> RemoteSession:
-        """A session with nothing cached."""
-        ...
-
-
-@dataclass
-class Tally:
-    """What forwards came to, added up; the difference of two is what lies between them."""
-
-    forwards: int = 0
-    positions: int = 0
-    """New ones, of all rows."""
-    trips: int = 0
-    seconds_bottom: float = 0.0
-    seconds_network: float = 0.0
-    seconds_trunk: float = 0.0
-    seconds_top: float = 0.0
-    bytes_up: int = 0
-    bytes_down: int = 0
-
-    def copy(self) -> Tally:
-        """The sums as they are now."""
-        return Tally(**vars(self))
-
-    def __sub__(self, other: Tally) -> Tally:
-        names = (field.name for field in fields(self))
-        return Tally(**{name: getattr(self, name) - getattr(other, name) for name in names})
 
 
 def join_remote(bottom: Part, top: Part, trunk: RemoteTrunk) -> PreTrainedModel:
@@ -306,7 +223,8 @@ class _Passage:
         rows = self._rows(cache, length)
         before_BL = held.mask_BL[list(rows), :length] if length else None
         mask_BT = _masked(call, h_BTD, length)
-        _check_past(call, before_BL, length)
+        if call.mask is not None or self._attends(cache):  # recurrent states have no past to mask
+            _check_past(call, before_BL, length)
         whole = range(len(held.mask_BL)) if length else ()
         crossed = held.session.forward(
             h_BTD,
@@ -328,6 +246,9 @@ class _Passage:
             if isinstance(layer := cache.layers[i], CacheLayerMixin):
                 return layer.get_seq_length()
         return held.length
+
+    def _attends(self, cache: Cache) -> bool:
+        return any(isinstance(layer, CacheLayerMixin) for layer in cache.layers)
 
     def _rows(self, cache: Cache, length: int) -> list[int]:
         """Which rows of the last forward these are."""
