@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from models import (
     save_full,
     split,
 )
+from models.source import generation_settings
 from models.whole import parse_dtype
 
 
@@ -44,7 +46,7 @@ def export_model(
         Trained tensors of all three parts, by their names in the whole model; adapters in the rank
         of `config`. What that rank could not hold is in ``"<module>.residual"``.
     tokenizer : PreTrainedTokenizerBase or None
-        Saved beside the model.
+        Saved beside the model, as is how it generates if it is not told.
     folder : Path
         Where to; created.
     """
@@ -53,6 +55,8 @@ def export_model(
         if config.aggregation.lora == "ffa":
             pairs = complete_pairs(state, outline(base), config.seed)
         save_adapter(folder, pairs, base=base, lora=config.lora)
+        if (settings := generation_settings(base)) is not None:
+            shutil.copyfile(settings, folder / settings.name)
     elif config.model.scratch and _modes(config) == {"full"}:
         kind = parse_dtype(config.model.dtype)  # bf16 travels to the server as fp32
         typed = {name: tensor.to(kind) for name, tensor in state.items()}
