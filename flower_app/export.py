@@ -22,6 +22,7 @@ from models import (
     save_full,
     split,
 )
+from models.bridge import take_bridge
 from models.whole import parse_dtype
 
 
@@ -42,12 +43,14 @@ def export_model(
         The run's configuration.
     state : mapping
         Trained tensors of all three parts, by their names in the whole model; adapters in the rank
-        of `config`. What that rank could not hold is in ``"<module>.residual"``.
+        of `config`. What that rank could not hold is in ``"<module>.residual"``. A bridge's are no
+        part of the artifact.
     tokenizer : PreTrainedTokenizerBase or None
         Saved beside the model.
     folder : Path
         Where to; created.
     """
+    _, state = take_bridge(state)
     if _is_adapter(config, state):
         base, pairs = source_of(config.model).base, dict(state)
         if config.aggregation.lora == "ffa":
@@ -69,7 +72,7 @@ def assemble(config: Config, state: Mapping[str, Tensor]) -> PreTrainedModel:
 
     `state` is as for `export_model`.
     """
-    residuals, state = take_residuals(state)
+    residuals, state = take_residuals(take_bridge(state)[1])
     whole = build_whole(config)
     parts = split(whole, cut_of(config), allow_untested=config.model.allow_untested)
     start(list(parts), config)

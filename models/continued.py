@@ -83,10 +83,28 @@ def merge_adapter(part: Part, folder: Path) -> None:
     ValueError
         If its tensors are not those that PEFT needs for this part.
     """
+    if add_adapter(part, folder):
+        merge(part)
+        del part.model.peft_config
+
+
+def add_adapter(part: Part, folder: Path) -> bool:
+    """Put an adapter beside a part's own weights, which stay as they are, in place.
+
+    Returns
+    -------
+    bool
+        Whether it holds anything for this part.
+
+    Raises
+    ------
+    ValueError
+        If its tensors are not those that PEFT needs for this part.
+    """
     settings, tensors = _read(folder)
     own = {name: tensor for name, tensor in tensors.items() if _is_of(part, name)}
     if not own:
-        return
+        return False
     fresh = copy.deepcopy(settings)
     fresh.inference_mode, fresh.lora_dropout = False, 0.0
     inject_adapter_in_model(fresh, part.model, adapter_name=ADAPTER)
@@ -96,8 +114,7 @@ def merge_adapter(part: Part, folder: Path) -> None:
     if unread or absent:
         odd = sorted(unread | absent)
         raise ValueError(f"the adapter {folder} does not fit the {part.role}: {', '.join(odd[:4])}")
-    merge(part)
-    del part.model.peft_config
+    return True
 
 
 def check_adapted(folder: Path, model: PreTrainedModel) -> None:

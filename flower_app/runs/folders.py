@@ -97,6 +97,12 @@ def find_last_run(experiment: str, folder: str | Path = "") -> Path:
     )
 
 
+def model_of(run: Path) -> Path | None:
+    """Return the folder of the model that a run left; None if it left none."""
+    told = read_summary(run)
+    return None if told is None else _model(run, told)
+
+
 def _runs(folder: str | Path, file: str) -> list[Path]:
     return [path.parent for path in runs_folder(folder).glob(f"*/{file}")]
 
