@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from simulations.talk.speaker import Piece, Sampling
 from simulations.talk.stats import Figures, crossing, tally_of
@@ -101,7 +102,7 @@ def _failure(talked: Talked, error: Exception) -> str:
     return str(error)
 
 
-def sampling_of(values: Sequence[float | None]) -> Sampling:
+def sampling_of(values: Sequence[Any]) -> Sampling:
     """Return the settings of the page's controls, in their order; an empty seed is none."""
     most, temperature, top_p, top_k, penalty, seed = values
     return Sampling(
@@ -110,5 +111,11 @@ def sampling_of(values: Sequence[float | None]) -> Sampling:
         top_p=float(top_p or 0.0),
         top_k=int(top_k or 0),
         repetition_penalty=float(penalty or 0.0),
-        seed=None if seed is None else int(seed),
+        seed=_seed(str(seed or "").strip()),
     )
+
+
+def _seed(text: str) -> int | None:
+    if text and not (text.isascii() and text.isdigit()):
+        raise ValueError(f"the seed {text!r} is no whole number; leave it empty for none")
+    return int(text) if text else None

@@ -130,9 +130,9 @@ def _controls(talked: Talked) -> tuple[gr.Textbox, list[gr.components.Component]
             gr.Slider(1, 2, own.repetition_penalty, step=0.05, label="Repetition penalty",
                       info="Above 1: what is there already becomes less likely.",
                       elem_id="penalty"),
-            gr.Number(None, label="Seed", precision=0, minimum=0,
-                      info="The same seed gives the same answer. Empty: another each time.",
-                      elem_id="seed"),
+            gr.Textbox("", label="Seed", max_lines=1, placeholder="another each time",
+                       info="A whole number: the same seed gives the same answer.",
+                       elem_id="seed"),
         ]  # fmt: skip
     return system, controls
 
@@ -170,7 +170,7 @@ def _wire(parts: _Parts, buttons: dict[str, gr.Button], talked: Talked, chats: C
         request: gr.Request, event: gr.EditData, shown: Any, system: str, *controls: Any
     ) -> Iterator:
         try:
-            left, ask = turns.edited(turns.read(shown), int(event.index), str(event.value))
+            left, ask = turns.edited(turns.read(shown), _place(event.index), str(event.value))
         except ValueError as error:
             yield _told(error)
             return
@@ -214,7 +214,7 @@ def _stream(talked: Talked, chats: Chats) -> Callable[..., Iterator[list[Any]]]:
     """What answers messages and shows it while it grows."""
 
     def stream(
-        asked: turns.Messages, system: str, controls: Any, request: gr.Request
+        asked: turns.Messages, system: str | None, controls: Any, request: gr.Request
     ) -> Iterator[list[Any]]:
         try:
             sampling = sampling_of(controls)
@@ -222,10 +222,14 @@ def _stream(talked: Talked, chats: Chats) -> Callable[..., Iterator[list[Any]]]:
             yield [asked, *_told(error)[1:]]
             return
         chat = chats.of(str(request.session_hash))
-        for shown in answer(talked, chat, asked, system, sampling):
+        for shown in answer(talked, chat, asked, system or "", sampling):
             yield _views(talked, shown)
 
     return stream
+
+
+def _place(index: int | tuple[int, int]) -> int:
+    return index if isinstance(index, int) else index[0]
 
 
 def _views(talked: Talked, shown: Shown) -> list[Any]:

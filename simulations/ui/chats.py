@@ -78,7 +78,9 @@ class Chats:
         with self._lock:
             chat = self._chats.get(session) or Chat()
             self._chats[session] = chat
-            idle = [key for key, one in self._chats.items() if one is not chat and not one.answering]
+            idle = [
+                key for key, one in self._chats.items() if one is not chat and not one.answering
+            ]
             many = len(self._chats) > self._most and idle
             oldest = min(idle, key=lambda key: self._chats[key].used) if many else None
             surplus = self._chats.pop(oldest) if oldest is not None else None

@@ -39,7 +39,8 @@ def figures(talked: Talked, shown: Figures, load: Load | None, *, going: bool) -
     """Return what an answer takes, by part, and how busy the trunk is."""
     state = "while it answers" if going else "of the last answer" if shown.answers else "no answer"
     parts = [
-        f'<div class="live" data-going="{str(going).lower()}"><h2>Figures <small>{state}</small></h2>',
+        f'<div class="live" data-going="{str(going).lower()}">',
+        f"<h2>Figures <small>{state}</small></h2>",
         _tiles(
             [
                 ("tokens per second", _figure(shown.rate) if shown.tokens else NONE),

@@ -8,7 +8,7 @@ from typing import Any
 import gradio as gr
 
 from simulations.ui import curves, told
-from simulations.ui.shelf import Shelf, goes
+from simulations.ui.shelf import Shelf
 
 EVERY = 2.0
 """Seconds between two looks at a run that goes."""
@@ -37,14 +37,14 @@ def build(shelf: Shelf) -> None:
         )  # fmt: skip
     summary = gr.HTML(told.nothing(str(shelf.folder)), elem_id="summary")
     with gr.Column(visible=False, elem_id="plots") as plots:
-        gr.HTML("<h2>Loss</h2>")
+        gr.HTML("<h2>Loss</h2>", elem_classes="section")
         losses = gr.Plot(show_label=False, elem_id="losses")
         with gr.Row() as each:
             with gr.Column(min_width=300):
-                gr.HTML("<h2>Training loss by client</h2>")
+                gr.HTML("<h2>Training loss by client</h2>", elem_classes="section")
                 clients = gr.Plot(show_label=False, elem_id="clients")
             with gr.Column(min_width=300):
-                gr.HTML("<h2>Where the time of a round went</h2>")
+                gr.HTML("<h2>Where the time of a round went</h2>", elem_classes="section")
                 times = gr.Plot(show_label=False, elem_id="times")
     shown = [seen, names, summary, plots, losses, each, clients, times]
     look = _look(shelf)
@@ -85,6 +85,3 @@ def _views(shelf: Shelf, known: list[str], runs: list[Any], axis: str) -> list[A
         curves.clients(one, axis) if one else None,
         curves.times(one) if one else None,
     ]
-
-
-__all__ = ["build", "goes"]

@@ -69,7 +69,7 @@ def make(
         page,
         path="/",
         auth=_check(user, password) if password else None,
-        auth_message=f"The user is <b>{user}</b>; the password is the one of <code>graft ui</code>.",
+        auth_message=f"The user is <b>{user}</b>; whoever started the page chose the password.",
         footer_links=[],
         run_history=False,
         ssr_mode=False,

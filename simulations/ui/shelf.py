@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from flower_app.runs.folders import in_order, read_summaries, runs_folder, unfinished_runs
-from flower_app.runs.history import RUNNING, Follower, History
+from flower_app.runs.history import Follower, History
 from simulations.report.numbers import describe
 
 Run = dict[str, Any]
@@ -51,11 +51,6 @@ class Shelf:
         if known is None or known[0] != stamp:
             self._known[folder] = known = (stamp, describe(history))
         return known[1]
-
-
-def goes(run: Run) -> bool:
-    """Whether a run still goes."""
-    return bool(run["status"] == RUNNING)
 
 
 def _stamp(history: History) -> tuple[Any, ...]:

@@ -32,7 +32,8 @@ def nothing(folder: str) -> str:
 
 def choose() -> str:
     """Say that no run is chosen."""
-    return '<div class="empty"><p>Choose a run above, or several to lay them over each other.</p></div>'
+    words = "Choose a run above, or several to lay them over each other."
+    return f'<div class="empty"><p>{words}</p></div>'
 
 
 def summary(runs: Sequence[Run]) -> str:
@@ -54,16 +55,18 @@ def summary(runs: Sequence[Run]) -> str:
 
 def _one(run: Run) -> str:
     cells = "".join(
-        f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd><dd class='more'>{escape(more)}</dd></div>"
+        f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd>"
+        f'<dd class="more">{escape(more)}</dd></div>'
         for name, value, more in tiles(run)
     )
     wrong = "".join(f'<p class="problem">{escape(words)}</p>' for words in problems(run))
-    state = STATES.get(run["status"], run["status"])
+    status = str(run["status"])
+    state = f'<span class="state {escape(status)}">{escape(STATES.get(status, status))}</span>'
     return (
-        f'<div class="run"><p class="lead"><span class="state {escape(run["status"])}">'
-        f'{escape(state)}</span> {escape(lead(run))}</p>{wrong}<dl class="tiles six">{cells}</dl></div>'
+        f'<div class="run"><p class="lead">{state} {escape(lead(run))}</p>{wrong}'
+        f'<dl class="tiles six">{cells}</dl></div>'
     )
 
 
 def _cell(tag: str, text: str, number: bool) -> str:
-    return f'<{tag}{" class=n" if number else ""}>{escape(text)}</{tag}>'
+    return f"<{tag}{' class=n' if number else ''}>{escape(text)}</{tag}>"

@@ -9,37 +9,20 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
+from models.elsewhere import Tally
 from simulations.talk.speaker import Piece, Sampling
 from simulations.talk.stats import Figures
 from strategies.errors import TrunkError
 
 
-@dataclass
-class Tally:
-    """What a split model's `tally` counts, as far as figures need it."""
-
-    tokens: int = 0
-    trips: int = 0
-    seconds_bottom: float = 0.0
-    seconds_network: float = 0.0
-    seconds_trunk: float = 0.0
-    seconds_top: float = 0.0
-    bytes_up: int = 0
-    bytes_down: int = 0
-
-    def copy(self) -> Tally:
-        return Tally(**vars(self))
-
-    def __sub__(self, other: Tally) -> Tally:
-        return Tally(**{name: value - vars(other)[name] for name, value in vars(self).items()})
-
-    def add(self, seconds: float) -> None:
-        self.tokens, self.trips = self.tokens + 1, self.trips + 1
-        self.seconds_bottom += 0.1 * seconds
-        self.seconds_network += 0.2 * seconds
-        self.seconds_trunk += 0.5 * seconds
-        self.seconds_top += 0.2 * seconds
-        self.bytes_up, self.bytes_down = self.bytes_up + 1066, self.bytes_down + 1058
+def _add(tally: Tally, seconds: float) -> None:
+    """Count a token that took so long and crossed the cut once."""
+    tally.positions, tally.trips = tally.positions + 1, tally.trips + 1
+    tally.seconds_bottom += 0.1 * seconds
+    tally.seconds_network += 0.2 * seconds
+    tally.seconds_trunk += 0.5 * seconds
+    tally.seconds_top += 0.2 * seconds
+    tally.bytes_up, tally.bytes_down = tally.bytes_up + 1066, tally.bytes_down + 1058
 
 
 @dataclass
@@ -84,7 +67,7 @@ class FakeSpeaker:
                 yield self._last("cancelled", ids, count, start)
                 return
             if self.split:
-                self.model.tally.add(self.pace)
+                _add(self.model.tally, self.pace)
             yield Piece(text=self.words, ids=(count,))
             if count >= sampling.max_tokens:
                 yield self._last("length", ids, count, start)
