@@ -1,4 +1,4 @@
-"""an answer as the page shows it while it grows: text, figures, and how it ended"""
+"""An answer as the page shows it while it grows: text, figures, and how it ended."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""opens what the page talks to, serves it until Ctrl-C, and says where it is"""
+"""Opens what the page talks to, serves it until Ctrl-C, and says where it is."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""where the page is to be had, and who may open it"""
+"""Where the page is to be had, and who may open it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""the tab of the chat: messages, the box to write in, controls, and live figures"""
+"""The tab of the chat: messages, the box to write in, controls, and live figures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""each browser session's conversation: opened when it first asks, freed when its tab closes"""
+"""Each browser session's conversation: opened when it first asks, freed when its tab closes."""
 
 from __future__ import annotations
 

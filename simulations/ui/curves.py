@@ -1,4 +1,4 @@
-"""curves of runs as plotly figures that take their colours from the page, light or dark"""
+"""Curves of runs as plotly figures that take their colours from the page, light or dark."""
 
 from __future__ import annotations
 

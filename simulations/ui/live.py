@@ -1,4 +1,4 @@
-"""the figures beside an answer while it grows, as HTML"""
+"""The figures beside an answer while it grows, as HTML."""
 
 from __future__ import annotations
 

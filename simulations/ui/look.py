@@ -1,4 +1,4 @@
-"""how the page looks: colours and fonts of the system's own, light and dark"""
+"""How the page looks: colours and fonts of the system's own, light and dark."""
 
 from __future__ import annotations
 

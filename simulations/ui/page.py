@@ -1,4 +1,4 @@
-"""the page: who is talked to, a tab with the chat, and one with the runs"""
+"""The page: who is talked to, a tab with the chat, and one with the runs."""
 
 from __future__ import annotations
 

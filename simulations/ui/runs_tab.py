@@ -1,4 +1,4 @@
-"""the tab of the runs: which, over what, their curves, and what they came to; new while they go"""
+"""The tab of the runs: which, over what, their curves, and what they came to; new while they go."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""serves the page: headers that keep the browser from asking anyone else, a password, an end"""
+"""Serves the page: headers that keep the browser from asking anyone else, a password, an end."""
 
 from __future__ import annotations
 

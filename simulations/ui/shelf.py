@@ -1,4 +1,4 @@
-"""the runs under GRAFT_HOME as they stand, read again only where something is new"""
+"""The runs under GRAFT_HOME as they stand, read again only where something is new."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""the model that the page talks to: who answers, and where its parts are"""
+"""The model that the page talks to: who answers, and where its parts are."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""what the tab of the runs says of them in words and numbers, as HTML"""
+"""What the tab of the runs says of them in words and numbers, as HTML."""
 
 from __future__ import annotations
 

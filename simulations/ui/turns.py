@@ -1,4 +1,4 @@
-"""a chat's messages, and what asking, trying again, taking back and editing make of them"""
+"""A chat's messages, and what asking, trying again, taking back and editing make of them."""
 
 from __future__ import annotations
 
