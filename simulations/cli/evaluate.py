@@ -47,11 +47,11 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Evaluate what was trained: loss, perplexity, token accuracy, exact match."""
-    from simulations.evaluate.evaluate import run_evaluation
+    from simulations.evaluate.evaluate import Question, run_evaluation
 
-    result = run_evaluation(
-        model,
-        data,
+    question = Question(
+        model=model,
+        data=data,
         how=how or ("split" if access is None else "served"),
         access=access,
         cut=cut_of(cut),
@@ -60,6 +60,5 @@ def evaluate(
         batch_size=batch_size,
         limit=limit,
         generate=generate,
-        say=progress,
     )
-    figures(result, as_json)
+    figures(run_evaluation(question, progress), as_json)

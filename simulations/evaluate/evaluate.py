@@ -3,56 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from conf.load import load_config
-from flower_app.serving.source import find_served, load_tokenizer
+from flower_app.data.client import IGNORED, Example
+from flower_app.serving.source import Served, find_served, load_tokenizer
 from models import Cut
-from simulations.evaluate.figures import evaluate
+from simulations.evaluate.figures import Figures, evaluate
 from simulations.evaluate.texts import answers_of, read_texts
 from simulations.evaluate.ways import WAYS, Place
 
 ALL = "all"
 
 
-def run_evaluation(
-    text: str,
-    file: Path,
-    *,
-    how: str = "split",
-    access: Path | None = None,
-    cut: Cut | None = None,
-    dtype: str = "fp32",
-    changes: Sequence[str] = (),
-    batch_size: int = 8,
-    limit: int = 0,
-    generate: bool = True,
-    say: Callable[[str], None] = print,
-) -> dict[str, Any]:
-    """Evaluate a run or a model on a file.
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """What is evaluated, on what, and how."""
 
-    Parameters
-    ----------
-    text : str
-        As for `find_served`.
-    file : Path
-        What it is evaluated on.
-    how : str
-        One of `WAYS`, or ``all``.
-    access : Path, optional
-        The access file of a trunk that is served; None: one is started for ``served``.
-    cut : Cut, optional
-        Needed for what is no run's.
-    dtype : str
-        Type of the weights.
-    changes, limit
-        As for `read_texts`.
-    batch_size, generate
-        As for `figures.evaluate`.
-    say : callable
-        Told what is going on.
+    model: str
+    """As for `find_served`."""
+    data: Path
+    """File or folder."""
+    how: str = "split"
+    """One of `WAYS`, or ``all``."""
+    access: Path | None = None
+    """Access file of a trunk that is served; None: one is started for it."""
+    cut: Cut | None = None
+    """Needed for what is no run's."""
+    dtype: str = "fp32"
+    changes: Sequence[str] = ()
+    """``data.KEY=VALUE``: how the file is read, if not as the run's."""
+    batch_size: int = 8
+    limit: int = 0
+    """Most examples; 0: all."""
+    generate: bool = True
+    """Whether completions are generated, for the exact match."""
+
+
+def run_evaluation(question: Question, say: Callable[[str], None] = print) -> dict[str, Any]:
+    """Evaluate a run or a model on a file.
 
     Returns
     -------
@@ -65,33 +56,50 @@ def run_evaluation(
     ValueError
         If model, file or way cannot be used.
     """
-    if how not in (*WAYS, ALL):
-        raise ValueError(f"--how is {how!r}, must be one of {', '.join((*WAYS, ALL))}")
-    served = find_served(text, cut)
-    config = load_config(str(served.run / "config.yaml")) if served.run is not None else None
-    tokenizer, place = load_tokenizer(served), Place(served=served, access=access, dtype=dtype)
-    ways = list(WAYS) if how == ALL else [how]
-    examples, found = None, {}
-    for way in ways:
-        with WAYS[way](place) as model:
-            if examples is None:
-                examples = read_texts(
-                    file, tokenizer, model.config, config=config, changes=changes, limit=limit
-                )
-            say(f"{way}: {len(examples)} examples")
-            found[way] = asdict(
-                evaluate(model, tokenizer, examples, batch_size=batch_size, generate=generate)
-            )
-    assert examples is not None
-    losses = [each["loss"] for each in found.values()]
+    if question.how not in (*WAYS, ALL):
+        raise ValueError(f"--how is {question.how!r}, must be one of {', '.join((*WAYS, ALL))}")
+    served = find_served(question.model, question.cut)
+    examples, found = _by_way(question, served, say)
+    losses = [figures.loss for figures in found.values()]
     return {
         "model": served.name,
         "fingerprint": served.fingerprint,
         "cut": str(served.cut),
-        "data": str(file),
+        "data": str(question.data),
         "examples": len(examples),
-        "tokens": sum(int((example.labels[1:] >= 0).sum()) for example in examples),
-        "answers": len(answers_of(examples)) if generate else None,
-        **found,
+        "tokens": sum(int((example.labels[1:] != IGNORED).sum()) for example in examples),
+        "answers": len(answers_of(examples)) if question.generate else None,
+        **{way: asdict(figures) for way, figures in found.items()},
         **({"loss_gap": max(losses) - min(losses)} if len(losses) > 1 else {}),
     }
+
+
+def _by_way(
+    question: Question, served: Served, say: Callable[[str], None]
+) -> tuple[list[Example], dict[str, Figures]]:
+    """The examples, and what each way came to; one model at a time is in memory."""
+    config = load_config(str(served.run / "config.yaml")) if served.run is not None else None
+    place = Place(served=served, access=question.access, dtype=question.dtype)
+    tokenizer = load_tokenizer(served)
+    examples: list[Example] = []
+    found: dict[str, Figures] = {}
+    for way in WAYS if question.how == ALL else (question.how,):
+        with WAYS[way](place) as model:
+            if not examples:
+                examples = read_texts(
+                    question.data,
+                    tokenizer,
+                    model.config,
+                    config=config,
+                    changes=question.changes,
+                    limit=question.limit,
+                )
+            say(f"{way}: {len(examples)} examples")
+            found[way] = evaluate(
+                model,
+                tokenizer,
+                examples,
+                batch_size=question.batch_size,
+                generate=question.generate,
+            )
+    return examples, found

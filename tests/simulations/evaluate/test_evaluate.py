@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from models import Cut, build_scratch, load_whole
 from models.tiny import byte_llama, roughen
 from simulations.cli.app import app
-from simulations.evaluate.evaluate import run_evaluation
+from simulations.evaluate.evaluate import Question, run_evaluation
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PAIRS = [("ab", "ababab"), ("a longer prompt: ", "xyz"), ("ab", "abab"), ("12", "3456789")]
@@ -64,10 +64,12 @@ def paired(folder: Path) -> Path:
     return path
 
 
+def evaluated(folder: Path, data: Path, **more: Any) -> dict[str, Any]:
+    return run_evaluation(Question(model=str(folder), data=data, **more), say=lambda _: None)
+
+
 def test_answers_are_scored_and_generated(folder: Path, tmp_path: Path) -> None:
-    result = run_evaluation(
-        str(folder), paired(tmp_path), how="all", cut=Cut(1, 1), batch_size=3, say=lambda _: None
-    )
+    result = evaluated(folder, paired(tmp_path), how="all", cut=Cut(1, 1), batch_size=3)
 
     model = load_whole(str(folder))
     tokens = sum(len(text) + 1 for _, text in PAIRS)
@@ -89,22 +91,20 @@ def test_text_has_no_answers_and_is_read_in_contexts(folder: Path, tmp_path: Pat
     path = tmp_path / "text.jsonl"
     path.write_text("\n".join(json.dumps({"text": text}) for text in ("one " * 12, "two", "3")))
 
-    def evaluated(*changes: str, **how: Any) -> dict[str, Any]:
-        return run_evaluation(
-            str(folder), path, cut=Cut(1, 2), changes=changes, say=lambda _: None, **how
-        )
+    def changed(*changes: str, **more: Any) -> dict[str, Any]:
+        return evaluated(folder, path, cut=Cut(1, 2), changes=changes, **more)
 
-    whole, pieces = evaluated(), evaluated("data.context=16")
+    whole, pieces = changed(), changed("data.context=16")
     assert (whole["examples"], pieces["examples"]) == (3, 5)
     assert whole["split"]["exact_match"] is None
     assert pieces["tokens"] == whole["tokens"] - 3  # the first of each piece is not predicted
-    assert evaluated(limit=1)["examples"] == 1
+    assert changed(limit=1)["examples"] == 1
     with pytest.raises(ValueError, match="data.context=65 exceeds the 64 positions"):
-        evaluated("data.context=65")
+        changed("data.context=65")
     with pytest.raises(ValueError, match="'train.lr=1': what may be changed here is data.KEY"):
-        evaluated("train.lr=1")
+        changed("train.lr=1")
     with pytest.raises(ValueError, match="--how is 'both', must be one of split, unsplit"):
-        evaluated(how="both")
+        changed(how="both")
 
 
 def test_the_command_prints_figures(folder: Path, tmp_path: Path) -> None:
