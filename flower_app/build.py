@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from conf.schema import Config, ModelConfig
 from flower_app.runs.folders import find_last_run
@@ -221,10 +221,14 @@ def describe_start(config: Config) -> str:
 
 def describe(part: Part) -> str:
     """What a part was cut from: alike for parts of one model, wherever it was cut."""
-    text = part.config.get_text_config(decoder=True)
+    return in_words(part.config, part.num_blocks_total, part.hidden_size)
+
+
+def in_words(config: PretrainedConfig, num_blocks: int, hidden_size: int) -> str:
+    """A model in words."""
+    text = config.get_text_config(decoder=True)
     return (
-        f"{part.config.model_type} of {part.num_blocks_total} blocks x {part.hidden_size}, "
-        f"vocabulary {text.vocab_size}"
+        f"{config.model_type} of {num_blocks} blocks x {hidden_size}, vocabulary {text.vocab_size}"
     )
 
 

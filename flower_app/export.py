@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from models import (
     split,
 )
 from models.bridge import take_bridge
+from models.source import generation_settings
 from models.whole import parse_dtype
 
 
@@ -46,7 +48,7 @@ def export_model(
         of `config`. What that rank could not hold is in ``"<module>.residual"``. A bridge's are no
         part of the artifact.
     tokenizer : PreTrainedTokenizerBase or None
-        Saved beside the model.
+        Saved beside the model, as is how it generates if it is not told.
     folder : Path
         Where to; created.
     """
@@ -56,6 +58,8 @@ def export_model(
         if config.aggregation.lora == "ffa":
             pairs = complete_pairs(state, outline(base), config.seed)
         save_adapter(folder, pairs, base=base, lora=config.lora)
+        if (settings := generation_settings(base)) is not None:
+            shutil.copyfile(settings, folder / settings.name)
     elif config.model.scratch and _modes(config) == {"full"}:
         kind = parse_dtype(config.model.dtype)  # bf16 travels to the server as fp32
         typed = {name: tensor.to(kind) for name, tensor in state.items()}

@@ -28,6 +28,9 @@ from transformers.cache_utils import (
     LinearAttentionCacheLayerMixin,
 )
 
+TRACED = (DynamicLayer, LinearAttentionCacheLayerMixin)
+"""Kinds of layers that tell which row is which; others hold nothing."""
+
 
 class PartCache:
     """The cache of one part.

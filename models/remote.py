@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
 from models.anatomy import set_module, share_copy
-from models.cached import new_cache, rows_of, stand_in
+from models.cached import TRACED, new_cache, rows_of, stand_in
 from models.elsewhere import Crossed, RemoteSession, RemoteTrunk, Tally
 from models.flow import Skip, Vacant, halt_hook, hidden_states
 from models.parts import Part
@@ -253,7 +253,7 @@ class _Passage:
     def _rows(self, cache: Cache, length: int) -> list[int]:
         """Which rows of the last forward these are."""
         for i in self._between:
-            if length and hasattr(cache.layers[i], "is_croppable"):
+            if length and isinstance(cache.layers[i], TRACED):
                 return rows_of(cache, i).tolist()
         return []
 
