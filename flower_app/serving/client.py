@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from conf.schema import LinkConfig
 from flower_app.serving.access import Access, ServedModel, read_access
 from flower_app.serving.source import Served, find_served, load_ends, load_tokenizer
-from models.elsewhere import join_remote
+from models.remote import join_remote
 from strategies.transport.stream.remote import Place, StreamTrunk
 from strategies.transport.tickets import Ticket
 
