@@ -51,8 +51,8 @@ class Serving:
     kv_mb: float = 1024.0
     session_kv_mb: float = 512.0
     policy: Policy = field(default_factory=Policy)
-    metrics_port: int = 0
-    metrics_host: str = "127.0.0.1"
+    metrics: tuple[str, int] = ("127.0.0.1", 0)
+    """Address and port for Prometheus; port 0: none."""
     threads: int = 0
     dtype: str = "fp32"
     """That the trunks are computed in."""
@@ -191,7 +191,7 @@ def _certified(link: LinkConfig, folder: Path) -> LinkConfig:
 def running(serving: Serving, say: Callable[[str], None]) -> Iterator[Server]:
     """A server that serves, with its metrics if they are asked for."""
     set_threads(serving.threads)
-    if not serving.metrics_port:
+    if not serving.metrics[1]:
         server = Server(serving)
         server.start()
         yield server
@@ -203,7 +203,7 @@ def running(serving: Serving, say: Callable[[str], None]) -> Iterator[Server]:
     metrics = GenerationMetrics(registry)
     server = Server(serving, metrics)
     metrics.attach_server(server.service, server.engines, server.memory)
-    with served(registry, serving.metrics_host, serving.metrics_port) as where:
+    with served(registry, *serving.metrics) as where:
         say(f"metrics  {where}")
         server.start()
         yield server

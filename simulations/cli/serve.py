@@ -9,30 +9,33 @@ import typer
 
 commands = typer.Typer()
 
+Sources = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="RUN_OR_MODEL...",
+        help="Runs (folders, or names in `graft runs`), models, adapters or exported parts.",
+    ),
+]
+Names = Annotated[
+    list[str] | None,
+    typer.Option("--name", metavar="NAME=SOURCE", help="The same, by a name; may be repeated."),
+]
+CutAt = Annotated[
+    str, typer.Option(metavar="BELOW,ABOVE", help="Blocks that clients hold, of a plain model.")
+]
+Folder = Annotated[
+    Path, typer.Option(metavar="DIR", help="Where the access files and the keys are.")
+]
+
 
 @commands.command(rich_help_panel="Use")
 def serve(
-    sources: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="RUN_OR_MODEL...",
-            help="Runs (folders, or names in `graft runs`), models, adapters or exported parts.",
-        ),
-    ] = None,
-    name: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME=SOURCE", help="The same under a name; may be repeated."),
-    ] = None,
-    cut: Annotated[
-        str, typer.Option(metavar="BELOW,ABOVE", help="Blocks at the client, of a plain model.")
-    ] = "",
+    sources: Sources = None,
+    name: Names = None,
+    cut: CutAt = "",
     clients: Annotated[int, typer.Option(help="Access files to write.", min=1, max=1000)] = 1,
-    access: Annotated[
-        Path, typer.Option(metavar="DIR", help="Where the access files and the keys are.")
-    ] = Path("~/.graft/serve"),
-    days: Annotated[
-        float, typer.Option(help="For which a new access file is good; 0: for ever.", min=0)
-    ] = 0.0,
+    access: Folder = Path("~/.graft/serve"),
+    days: Annotated[float, typer.Option(help="A new access file is good for.", min=0)] = 0.0,
     bind: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1:8470",
     advertise: Annotated[str, typer.Option(help="Address clients use, if another.")] = "",
     tls: Annotated[str, typer.Option(help="auto (off on loopback), on or off.")] = "auto",
@@ -60,21 +63,18 @@ def serve(
     from flower_app.serving.server import serve as run
     from strategies.transport.stream.generation import Policy
 
-    link = LinkConfig(
-        bind=bind, advertise=advertise, tls=tls, certificate=certificate, key=key, dtype=dtype
-    )
+    address = {"bind": bind, "advertise": advertise, "certificate": certificate, "key": key}
     serving = Serving(
         sources=sources_of(sources or [], name or []),
         access=access.expanduser(),
-        link=link,
+        link=LinkConfig(**address, tls=tls, dtype=dtype),
         cut=parse_cut(cut),
         clients=clients,
         days=days,
         kv_mb=kv_mb,
         session_kv_mb=session_kv_mb,
         policy=Policy(sessions=max_sessions, idle=idle),
-        metrics_port=metrics_port,
-        metrics_host=metrics_host,
+        metrics=(metrics_host, metrics_port),
         threads=threads,
         dtype=trunk_dtype,
     )
