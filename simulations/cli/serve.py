@@ -57,17 +57,19 @@ def serve(
 
     Each access file lets one client in: it goes to who may use the trunk, and to nobody else.
     """
+    from dataclasses import replace
+
     from conf.schema import LinkConfig
     from flower_app.serving.requests import asked_to_stop, parse_cut
     from flower_app.serving.server import Serving, sources_of
     from flower_app.serving.server import serve as run
     from strategies.transport.stream.generation import Policy
 
-    address = {"bind": bind, "advertise": advertise, "certificate": certificate, "key": key}
+    link = LinkConfig(bind=bind, advertise=advertise, tls=tls, dtype=dtype)
     serving = Serving(
         sources=sources_of(sources or [], name or []),
         access=access.expanduser(),
-        link=LinkConfig(**address, tls=tls, dtype=dtype),
+        link=replace(link, certificate=certificate, key=key),
         cut=parse_cut(cut),
         clients=clients,
         days=days,
