@@ -18,7 +18,7 @@ from typer.core import TyperGroup
 
 import simulations.cli
 
-PANELS = ("Run", "Look", "Check and measure")
+PANELS = ("Run", "Use", "Look", "Check and measure")
 """Of `graft --help`, in order; those of other files follow."""
 
 
