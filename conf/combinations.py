@@ -127,6 +127,27 @@ def check_ends(
         )
 
 
+def check_bridge(how: AggregationConfig, train: TrainConfig) -> None:
+    """Refuse a bridge that nobody would average."""
+    if not train.bridge:
+        return
+    if how.ends != "average":
+        raise ConfigError(
+            f"train.bridge={train.bridge} is averaged by the server, with aggregation.ends="
+            f"{how.ends} ends stay with their clients, and a bridge fits the ends it was trained "
+            "with: set train.bridge=0, and make one at each site afterwards with `graft bridge`, "
+            "or set aggregation.ends=average",
+            key="train.bridge",
+        )
+    if train.sync == "step":
+        raise ConfigError(
+            f"train.bridge={train.bridge} is averaged at the end of a round, and with "
+            "train.sync=step the server takes each step of the ends, and never sees what a bridge "
+            "learns from: set train.bridge=0 or train.sync=round",
+            key="train.bridge",
+        )
+
+
 def check_watched(
     train: TrainConfig, output: OutputConfig, data: DataConfig, federation: FederationConfig
 ) -> None:

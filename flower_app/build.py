@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from conf.schema import Config, ModelConfig
 from flower_app.runs.folders import find_last_run
@@ -26,12 +26,14 @@ from models import (
     split,
     tune,
 )
+from models.bridge import Bridge, bridge_state
 from models.continued import check_adapted, merge_adapter, take_over
 from models.parts import split_unchecked
 from models.residuals import RESIDUAL
 from models.source import Source, find_source
 from models.state import copy_into
 from models.whole import make_config, read_config
+from strategies.optim import derive_seed
 from strategies.records import Form
 
 LAST = "last:"
@@ -136,11 +138,19 @@ def client_form(config: Config, cut: Cut, rank: int) -> Form:
         parts = split_unchecked(outline(source_of(own.model).base), cut)
         bottom, top = _tune(parts.bottom, own), _tune(parts.top, own)
     own_tensors = own_names(own, bottom, top)
-    return {
-        name: tuple(tensor.shape)
-        for name, tensor in client_state(bottom, top).items()
-        if name not in own_tensors
-    }
+    state = client_state(bottom, top)
+    if bridge := build_bridge(own, bottom):
+        state |= bridge_state(bridge)
+    return {name: tuple(t.shape) for name, t in state.items() if name not in own_tensors}
+
+
+def build_bridge(config: Config, bottom: Part) -> Bridge | None:
+    """The bridge that every client begins with; None without `train.bridge`."""
+    if not config.train.bridge:
+        return None
+    seed = derive_seed(config.seed, "bridge")
+    device = next(bottom.parameters()).device
+    return Bridge(bottom.hidden_size, config.train.bridge, seed=seed).to(device)
 
 
 def build_trunk(config: Config) -> Part:
@@ -211,10 +221,14 @@ def describe_start(config: Config) -> str:
 
 def describe(part: Part) -> str:
     """What a part was cut from: alike for parts of one model, wherever it was cut."""
-    text = part.config.get_text_config(decoder=True)
+    return in_words(part.config, part.num_blocks_total, part.hidden_size)
+
+
+def in_words(config: PretrainedConfig, num_blocks: int, hidden_size: int) -> str:
+    """A model in words."""
+    text = config.get_text_config(decoder=True)
     return (
-        f"{part.config.model_type} of {part.num_blocks_total} blocks x {part.hidden_size}, "
-        f"vocabulary {text.vocab_size}"
+        f"{config.model_type} of {num_blocks} blocks x {hidden_size}, vocabulary {text.vocab_size}"
     )
 
 

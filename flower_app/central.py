@@ -22,6 +22,7 @@ from flower_app.data.client import Batch, batches, load_client_data
 from flower_app.data.refusals import DataError
 from flower_app.data.text import load_tokenizer
 from models import Part, fold_residuals, load_client_state
+from models.bridge import take_bridge
 from strategies.engine.engine import TrunkEngine
 from strategies.optim import autocast
 from strategies.records import from_arrays
@@ -74,7 +75,7 @@ class CentralEvaluation:
         dict or None
             `loss` in nats, `perplexity` and `num-tokens`; None if the loss is no number.
         """
-        residuals, state = take_residuals(from_arrays(arrays))
+        residuals, state = take_residuals(take_bridge(from_arrays(arrays))[1])
         # What was folded into the base weights before is not taken out again: build anew.
         bottom, top = self._parts or self._built()
         self._parts = None if residuals else (bottom, top)

@@ -87,7 +87,9 @@ def _train(site: Site, context: Context) -> RecordDict:
         return messaged.Training(site, parked, bottom, top, plan).answer()
     link = site.link(plan.count)
     try:
-        outcome = streamed.train(bottom, top, link, plan, plan.count, site.config.train, site.place)
+        outcome = streamed.train(
+            bottom, top, link, plan, plan.count, site.config.train, site.place, site.bridge
+        )
         link.close()
     finally:
         link.abort()

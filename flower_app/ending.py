@@ -17,6 +17,7 @@ from flower_app.export import export_model
 from flower_app.runs import checkpoint
 from flower_app.runs.folders import folders
 from flower_app.runs.recorder import Recorder
+from models.bridge import save_bridge, take_bridge
 from strategies.records import to_arrays
 from strategies.rounds.answers import Profile
 from strategies.rounds.local import ask_to_export
@@ -92,9 +93,13 @@ def _go_to_best(strategy: SplitFed, recorder: Recorder) -> int:
 
 
 def _save(config: Config, state: Mapping[str, Tensor], folder: Path) -> Path:
-    """Export what was trained; if that fails, keep the tensors themselves."""
+    """Export what was trained, the bridge beside it; if that fails, keep the tensors themselves."""
+    bridge, _ = take_bridge(state)
     try:
-        return export_model(config, state, load_tokenizer(config.model), folder / "model")
+        path = export_model(config, state, load_tokenizer(config.model), folder / "model")
+        if bridge:
+            save_bridge(bridge, path)
+        return path
     except (ValueError, OSError, RuntimeError, SafetensorError) as error:
         rescue = folder / "trained.safetensors"
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -22,6 +23,8 @@ from models import (
     save_full,
     split,
 )
+from models.bridge import take_bridge
+from models.source import generation_settings
 from models.whole import parse_dtype
 
 
@@ -42,17 +45,21 @@ def export_model(
         The run's configuration.
     state : mapping
         Trained tensors of all three parts, by their names in the whole model; adapters in the rank
-        of `config`. What that rank could not hold is in ``"<module>.residual"``.
+        of `config`. What that rank could not hold is in ``"<module>.residual"``. A bridge's are no
+        part of the artifact.
     tokenizer : PreTrainedTokenizerBase or None
-        Saved beside the model.
+        Saved beside the model, as is how it generates if it is not told.
     folder : Path
         Where to; created.
     """
+    _, state = take_bridge(state)
     if _is_adapter(config, state):
         base, pairs = source_of(config.model).base, dict(state)
         if config.aggregation.lora == "ffa":
             pairs = complete_pairs(state, outline(base), config.seed)
         save_adapter(folder, pairs, base=base, lora=config.lora)
+        if (settings := generation_settings(base)) is not None:
+            shutil.copyfile(settings, folder / settings.name)
     elif config.model.scratch and _modes(config) == {"full"}:
         kind = parse_dtype(config.model.dtype)  # bf16 travels to the server as fp32
         typed = {name: tensor.to(kind) for name, tensor in state.items()}
@@ -69,7 +76,7 @@ def assemble(config: Config, state: Mapping[str, Tensor]) -> PreTrainedModel:
 
     `state` is as for `export_model`.
     """
-    residuals, state = take_residuals(state)
+    residuals, state = take_residuals(take_bridge(state)[1])
     whole = build_whole(config)
     parts = split(whole, cut_of(config), allow_untested=config.model.allow_untested)
     start(list(parts), config)

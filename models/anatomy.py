@@ -112,6 +112,13 @@ def find_blocks(model: PreTrainedModel) -> str:
     return outer[0]
 
 
+def count_blocks(model: PreTrainedModel) -> int:
+    """Return how many blocks `model` has."""
+    blocks = model.get_submodule(find_blocks(model))
+    assert isinstance(blocks, nn.ModuleList)
+    return len(blocks)
+
+
 _PARSING = threading.Lock()
 """Python 3.11 cannot build syntax trees in two threads at once (CPython issue 106905)."""
 

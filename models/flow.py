@@ -86,7 +86,7 @@ class Skip(_Absent):
         flow = _FLOW.get()
         flow.calls.append(self.graft_name)
         if self.graft_mode == "halt":
-            flow.out_BTD = _hidden_states(args, kwargs)
+            flow.out_BTD = hidden_states(args, kwargs)
             raise Stop
         out = flow.h_BTD if self.graft_mode == "deliver" else flow.standin_BTD
         if self.graft_arity == 0:
@@ -136,7 +136,8 @@ def _plain_properties(module: nn.Module) -> list[tuple[str, Any]]:
     return found
 
 
-def _hidden_states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+def hidden_states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The hidden states among the arguments that a block was called with."""
     found = args[0] if args else kwargs.get("hidden_states")
     if not isinstance(found, Tensor):
         raise ValueError("the model calls its blocks without hidden_states; it cannot be split")

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from models import anatomy as anatomy_of
 from models.anatomy import Anatomy, ask_for_logits, set_module, share_copy, weight_owners
+from models.cached import PartCache, takes
 from models.cut import ROLES, Cut
 from models.flow import Flow, Skip, Vacant, deliver_hook, halt_hook, run_with, standin
 from models.targets import take_inventory
@@ -69,7 +70,14 @@ class Part(nn.Module):
                 return parameter.dtype
         return torch.float32
 
-    def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        positions: Tensor | None = None,
+        cache: PartCache | None = None,
+    ) -> Tensor:
         """Run the part.
 
         Parameters
@@ -77,7 +85,11 @@ class Part(nn.Module):
         x : Tensor
             bottom: token ids (B, T), integer. trunk and top: activations (B, T, D).
         attention_mask : Tensor, optional
-            (B, T), 1 for tokens and 0 for padding on either side.
+            (B, T), 1 for tokens and 0 for padding on either side; with a cache (B, L + T).
+        positions : Tensor, optional
+            (B, T), integer: where tokens stand in their texts, for models that ask.
+        cache : PartCache, optional
+            What the part keeps of the L positions before, for generation; it grows by T.
 
         Returns
         -------
@@ -91,8 +103,10 @@ class Part(nn.Module):
             If a shape is wrong, or ids and mask do not agree on a text's last token where the
             head looks for it.
         """
-        self._check(x, attention_mask)
-        kwargs: dict[str, Any] = {"attention_mask": attention_mask, "use_cache": False}
+        past = cache.length if cache is not None and cache.attends else 0
+        self._check(x, attention_mask, past)
+        kwargs = self._generating(positions, cache)
+        kwargs["attention_mask"] = attention_mask
         dtype = self.dtype
         flow = Flow(standin(x.shape[0], x.shape[1], self.hidden_size, x, dtype))
         if self.role == "bottom":
@@ -104,6 +118,8 @@ class Part(nn.Module):
             else:
                 kwargs["inputs_embeds"] = flow.standin_BTD
         output = run_with(flow, lambda: self.model(**kwargs))
+        if cache is not None:
+            cache.grow(*x.shape[:2])
         if self.role == "top":
             return output.logits
         if flow.out_BTD is None:
@@ -115,7 +131,16 @@ class Part(nn.Module):
             )
         return flow.out_BTD
 
-    def _check(self, x: Tensor, attention_mask: Tensor | None) -> None:
+    def _generating(self, positions: Tensor | None, cache: PartCache | None) -> dict[str, Any]:
+        """What only generation asks the model for."""
+        kwargs: dict[str, Any] = {"use_cache": cache is not None}
+        if cache is not None:
+            kwargs["cache"] = cache.layers
+        if positions is not None and takes(self.model, "position_ids"):
+            kwargs["position_ids"] = positions
+        return kwargs
+
+    def _check(self, x: Tensor, attention_mask: Tensor | None, past: int) -> None:
         if self.role == "bottom":
             if x.dim() != 2 or x.is_floating_point():
                 raise ValueError(f"bottom takes token ids (B, T), not {x.dtype} {tuple(x.shape)}")
@@ -124,10 +149,9 @@ class Part(nn.Module):
                 f"{self.role} takes activations (B, T, {self.hidden_size}), "
                 f"not {x.dtype} {tuple(x.shape)}"
             )
-        if attention_mask is not None and attention_mask.shape != x.shape[:2]:
-            raise ValueError(
-                f"attention_mask is {tuple(attention_mask.shape)}, must be {tuple(x.shape[:2])}"
-            )
+        want = (x.shape[0], past + x.shape[1])
+        if attention_mask is not None and attention_mask.shape != want:
+            raise ValueError(f"attention_mask is {tuple(attention_mask.shape)}, must be {want}")
 
         if self.role == "bottom" and self.finds_last:
             self._check_last(x, attention_mask)

@@ -85,6 +85,11 @@ def tokenizer_of(path: str, base: str = "") -> str:
     return find_source(path, base).base
 
 
+def generation_settings(path: str) -> Path | None:
+    """Return the file that says how a model generates if it is not told; None if it has none."""
+    return None if path.endswith(".gguf") else Shards(path).file("generation_config.json")
+
+
 def _check_folder(folder: Path, key: str) -> None:
     names = sorted(file.name for file in folder.iterdir())
     if not names:

@@ -27,6 +27,7 @@ ROOMS = (
     "flower_app",
     "flower_app/client",
     "flower_app/serving",
+    "flower_app/exports",
     "simulations/launch",
     "simulations/sweep",
     "simulations/report",

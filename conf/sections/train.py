@@ -59,6 +59,9 @@ class TrainConfig(Section):
     """Largest norm of the gradient over all three parts together; 0: no clipping."""
     precision: str = setting("fp32", one_of("fp32", "bf16"))
     """Compute type: fp32 or bf16 (autocast)."""
+    bridge: int = setting(0, rules.COUNT_OR_ZERO)
+    """Inner width of the bridge that clients train beside the model, so that their ends can draft
+    text without the trunk (docs/speculation.md); 0: none. It changes nothing of the model."""
 
     def _check_together(self) -> None:
         if self.local_steps == 0 and self.local_epochs == 0:

@@ -24,6 +24,7 @@ from flower_app.client.place import Place
 from flower_app.data.client import Batch
 from flower_app.data.text import IGNORED
 from models import load_client_state, named_trainable
+from models.bridge import Regression
 from strategies.optim import (
     Progress,
     add_proximal,
@@ -67,11 +68,20 @@ class Ends:
         Optimizer, schedule, clipping, precision.
     place : Place
         Seeds of dropout, and the round.
+    bridge : Regression, optional
+        Learns beside them, and changes nothing of theirs.
     """
 
     def __init__(
-        self, bottom: nn.Module, top: nn.Module, count: int, config: TrainConfig, place: Place
+        self,
+        bottom: nn.Module,
+        top: nn.Module,
+        count: int,
+        config: TrainConfig,
+        place: Place,
+        bridge: Regression | None = None,
     ) -> None:
+        self.bridge = bridge
         self._bottom, self._top = bottom.train(), top.train()
         self._count, self.config, self._place = count, config, place
         self._device = next(itertools.chain(bottom.parameters(), top.parameters())).device
@@ -132,6 +142,18 @@ class Ends:
         with self.clock("bottom"):
             if h1_BTD.requires_grad:
                 h1_BTD.backward(grad_BTD.to(h1_BTD.device, h1_BTD.dtype))
+
+    def teach_bridge(
+        self, step: int, micro: int, batch: Batch, h1_BTD: Tensor | None, h2_BTD: Tensor
+    ) -> None:
+        """Let the bridge, if there is one, learn from what crossed the cut."""
+        if self.bridge is None:
+            return
+        if h1_BTD is None:  # its graph was dropped; it is the same again
+            with torch.no_grad():
+                h1_BTD = self.up(step, micro, batch)
+        with self.clock("top"):
+            self.bridge.learn(h1_BTD, h2_BTD.to(self._device), self.mask(batch))
 
     def square_norm(self) -> float:
         """Squared norm of the gradients of both ends, complete for this step; FedProx included."""

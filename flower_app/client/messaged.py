@@ -168,7 +168,9 @@ class Training:
         first = parked.kept("first")
         if first:  # FedProx's anchor is what the ends hold when they are made
             load_client_state(bottom, top, first)
-        ends = Ends(bottom, top, self._plan.count, site.config.train, site.place)
+        ends = Ends(bottom, top, self._plan.count, site.config.train, site.place, site.bridge)
+        if ends.bridge and (learned := parked.kept("bridge")):
+            ends.bridge.load_state_dict(learned)
         if first:
             load_client_state(bottom, top, parked.kept("weight"))
         elif site.config.train.prox:
@@ -197,6 +199,8 @@ class Training:
             if isinstance(value, Tensor)
         }
         parked.keep("moment", moments)
+        if ends.bridge:
+            parked.keep("bridge", ends.bridge.state_dict())
 
     def _current(self) -> Step | None:
         """The step that is under way; None after the last."""

@@ -104,6 +104,7 @@ def _with_own_cut(config: Config, node: Mapping[str, Any]) -> Config:
         if count > fewest:
             _check_shared_blocks(config, end, count)
     if (bottom, top) != (cut.bottom, cut.top):
+        _refuse_own_bridge(config, bottom, top)
         blocks = num_blocks(config)
         if blocks is not None and bottom + top >= blocks:
             raise ValueError(
@@ -111,6 +112,17 @@ def _with_own_cut(config: Config, node: Mapping[str, Any]) -> Config:
                 f"the model has {blocks}; lower one of them"
             )
     return replace(config, cut=replace(cut, bottom=bottom, top=top))
+
+
+def _refuse_own_bridge(config: Config, bottom: int, top: int) -> None:
+    """A bridge leads from one cut to the other: no mean of bridges of several cuts does."""
+    if config.train.bridge:
+        raise ValueError(
+            f"cut-bottom={bottom} and cut-top={top} in this node's config, while the run has "
+            f"cut.bottom={config.cut.bottom}, cut.top={config.cut.top} and averages a bridge from "
+            f"one to the other (train.bridge={config.train.bridge}): take them out, or start the "
+            "run with train.bridge=0"
+        )
 
 
 def _check_shared_blocks(config: Config, end: str, count: int) -> None:

@@ -11,7 +11,14 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from conf.load import from_json, to_json
-from flower_app.build import build_client, describe, own_names, set_threads, take_residuals
+from flower_app.build import (
+    build_bridge,
+    build_client,
+    describe,
+    own_names,
+    set_threads,
+    take_residuals,
+)
 from flower_app.client.node import client_name, own_config, private_key, public_key
 from flower_app.client.own import OwnEnds, site_folder
 from flower_app.client.place import Place
@@ -19,6 +26,7 @@ from flower_app.client.received import read_message
 from flower_app.data.client import ClientData, load_client_data
 from flower_app.data.text import load_tokenizer
 from models import Part, client_state, fold_residuals, load_client_state
+from models.bridge import Regression, bridge_state, load_bridge_state, take_bridge
 from strategies.records import KEY_LOST, read_arrays
 from strategies.transport.stream.link import GrpcLink
 
@@ -35,6 +43,7 @@ class Site:
         self._connect = connect or GrpcLink
         self._node, self._state = context.node_config, context.state
         self.own: OwnEnds | None = None
+        self.bridge: Regression | None = None
         self.asked = asked = read_message(message.content)
         self.config = config = own_config(asked.config, self._node)
         self.place = Place(
@@ -79,8 +88,10 @@ class Site:
 
         Given `weights`, all that is trained, and `residuals`, with these.
         """
+        bridge: dict[str, Tensor] = {}
         if weights is None:
-            residuals, received = take_residuals(self._received())
+            bridge, everything = take_bridge(self._received())
+            residuals, received = take_residuals(everything)
             bottom, top = build_client(self.config)
             weights = self._with_own(received, bottom, top)
         elif residuals:
@@ -96,6 +107,12 @@ class Site:
         if weights:
             load_client_state(bottom, top, weights)
             fold_residuals((bottom, top), residuals or {})
+        if own := build_bridge(self.config, bottom):
+            if bridge:
+                load_bridge_state(own, bridge)
+            self.bridge = Regression(own)
+        elif bridge:
+            raise ValueError("the server sends a bridge, and this run has none (train.bridge=0)")
         return bottom, top
 
     def trained(self, bottom: Part, top: Part) -> dict[str, Tensor]:
@@ -112,9 +129,10 @@ class Site:
         return self.shared(bottom, top)
 
     def shared(self, bottom: Part, top: Part) -> dict[str, Tensor]:
-        """What of the ends may leave this client."""
+        """What of the ends, and of the bridge, may leave this client."""
         stays = own_names(self.config, bottom, top)
-        return {name: t for name, t in client_state(bottom, top).items() if name not in stays}
+        state = {name: t for name, t in client_state(bottom, top).items() if name not in stays}
+        return {**state, **(bridge_state(self.bridge.bridge) if self.bridge else {})}
 
     def export(self) -> RecordDict:
         """Save what of this site's model stays here, now that the run is over."""

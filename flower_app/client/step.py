@@ -107,6 +107,8 @@ class Step:
         loss, grad_BTD = self._ends.across(self.number, micro, batch, h2_BTD, self.tokens)
         self.total += loss
         self._link.backward(self.number, micro, grad_BTD, last=last, tokens=self.tokens)
+        # While the trunk goes back.
+        self._ends.teach_bridge(self.number, micro, batch, self._h1_BTD.get(micro), h2_BTD)
 
     def gradients(self, micro: int, grad_BTD: Tensor) -> None:
         """Back through the bottom, with dL/dh1."""

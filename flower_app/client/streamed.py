@@ -12,6 +12,7 @@ from flower_app.client.ends import Ends
 from flower_app.client.place import Place
 from flower_app.client.step import PHASES, Evaluation, Outcome, Step
 from flower_app.data.client import Batch
+from models.bridge import Regression
 from strategies.transport.link import Link
 
 
@@ -23,6 +24,7 @@ def train(
     count: int,
     config: TrainConfig,
     place: Place,
+    bridge: Regression | None = None,
 ) -> Outcome:
     """Train bottom and top for one round, the trunk at the other end of the link with them.
 
@@ -40,6 +42,8 @@ def train(
         Optimizer, schedule, clipping, precision.
     place : Place
         Seeds of dropout, and the round.
+    bridge : Regression, optional
+        Learns beside them.
 
     Raises
     ------
@@ -48,7 +52,7 @@ def train(
     ValueError
         If a step has no token that counts.
     """
-    trainer = Trainer(bottom, top, link, count, config, place)
+    trainer = Trainer(bottom, top, link, count, config, place, bridge)
     outcome = Outcome(loss=0.0, tokens=0)
     for step, batches in enumerate(steps):
         loss, tokens = trainer.step(step, batches)
@@ -98,8 +102,9 @@ class Trainer:
         count: int,
         config: TrainConfig,
         place: Place,
+        bridge: Regression | None = None,
     ) -> None:
-        self._ends, self._link = Ends(bottom, top, count, config, place), link
+        self._ends, self._link = Ends(bottom, top, count, config, place, bridge), link
         self.seconds = dict.fromkeys(PHASES, 0.0)
 
     def step(self, number: int, batches: Sequence[Batch]) -> tuple[float, int]:

@@ -94,13 +94,7 @@ def _point(
 ) -> Point:
     found = _read(run, wanted, load=lock is not None)
     facts = found.facts
-    try:
-        before = from_json(json.dumps(facts.config))
-    except ConfigError as error:
-        raise ValueError(
-            f"{found.folder} holds a configuration that is no more: {error}"
-        ) from error
-    before, notes = follow_model(_where_it_is(before, run), run)
+    before, notes = config_of(found)
     config = override(before, overrides)
     notes += _check_changes(before, config)
     if found.torch != torch.__version__:
@@ -121,6 +115,26 @@ def _point(
         state=found.state,
         lock=lock,
     )
+
+
+def config_of(found: Checkpoint) -> tuple[Config, list[str]]:
+    """Return the configuration of a checkpoint's run, with what moved since where it is now.
+
+    Returns
+    -------
+    Config
+        The run's.
+    list of str
+        What to tell of paths that moved.
+    """
+    run = found.folder.parents[1]
+    try:
+        before = from_json(json.dumps(found.facts.config))
+    except ConfigError as error:
+        raise ValueError(
+            f"{found.folder} holds a configuration that is no more: {error}"
+        ) from error
+    return follow_model(_where_it_is(before, run), run)
 
 
 def _where_it_is(config: Config, run: Path) -> Config:

@@ -11,28 +11,31 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from conf.load import load_config
 from conf.schema import Config, ModelConfig
-from flower_app.build import LAST, cut_of, describe
+from flower_app.build import LAST, cut_of, in_words
 from flower_app.data.tokenizer import load_tokenizer as load_configured
 from flower_app.runs.folders import find_last_run, model_of, newest_round, runs_folder
 from models import Cut, Part, load_client, load_part, load_whole, outline
-from models.anatomy import share_copy
+from models.anatomy import count_blocks, share_copy, width
 from models.continued import add_adapter, check_adapted, merge_adapter
 from models.fingerprint import fingerprint
 from models.load import Loading
 from models.parts import split_unchecked
 from models.pieces import ENDS, LABEL, TRUNK, Label, load_joined, load_pieces, read_label
-from models.source import Source, find_source
+from models.source import Source, find_source, generation_settings
 from models.whole import has_sdpa, read_config
 
 __all__ = [
     "Served",
+    "find_run_folder",
     "find_served",
+    "generation_file",
     "load_ends",
     "load_generation_config",
     "load_tokenizer",
     "load_trunk",
     "load_trunks",
     "load_whole_model",
+    "serve_model",
 ]
 
 logger = logging.getLogger(__name__)
@@ -90,7 +93,7 @@ def find_served(text: str, cut: Cut | None = None, *, base: str = "") -> Served:
     labelled = [folder for folder in (place, place / TRUNK, place / ENDS) if _is_labelled(folder)]
     if labelled:
         return _of_parts(labelled, cut)
-    run = _run(text, place)
+    run = find_run_folder(text)
     if run is not None:
         return _of_run(run, cut)
     beside = place.absolute().parent
@@ -106,6 +109,15 @@ def find_served(text: str, cut: Cut | None = None, *, base: str = "") -> Served:
             "with the client, --cut 1,1 for instance (one below the trunk, one above)"
         )
     return _of_model(place.name or text, text, source, cut)
+
+
+def find_run_folder(text: str) -> Path | None:
+    """Return the folder of the run that is meant: by path, by name, or `last:NAME`; else None."""
+    if text.startswith(LAST):
+        return find_last_run(text.removeprefix(LAST)).parent
+    place = Path(text).expanduser()
+    named = place if place.exists() or len(place.parts) > 1 else runs_folder() / text
+    return named.resolve() if (named / "config.yaml").is_file() else None
 
 
 def load_trunk(served: Served, *, dtype: str = "fp32", device: str = "cpu") -> Part:
@@ -187,14 +199,17 @@ def load_tokenizer(served: Served) -> PreTrainedTokenizerBase:
 
 def load_generation_config(served: Served, model: PreTrainedModel) -> GenerationConfig:
     """Return how a model generates if it is not told: what lies beside it, else by its config."""
-    for place in (served.adapter, served.ends, served.base or None):
-        if place is None or str(place).endswith(".gguf"):
-            continue
-        try:
-            return GenerationConfig.from_pretrained(str(place))
-        except OSError:
-            continue  # it has none
-    return GenerationConfig.from_model_config(model.config)
+    file = generation_file(served)
+    if file is None:
+        return GenerationConfig.from_model_config(model.config)
+    return GenerationConfig.from_pretrained(str(file.parent))
+
+
+def generation_file(served: Served) -> Path | None:
+    """Return the file beside a model that says how it generates; None if there is none."""
+    places = (served.adapter, served.ends, served.base or None)
+    found = (generation_settings(str(place)) for place in places if place is not None)
+    return next((file for file in found if file is not None), None)
 
 
 def _is_labelled(folder: Path) -> bool:
@@ -231,20 +246,18 @@ def _words(label: Label) -> str:
     return f"{label.name} cut at {label.cut}, fingerprint {label.fingerprint}"
 
 
-def _run(text: str, place: Path) -> Path | None:
-    """The folder of the run that is meant, if it is one."""
-    if text.startswith(LAST):
-        return find_last_run(text.removeprefix(LAST)).parent
-    named = place if place.exists() or len(place.parts) > 1 else runs_folder() / text
-    return named.resolve() if (named / "config.yaml").is_file() else None
-
-
 def _of_run(run: Path, cut: Cut | None) -> Served:
     config = load_config(str(run / "config.yaml"))
     model = model_of(run)
     if model is None:
         raise ValueError(_without_model(run, config))
-    served = _of_model(run.name, str(model), find_source(str(model)), cut or cut_of(config), config)
+    return serve_model(run, model, config, cut)
+
+
+def serve_model(run: Path, model: Path, config: Config, cut: Cut | None = None) -> Served:
+    """Say what a run's model is, wherever it lies; `cut` is the run's own by default."""
+    source = find_source(str(model))
+    served = _of_model(run.name, str(model), source, cut or cut_of(config), config)
     return replace(served, run=run)
 
 
@@ -269,15 +282,16 @@ def _of_model(
     whole = outline(source.base)
     if source.adapter is not None:
         check_adapted(source.adapter, whole)
-    trunk = split_unchecked(whole, cut).trunk
+    blocks, hidden_size = count_blocks(whole), width(whole)
+    cut.ranges(blocks)  # refuses one that leaves no trunk
     told = config.model if config is not None else ModelConfig(path=text)
     attention = told.attention if has_sdpa(whole.config) else "eager"
     return Served(
         name=name,
         cut=cut,
-        description=describe(trunk),
-        hidden_size=trunk.hidden_size,
-        num_blocks=trunk.num_blocks_total,
+        description=in_words(whole.config, blocks, hidden_size),
+        hidden_size=hidden_size,
+        num_blocks=blocks,
         fingerprint=fingerprint(source.base, source.adapter),
         base=source.base,
         adapter=source.adapter,

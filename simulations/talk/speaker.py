@@ -10,7 +10,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
+from transformers import (
+    LogitsProcessor,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteriaList,
+)
 
 from simulations.talk.chance import Chance
 from simulations.talk.conversation import Conversation
@@ -81,6 +86,7 @@ class Speaker:
         *,
         cancelled: threading.Event | None = None,
         conversation: Conversation | None = None,
+        processors: Sequence[LogitsProcessor] = (),
     ) -> Iterator[Piece]:
         """Answer a prompt, piece by piece; the last piece has a `finish`, and may have no text.
 
@@ -94,6 +100,8 @@ class Speaker:
             Ends the answer after the token that is being made.
         conversation : Conversation, optional
             Keeps what is computed, and saves what it has already.
+        processors : sequence of LogitsProcessor, optional
+            Change or see the logits of each step, in this order, before temperature and the like.
 
         Raises
         ------
@@ -106,15 +114,23 @@ class Speaker:
         room = self._room(ids)
         held = conversation or Conversation()
         listener = Listener(self.tokenizer, ids, self._eos, sampling.stop, cancelled)
-        return self._answer(list(ids), _bounded(sampling, room), held, listener)
+        bounded = _bounded(sampling, room)
+        return self._answer(list(ids), bounded, held, listener, processors)
 
     def _answer(
-        self, ids: list[int], sampling: Sampling, conversation: Conversation, listener: Listener
+        self,
+        ids: list[int],
+        sampling: Sampling,
+        conversation: Conversation,
+        listener: Listener,
+        processors: Sequence[LogitsProcessor],
     ) -> Iterator[Piece]:
         with conversation.answering():
             start, before = time.perf_counter(), tally_of(self.model)
             run = threading.Thread(
-                target=self._run, args=(ids, sampling, conversation, listener), daemon=True
+                target=self._run,
+                args=(ids, sampling, conversation, listener, processors),
+                daemon=True,
             )
             run.start()
             try:
@@ -138,11 +154,16 @@ class Speaker:
             yield Piece(text=text, ids=drawn, finish=listener.finish, figures=figures)
 
     def _run(
-        self, ids: list[int], sampling: Sampling, conversation: Conversation, listener: Listener
+        self,
+        ids: list[int],
+        sampling: Sampling,
+        conversation: Conversation,
+        listener: Listener,
+        processors: Sequence[LogitsProcessor],
     ) -> None:
         """Let `generate` make the answer; whatever it raises is for the reader."""
         try:
-            self._generate(ids, sampling, conversation, listener)
+            self._generate(ids, sampling, conversation, listener, processors)
         except BaseException as error:  # noqa: BLE001 - handed to the reader's thread
             conversation.drop()
             listener.error = error
@@ -150,7 +171,12 @@ class Speaker:
             listener.heard.put(None)
 
     def _generate(
-        self, ids: list[int], sampling: Sampling, conversation: Conversation, listener: Listener
+        self,
+        ids: list[int],
+        sampling: Sampling,
+        conversation: Conversation,
+        listener: Listener,
+        processors: Sequence[LogitsProcessor],
     ) -> None:
         cache, listener.reused = conversation.take(ids)
         ids_BT = torch.tensor([ids], device=self.model.device)
@@ -159,7 +185,7 @@ class Speaker:
                 ids_BT,
                 attention_mask=torch.ones_like(ids_BT),
                 generation_config=sampling.configure(self.model, self._eos, self._pad),
-                logits_processor=[chance.before],
+                logits_processor=[*processors, chance.before],
                 stopping_criteria=StoppingCriteriaList([chance.after, listener]),
                 **({} if cache is None else {"cache": cache}),
                 **self._options,

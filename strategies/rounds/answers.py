@@ -167,7 +167,7 @@ def _ranges(config: Config, bounds: Bounds) -> dict[str, tuple[int, int]]:
     cut, rank = config.cut, config.lora.rank
     alike = config.aggregation.ends == "average"  # ends of their own are of one form
     any_rank = alike and find_aggregator(config.aggregation.lora).by_product
-    own_cut = alike and bounds.own_cut
+    own_cut = alike and bounds.own_cut and not config.train.bridge
     most = bounds.blocks - 1
     return {
         "cut-bottom": (cut.bottom, most if own_cut else cut.bottom),

@@ -31,8 +31,7 @@ def in_pieces(folder: Path, family: str, **changes: bool) -> torch.nn.Module:
     return model
 
 
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen2", "gemma3_text", "mixtral"])
+@pytest.mark.parametrize(("family", "tied"), [("llama", True), ("gpt2", False), ("mixtral", False)])
 def test_pieces_are_the_model(family: str, tied: bool, tmp_path: Path) -> None:
     model = in_pieces(tmp_path, family, tie_word_embeddings=tied)
     want = model(ids()).logits

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import LogitsProcessor
 
 from simulations.talk.speaker import Conversation, Sampling, Speaker
 from strategies.errors import TrunkError
@@ -208,3 +209,16 @@ def test_a_text_is_gone_on_with_where_there_is_no_template() -> None:
 def test_a_message_without_content_is_refused_in_words() -> None:
     with pytest.raises(ValueError, match="needs 'content' with text"):
         speaker().prompt([{"role": "user"}])
+
+
+def test_processors_change_the_logits_of_each_step_before_a_token_is_drawn() -> None:
+    class Only(LogitsProcessor):
+        def __call__(self, input_ids: Any, scores: Any) -> Any:
+            seen.append(input_ids.shape[1])
+            return torch.full_like(scores, -torch.inf).index_fill(1, torch.tensor([70]), 0.0)
+
+    seen: list[int] = []
+    settings = Sampling(max_tokens=3)
+    pieces = list(speaker().stream([5, 6], settings, processors=[Only()]))
+    assert [token for piece in pieces for token in piece.ids] == [70] * 3
+    assert seen == [2, 3, 4]
