@@ -5,10 +5,11 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from simulations.talk.speaker import Conversation, Figures, Piece, Sampling, Speaker
 
-PLAIN = {"temperature": 0.7, "top_p": 0.95}
+PLAIN: dict[str, Any] = {"temperature": 0.7, "top_p": 0.95}
 """How a model is sampled that does not say how itself."""
 
 
@@ -73,9 +74,9 @@ class Dialogue:
             self.speaker.prompt([{"role": "system", "content": text}, said])
         self.system = text
 
-    def set(self, **changes: object) -> None:
+    def set(self, **changes: Any) -> None:
         """Change settings, all or none of them."""
-        self.sampling = replace(self.sampling, **changes)  # type: ignore[arg-type]
+        self.sampling = replace(self.sampling, **changes)
 
     def _answer(self, cancelled: threading.Event | None) -> Iterator[Piece]:
         ids, text = self._prompt(), ""

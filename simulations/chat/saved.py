@@ -7,7 +7,7 @@ import json
 import os
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from simulations.chat.dialogue import Dialogue
 from simulations.talk.speaker import Sampling
@@ -73,7 +73,7 @@ def _read(path: Path) -> dict[str, Any]:
     return saved
 
 
-def _are_messages(messages: Any) -> bool:
+def _are_messages(messages: Any) -> TypeGuard[list[dict[str, str]]]:
     """Whether questions and answers come in turn."""
     if not isinstance(messages, list) or len(messages) % 2:
         return False

@@ -89,7 +89,7 @@ class Screen:
         self._console = Console(highlight=False, emoji=False)
 
     def read(self) -> str | None:
-        """Let the user write a message; Ctrl-D on an empty line ends, Ctrl-C on another clears it."""
+        """Let the user write; Ctrl-D on an empty line ends, Ctrl-C on another clears it."""
         try:
             return self._session.prompt()
         except EOFError:
@@ -108,7 +108,8 @@ class Screen:
     def answering(self) -> Iterator[None]:
         """Keep what is typed meanwhile out of the answer; the next prompt has it."""
         before = termios.tcgetattr(sys.stdin)
-        quiet: list[Any] = [*before[:3], before[3] & ~termios.ECHO, *before[4:]]
+        flags = before[3] & ~termios.ECHO | termios.NOFLSH  # Ctrl-C would throw it away
+        quiet: list[Any] = [*before[:3], flags, *before[4:]]
         termios.tcsetattr(sys.stdin, termios.TCSANOW, quiet)
         try:
             yield

@@ -13,15 +13,13 @@ from simulations.chat.terminal import Lines, history_file, visible
 from tests.simulations.chat.helpers import dialogue
 from tests.simulations.chat.typed import CTRL_C, CTRL_D, ESCAPE, PROMPT, TAB, UP, Typed
 
-ANSWERING = "\x1b[?2004l"
-"""What a prompt leaves when it is over."""
 PROGRAM = """
 import time
 from simulations.chat.chat import Chat, greeting, terminal
 from tests.simulations.chat.helpers import dialogue
 
 chat, place = dialogue(max_tokens=100), terminal()
-chat.speaker.model.register_forward_pre_hook(lambda *_: time.sleep(0.05))
+chat.speaker.model.register_forward_pre_hook(lambda *_: print("FORWARD") or time.sleep(0.05))
 place.note(*greeting(chat))
 Chat(chat, place).run()
 print("messages:", chat.messages)
@@ -41,7 +39,7 @@ def test_on_a_terminal_keys_do_what_the_help_says(project: Path, tmp_path: Path)
         chat.wait_for("max_tokens: 90")
         chat.wait_for(PROMPT)
         chat.type("one" + ESCAPE + "\r" + "two\r")
-        chat.wait_for(ANSWERING)
+        chat.wait_for("FORWARD")
         chat.type("typed meanwhile")
         time.sleep(0.2)
         chat.type(CTRL_C)
@@ -50,7 +48,7 @@ def test_on_a_terminal_keys_do_what_the_help_says(project: Path, tmp_path: Path)
         chat.type(CTRL_C)
         chat.wait_for(PROMPT)
         chat.type(UP + "!\r")
-        chat.wait_for(ANSWERING)
+        chat.wait_for("FORWARD")
         chat.type(CTRL_C)
         chat.wait_for("(stopped)")
         chat.wait_for(PROMPT)
