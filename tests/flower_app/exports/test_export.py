@@ -161,7 +161,11 @@ def test_an_export_starts_another_run(tmp_path: Path) -> None:
         assert config.model.base == (str(tmp_path / "base") if form == "adapter" else "")
 
 
-def check_full_checkpoint(place: Path) -> None:
+@pytest.mark.slow
+def test_a_full_checkpoint_is_a_whole_model(tmp_path: Path) -> None:
+    place = test_resume.run(
+        test_resume.configured(tmp_path, "train.rounds=1"), InProcessGrid(clients=2)
+    )
     again = export(str(place / "checkpoints" / "round-0001"), "merged", license="mit")
     state, left = (load_file(at / "model.safetensors") for at in (again, place / "model"))
     assert state.keys() == left.keys()
@@ -173,10 +177,9 @@ def check_full_checkpoint(place: Path) -> None:
 
 def test_a_checkpoint_is_exported_as_the_model_of_its_round(tmp_path: Path) -> None:
     changes = f"{test_resume.LORA} output.keep_checkpoints=4 train.rounds=2 train.bridge=8"
-    base = test_resume.run(test_resume.configured(tmp_path, "train.rounds=1"), InProcessGrid(2))
-    check_full_checkpoint(base)
+    saved(tmp_path / "base", vocab_size=259)
     config = test_resume.configured(
-        tmp_path, f"model.scratch={{}} model.path={base / 'model'} {changes}"
+        tmp_path, f"model.scratch={{}} model.path={tmp_path / 'base'} {changes}"
     )
     place = test_resume.run(config, InProcessGrid(2))
 
