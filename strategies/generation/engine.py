@@ -37,6 +37,11 @@ class GenerationEngine:
     memory : Memory, optional
         Shared with other engines of this process, if the limits are over all of them.
 
+    Raises
+    ------
+    ValueError
+        If a model of this family does not generate with a cache.
+
     Attributes
     ----------
     one_by_one : str
@@ -154,8 +159,14 @@ def _measure(trunk: Part) -> tuple[int, int]:
     device, sizes = next(trunk.parameters()).device, []
     for length in (1, 2):
         cache = PartCache(trunk.config, trunk.blocks)
-        with torch.no_grad():
-            trunk(torch.zeros(1, length, trunk.hidden_size, device=device), cache=cache)
+        try:
+            with torch.no_grad():
+                trunk(torch.zeros(1, length, trunk.hidden_size, device=device), cache=cache)
+        except (ValueError, RuntimeError, AttributeError, TypeError) as error:  # of a model's code
+            raise ValueError(
+                f"{trunk.config.model_type} cannot generate with its trunk elsewhere: its forward "
+                f"with a cache does not run ({error})"
+            ) from error
         sizes.append(cache.bytes)
     each = sizes[1] - sizes[0]
     return max(0, sizes[0] - each), each
