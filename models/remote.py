@@ -44,7 +44,8 @@ def join_remote(bottom: Part, top: Part, trunk: RemoteTrunk) -> PreTrainedModel:
     PreTrainedModel
         In evaluation mode, of the family's own class; ``model.tally`` is a `Tally` of its forwards.
         A cache that it is given, or makes in `generate`, belongs to a session on the trunk; a deep
-        copy of it to a fork of that. Without one, nothing is kept on the trunk.
+        copy of it to a fork of that. Without one, nothing is kept on the trunk. The parts are its
+        `graft_ends`, for a draft model of the same.
 
     Raises
     ------
@@ -69,6 +70,7 @@ def join_remote(bottom: Part, top: Part, trunk: RemoteTrunk) -> PreTrainedModel:
         blocks[i] = share_copy(above[i])
     between = range(bottom.blocks.stop, top.blocks.start)
     model.tally = Tally()
+    model.graft_ends = (bottom, top)
     passage = _Passage(model, trunk, between)
     for i in between:
         skip = blocks[i]

@@ -81,7 +81,7 @@ def crossing(model: Any, before: Any) -> dict[str, Any]:
     done = model.tally.copy() - before
     return {
         "parts": tuple(getattr(done, f"seconds_{name}") for name in PARTS),
-        "positions": done.tokens,
+        "positions": done.positions,
         "trips": done.trips,
         "bytes_up": done.bytes_up,
         "bytes_down": done.bytes_down,
