@@ -85,9 +85,9 @@ class GenerationEngine:
         return self._batcher.waiting
 
     @property
-    def together(self) -> int:
-        """Texts whose tokens went through the trunk in the last forward."""
-        return self._batcher.together
+    def forwards(self) -> tuple[int, int]:
+        """Forwards of the trunk so far, and the texts that went through them."""
+        return self._batcher.forwards, self._batcher.texts
 
     def open(self, name: str, *, fork: str = "") -> GenerationSession:
         """Open a session.
@@ -144,6 +144,7 @@ class GenerationEngine:
             new_cache=self._new_cache,
             growth=self._growth,
             hidden_size=self.hidden_size,
+            limits=self.limits,
         )
 
     def _new_cache(self) -> PartCache:
