@@ -78,7 +78,7 @@ def _messages(talked: Talked) -> gr.Chatbot:
         allow_tags=False,
         group_consecutive_messages=False,
         placeholder=f"<p>{hint}</p>",
-        height="max(20rem, calc(100dvh - 23rem))",
+        height="max(20rem, calc(100dvh - 20.5rem))",
     )
 
 
