@@ -50,13 +50,15 @@ def locked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
 
 
 @pytest.fixture
-def door(browser: Any, locked: Served) -> Iterator[Any]:
-    yield from open_tab(browser, locked)
+def door(light: Any, locked: Served) -> Iterator[Any]:
+    yield from open_tab(light, locked)
 
 
 @pytest.fixture
 def dark(browser: Any, served: Served) -> Iterator[Any]:
-    yield from open_tab(browser, served, color_scheme="dark")
+    context = browser.new_context(color_scheme="dark")
+    yield from open_tab(context, served)
+    context.close()
 
 
 def test_runs_appear_and_grow_while_the_page_is_open(tab: Any, served: Served) -> None:
@@ -73,8 +75,8 @@ def test_runs_appear_and_grow_while_the_page_is_open(tab: Any, served: Served) -
 
     assert "5.0000 → 4.0000" in early
     assert "5.0000 → 2.0000" in tab.locator("#summary").inner_text()
-    assert tab.locator("#clients .legendtext").all_inner_texts() == ["client-0", "client-1"]
-    assert "network" in tab.locator("#times").inner_text()
+    assert tab.locator("#clients .legendtext").all_text_contents() == ["client-0", "client-1"]
+    assert "network" in tab.locator("#times .legendtext").all_text_contents()
     tab.get_by_text("tokens", exact=True).last.click()
     tab.wait_for_selector("#losses .xtitle:has-text('tokens trained on')")
 
