@@ -193,7 +193,7 @@ def _wire_rest(parts: _Parts, buttons: dict[str, gr.Button], talked: Talked, cha
         chats.stop(str(request.session_hash))
 
     def undone(request: gr.Request, shown: Any) -> list[Any]:
-        chats.stop(str(request.session_hash))
+        chats.leave(str(request.session_hash))
         try:
             left, text = turns.undone(turns.read(shown))
         except ValueError as error:

@@ -102,8 +102,7 @@ def _load(load: Load | None) -> str:
     if load is None:
         return _pair("trunk load", NONE)
     some = "1 session" if load.sessions == 1 else f"{load.sessions} sessions"
-    waiting = f"{load.queue} waiting" if load.queue else "none waiting"
-    told = f"{some}, {load.kv_mib:,.1f} MiB of KV cache, {waiting}"
+    told = f"{some}, {load.kv_mib:,.1f} MiB of KV cache, {1000 * load.queued:.1f} ms in the queue"
     return _pair("trunk load", told)
 
 

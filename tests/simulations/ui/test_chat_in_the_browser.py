@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from tests.simulations.ui.conftest import Served, wait
 
 ANSWERS, QUESTIONS = "#chat .bot.message", "#chat .user.message"
@@ -82,6 +84,7 @@ def test_an_edit_cuts_away_what_follows_and_undo_gives_the_question_back(
     assert tab.locator(ANSWERS).count() == 0
 
 
+@pytest.mark.slow
 def test_an_edited_answer_is_what_the_next_question_follows(tab: Any, served: Served) -> None:
     served.speaker.most = 2
     _ask(tab, "first")
@@ -97,6 +100,7 @@ def test_an_edited_answer_is_what_the_next_question_follows(tab: Any, served: Se
     assert [one["content"] for one in served.speaker.asked[1]] == ["first", "no, this", "and then?"]
 
 
+@pytest.mark.slow
 def test_shift_enter_begins_a_line_and_settings_reach_the_model(tab: Any, served: Served) -> None:
     tab.fill("#box textarea", "one")
     tab.keyboard.press("Shift+Enter")
@@ -117,6 +121,7 @@ def test_shift_enter_begins_a_line_and_settings_reach_the_model(tab: Any, served
     assert "reached max tokens" in tab.locator("#notice").inner_text()
 
 
+@pytest.mark.slow
 def test_a_trunk_that_is_gone_is_told_and_nothing_is_lost(tab: Any, served: Served) -> None:
     served.speaker.broken = "the stream has broken"
     _ask(tab, "Hello")
@@ -130,6 +135,7 @@ def test_a_trunk_that_is_gone_is_told_and_nothing_is_lost(tab: Any, served: Serv
     assert tab.locator("#notice .problem").count() == 0
 
 
+@pytest.mark.slow
 def test_a_wrong_setting_is_refused_in_words(tab: Any, served: Served) -> None:
     tab.fill("#seed textarea, #seed input", "seven")
     _ask(tab, "Hello")
@@ -139,6 +145,7 @@ def test_a_wrong_setting_is_refused_in_words(tab: Any, served: Served) -> None:
     assert tab.locator("#send").is_visible()
 
 
+@pytest.mark.slow
 def test_clear_begins_anew(tab: Any, served: Served) -> None:
     served.speaker.most = 400
     _ask(tab, "Hello")
@@ -152,6 +159,7 @@ def test_clear_begins_anew(tab: Any, served: Served) -> None:
     assert tab.locator("#send").is_visible()
 
 
+@pytest.mark.slow
 def test_a_closed_tab_frees_its_conversation(browser: Any, served: Served) -> None:
     context = browser.new_context()
     tab = context.new_page()

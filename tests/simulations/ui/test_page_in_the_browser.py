@@ -61,6 +61,7 @@ def dark(browser: Any, served: Served) -> Iterator[Any]:
     context.close()
 
 
+@pytest.mark.slow
 def test_runs_appear_and_grow_while_the_page_is_open(tab: Any, served: Served) -> None:
     run = served.folder / "20260101-120000-demo"
     tab.get_by_role("tab", name="Runs").click()
@@ -104,6 +105,7 @@ def test_no_request_leaves_whatever_an_answer_names(tab: Any, served: Served) ->
     assert asked == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [400, 900])
 def test_nothing_is_wider_than_the_window(dark: Any, served: Served, width: int) -> None:
     served.speaker.words = "w" * 300 + "\n\n```\n" + "c" * 300 + "\n```\n"
@@ -119,6 +121,7 @@ def test_nothing_is_wider_than_the_window(dark: Any, served: Served, width: int)
     assert dark.evaluate(scrolled) <= width
 
 
+@pytest.mark.slow
 def test_light_and_dark_follow_the_system_and_can_be_read(tab: Any, dark: Any) -> None:
     for page, light in ((tab, True), (dark, False)):
         script = "s => getComputedStyle(document.querySelector(s))"
@@ -130,6 +133,7 @@ def test_light_and_dark_follow_the_system_and_can_be_read(tab: Any, dark: Any) -
             assert (high + 0.05) / (low + 0.05) > 4.5, (place, light)
 
 
+@pytest.mark.slow
 def test_a_wrong_password_is_refused_and_the_right_one_opens(door: Any, locked: Served) -> None:
     refused = httpx.get(f"{locked.address}/config")
     name, word = door.locator("input").first, door.locator("input[type=password]")
