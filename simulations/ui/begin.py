@@ -12,7 +12,7 @@ from pathlib import Path
 from flower_app.runs.folders import FINISHED, model_of, read_summaries
 from flower_app.serving.client import Joined, connect
 from flower_app.serving.local import open_local
-from flower_app.serving.source import find_served
+from flower_app.serving.source import Served, find_served
 from models import Cut
 from simulations.talk.speaker import Speaker
 from simulations.ui.bind import listen, password_for, read_bind
@@ -87,23 +87,23 @@ def opened(what: What) -> Iterator[Talked | None]:
                 "itself, or --ends DIR with what `graft export --format parts` wrote"
             )
         with connect(what.access, ends) as joined:
-            yield _split(joined, find_served(ends, what.cut).description)
+            yield _split(joined, find_served(ends, what.cut))
     elif source:
         served = find_served(source, what.cut)
         with open_local(source, cut=what.cut) as joined:
-            yield _split(joined, served.description)
+            yield _split(joined, served)
     else:
         yield None
 
 
-def _split(joined: Joined, description: str) -> Talked:
+def _split(joined: Joined, served: Served) -> Talked:
     def load() -> Load:
         sessions, taken, queued = joined.trunk.load()
         return Load(sessions=sessions, kv_mib=taken / 2**20, queued=queued)
 
     return Talked(
         speaker=Speaker(joined.model, joined.tokenizer, joined.name),
-        description=description,
+        description=f"{served.description}; cut {served.cut.bottom} + {served.cut.top}",
         trunk=joined.trunk.address,
         load=load,
     )
