@@ -184,8 +184,10 @@ class StreamSession:
                 return self._way
             except TrunkError as error:
                 left = deadline - time.monotonic()
-                if error.kind != STOPPING or left <= 0:
+                if error.kind != STOPPING:
                     raise
+                if left <= 0:
+                    raise TrunkError(str(error), kind="stopped") from error
             time.sleep(min(pause, left))
             pause = min(2 * pause, LONGEST_PAUSE)
 
