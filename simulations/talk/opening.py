@@ -9,6 +9,7 @@ from pathlib import Path
 
 from flower_app.serving.client import Joined, connect
 from flower_app.serving.local import open_local
+from flower_app.serving.source import find_served
 from models import Cut
 from simulations.talk.speaker import Speaker
 
@@ -57,6 +58,7 @@ def opened(asked: Asked) -> Iterator[Speaker]:
         with connect(asked.access, asked.ends or asked.source, model=asked.model) as joined:
             yield _speaker(joined)
         return
+    find_served(asked.source, asked.cut)  # what is wrong with it is said before a process starts
     with open_local(asked.source, cut=asked.cut) as joined:
         yield _speaker(joined)
 
