@@ -68,7 +68,7 @@ def _stats(dialogue: Dialogue, _: str) -> Done:
     if dialogue.total.answers > 1:
         lines += ["all answers:", *told(dialogue.total)]
     if dialogue.total.answers and not dialogue.total.parts:
-        lines.append("The model is not split here.")
+        lines.append("The model is not split.")
     return lines, Then.GO_ON
 
 
