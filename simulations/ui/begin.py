@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from getpass import getpass
+from importlib.util import find_spec
 from pathlib import Path
 
 from flower_app.runs.folders import FINISHED, model_of, read_summaries
@@ -20,10 +21,7 @@ from simulations.ui.chats import Chats
 from simulations.ui.shelf import Shelf
 from simulations.ui.talked import Load, Talked
 
-MISSING = (
-    "graft ui needs Gradio, which is not installed: pip install 'graft[ui]' (in a checkout: "
-    "pip install -e '.[ui]')"
-)
+NEEDED = ("gradio", "fastapi", "uvicorn")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,12 +48,9 @@ class Door:
 
 def begin(what: What, door: Door, say: Callable[[str], None]) -> None:
     """Serve the page until it is interrupted; `say` prints a line."""
-    try:
-        from simulations.ui import page, server
-    except ModuleNotFoundError as error:
-        if error.name not in ("gradio", "uvicorn", "fastapi"):
-            raise
-        raise ValueError(MISSING) from error
+    check_installed(find_spec)
+    from simulations.ui import page, server
+
     where = read_bind(door.bind)
     word = password_for(where, door.password, _ask if sys.stdin.isatty() else None)
     listening = listen(where)
@@ -67,6 +62,14 @@ def begin(what: What, door: Door, say: Callable[[str], None]) -> None:
         say(f"user {door.user}, with the password" if word else "on this machine only")
         say("Ctrl-C ends it")
         server.serve(app, listening).run(sockets=[listening])
+
+
+def check_installed(find: Callable[[str], object | None]) -> None:
+    """Say in words what is missing, if something is; `find` looks a package up."""
+    if missing := [name for name in NEEDED if find(name) is None]:
+        raise ValueError(
+            f"graft ui needs {' and '.join(missing)}, not installed: pip install 'graft[ui]'"
+        )
 
 
 def newest() -> str:

@@ -23,7 +23,7 @@ def header(talked: Talked | None) -> str:
         return (
             '<div class="who"><h1>No model yet</h1><p class="what">Train one with '
             "<code>graft demo</code>, or name one: <code>graft ui RUN_OR_MODEL</code>. "
-            "The runs are in the tab beside the chat.</p></div>"
+            "Below are the runs, as they come.</p></div>"
         )
     where = "split" if talked.trunk else "whole"
     words = f"split, trunk at {talked.trunk}" if talked.trunk else "whole, on this machine"
@@ -102,7 +102,9 @@ def _load(load: Load | None) -> str:
     if load is None:
         return _pair("trunk load", NONE)
     some = "1 session" if load.sessions == 1 else f"{load.sessions} sessions"
-    told = f"{some}, {load.kv_mib:,.1f} MiB of KV cache, {1000 * load.queued:.1f} ms in the queue"
+    told = (
+        f"{some}, {load.kv_mib:,.1f} MiB of KV cache, {1000 * load.queued:.1f}\u00a0ms in the queue"
+    )
     return _pair("trunk load", told)
 
 
