@@ -31,8 +31,6 @@ def begin(
         A saved chat to go on with.
     """
     place = terminal()
-    if not place.strict:
-        place.note("loading ...")
     with opened(asked) as speaker:
         dialogue = Dialogue(speaker=speaker, sampling=sampling_of(speaker), notice=place.note)
         if load is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -46,6 +47,9 @@ def chat(
     """
     if greedy and temperature:
         raise ValueError(f"--greedy is temperature 0, and --temperature {temperature:g} was given")
+
+    if sys.stdin.isatty() and sys.stdout.isatty():
+        typer.secho("loading ...", dim=True)  # torch alone takes seconds
 
     from simulations.chat.begin import begin
     from simulations.plan import units
