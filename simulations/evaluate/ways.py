@@ -10,7 +10,8 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from flower_app.serving.access import read_access
-from flower_app.serving.client import connect
+from flower_app.serving.client import Joined, connect
+from flower_app.serving.local import open_local
 from flower_app.serving.source import Served, load_ends, load_trunk, load_whole_model
 from models.remote import join_remote
 from strategies.generation.engine import GenerationEngine
@@ -27,7 +28,7 @@ class Place:
     served: Served
     """What that is."""
     access: Path | None = None
-    """Of a trunk that is served; None: one is started for the purpose."""
+    """Of a trunk that is served; None: one is started on this machine."""
     dtype: str = "fp32"
 
 
@@ -49,12 +50,16 @@ def split(place: Place) -> Iterator[PreTrainedModel]:
 @contextmanager
 def served(place: Place) -> Iterator[PreTrainedModel]:
     """The ends here, and the trunk wherever it is served."""
-    access = place.access
-    if access is None:
-        raise ValueError("served: give the access file that `graft serve` wrote, --access FILE")
-    same = [m for m in read_access(access).models if m.fingerprint == place.served.fingerprint]
-    with connect(access, place.source, model=same[0].name if same else "") as joined:
+    with _joined(place) as joined:
         yield joined.model
+
+
+def _joined(place: Place) -> Joined:
+    if place.access is None:
+        return open_local(place.source, cut=place.served.cut)
+    models = read_access(place.access).models
+    same = [model for model in models if model.fingerprint == place.served.fingerprint]
+    return connect(place.access, place.source, model=same[0].name if same else "")
 
 
 WAYS: dict[str, Callable[[Place], AbstractContextManager[PreTrainedModel]]] = {

@@ -131,8 +131,14 @@ def test_the_command_prints_figures(folder: Path, tmp_path: Path) -> None:
     result = json.loads(told.stdout)
     assert result["unsplit"]["exact_match"] is None
     assert result["cut"] == "1,1"
-    refused = CliRunner().invoke(app, [*line, "--how", "served"])
-    assert "--access FILE" in refused.stderr
     refused = CliRunner().invoke(app, ["eval", str(folder), "--data", str(tmp_path / "no.txt")])
     assert refused.exit_code == 2
     assert "--cut" in refused.stderr
+
+
+@pytest.mark.slow
+def test_a_trunk_is_started_where_none_is_given(folder: Path, tmp_path: Path) -> None:
+    asked = {"how": "all", "cut": Cut(1, 1)}
+    result = evaluated(folder, paired(tmp_path), **asked)
+    assert result["loss_gap"] < 1e-5
+    assert result["served"]["exact_match"] == result["unsplit"]["exact_match"] == 0.5
