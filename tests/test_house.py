@@ -39,6 +39,7 @@ ROOMS = (
     "simulations/chat",
     "simulations/api",
     "simulations/ui",
+    "simulations/evaluate",
     "simulations/bench",
     "simulations/study",
     "simulations/watch",

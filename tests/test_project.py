@@ -175,11 +175,10 @@ def test_architecture_names_every_file(project: Path) -> None:
 def test_documents_name_files_and_tests_that_exist(project: Path) -> None:
     tracked = _tracked(project)
     folders = {f"{parent}/" for path in tracked for parent in Path(path).parents}
-    tests = {
-        Path(path).name: (project / path).read_text(encoding="utf-8")
-        for path in tracked
-        if Path(path).name.startswith("test_")
-    }
+    tests: dict[str, str] = {}  # files of one name in several folders count as one
+    for path in tracked:
+        if (name := Path(path).name).startswith("test_"):
+            tests[name] = tests.get(name, "") + (project / path).read_text(encoding="utf-8")
     for page in (path for path in tracked if path.endswith(".md")):
         text = (project / page).read_text(encoding="utf-8")
         for path in re.findall(rf"`((?:{'|'.join(PACKAGES)}|tests)/[\w/.]*)`", text):

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from conf.schema import Config
 from flower_app.client.place import Place
@@ -92,7 +92,12 @@ def padding_id(bottom: Part, tokenizer: PreTrainedTokenizerBase) -> int:
 
 def check_fit(bottom: Part, examples: Sequence[Example], context: int) -> None:
     """Refuse texts that the model cannot embed, which torch would answer with an IndexError."""
-    config = bottom.config.get_text_config(decoder=True)
+    check_embeds(bottom.config, examples, context)
+
+
+def check_embeds(model: PretrainedConfig, examples: Sequence[Example], context: int) -> None:
+    """Refuse texts that a model of this configuration cannot embed."""
+    config = model.get_text_config(decoder=True)
     positions = getattr(config, "max_position_embeddings", None)
     if positions and context > positions:
         raise ValueError(

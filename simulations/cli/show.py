@@ -22,21 +22,6 @@ def joined(overrides: list[str] | None) -> str:
     return shlex.join(overrides or [])
 
 
-def cut_pair(text: str) -> tuple[int, int]:
-    """Return the blocks below and above the trunk that `--cut 2,1` gives."""
-    bottom, comma, top = text.partition(",")
-    if not (comma and bottom.strip().isdecimal() and top.strip().isdecimal()):
-        raise ValueError(f"--cut {text}: give blocks below and above the trunk, as 2,1")
-    return int(bottom), int(top)
-
-
-def cut_of(text: str) -> Any:
-    """Return the cut that `--cut` gives; None for an empty text."""
-    from models import Cut
-
-    return Cut(*cut_pair(text)) if text else None
-
-
 def progress(line: str) -> None:
     """Print a line that is no result, beside the results."""
     typer.echo(line, err=True)

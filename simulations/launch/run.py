@@ -196,6 +196,7 @@ def _next_commands(folder: Path, rounds: int) -> dict[str, str]:
         f"{graft} resume {run} train.rounds={rounds + 2}": "two more rounds of the same",
         f"{graft} run lora model.path={model}": "LoRA in all three parts, on what the demo learned",
         f"{graft} parity --model {model} --cut 2,1": "the model, split and whole: the same numbers",
+        f"{graft} chat {run}": "talk with it: /help there shows what it can do",
     }
 
 

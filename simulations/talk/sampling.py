@@ -48,7 +48,7 @@ class Sampling:
     def configure(self, model: PreTrainedModel, eos: Iterable[int], pad: int) -> GenerationConfig:
         """Return the model's own generation settings with these over them, for one answer."""
         config = copy.deepcopy(model.generation_config)
-        drawn: dict[str, Any] = {"do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 0}
+        drawn: dict[str, Any] = _GREEDY
         if not self.greedy:
             drawn = {
                 "do_sample": True,
@@ -71,6 +71,10 @@ class Sampling:
             pad_token_id=pad,
         )
         return config
+
+
+_GREEDY = {"do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 50, "min_p": None}
+"""What `transformers` has where nothing is drawn; it warns of anything else."""
 
 
 def defaults(model: PreTrainedModel) -> Sampling:

@@ -6,6 +6,10 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+from transformers import PreTrainedModel
+
+from models.elsewhere import Tally
+
 PARTS = ("bottom", "network", "trunk", "top")
 
 
@@ -68,20 +72,20 @@ class Figures:
         return {**known, "tokens_per_second": self.rate, "ms_per_token": self.ms}
 
 
-def tally_of(model: Any) -> Any:
+def tally_of(model: PreTrainedModel) -> Tally | None:
     """Return a copy of a split model's running sums; None if it is not split."""
     tally = getattr(model, "tally", None)
-    return None if tally is None else tally.copy()
+    return tally.copy() if isinstance(tally, Tally) else None
 
 
-def crossing(model: Any, before: Any) -> dict[str, Any]:
+def crossing(model: PreTrainedModel, before: Tally | None) -> dict[str, Any]:
     """Return what a split model did since `before`, as `Figures` takes it."""
     if before is None:
         return {}
     done = model.tally.copy() - before
     return {
         "parts": tuple(getattr(done, f"seconds_{name}") for name in PARTS),
-        "positions": done.tokens,
+        "positions": done.positions,
         "trips": done.trips,
         "bytes_up": done.bytes_up,
         "bytes_down": done.bytes_down,

@@ -27,7 +27,7 @@ class Session:
     """
 
     def __init__(self, lane: Lane, bench: Bench) -> None:
-        self._lane, self._bench = lane, bench
+        self._lane, self._bench, self.hidden_size = lane, bench, bench.hidden_size
         self.member = member = lane.member
         self.client, self.steps, self.round = member.client, member.steps, member.round
         self.applied = 0

@@ -1,8 +1,7 @@
-"""What the trunk answers to the frames of one session, however they travel."""
+"""What the trunk answers to the frames of a session that trains, however they travel."""
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,17 +19,15 @@ from strategies.transport.codec.tensors import (
     encode_named,
     shape_of,
 )
-from strategies.transport.frames import failure_of, read_client_frame, server_frame
+from strategies.transport.frames import failure_of
 from strategies.transport.kept import KeptReplies
-
-PATIENCE = 0.2
-"""Seconds between two looks whether a frame that waits is still wanted."""
+from strategies.transport.talk import Talk
 
 MAX_REPEATS = 64
 """Frames in a row that may move nothing; a client repeats a question 8 times before it gives up."""
 
-MAX_DAMAGED = 16
-"""Damaged frames in a row after which a session is given up."""
+ADVICE = "raise link.max_frame_mb, or lower train.batch_size or data.context"
+"""About a frame that is too large."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,8 +47,8 @@ class StepReport:
     seconds: dict[str, float]
 
 
-class Conversation:
-    """Frames of one session in, frames out.
+class Conversation(Talk):
+    """Frames of one session of training or evaluation in, frames out.
 
     Parameters
     ----------
@@ -65,12 +62,6 @@ class Conversation:
         Called with a `StepReport` after each step.
     limit : int
         Largest frame, bytes.
-
-    Notes
-    -----
-    A frame that comes again is answered with the same bytes and done once, so that a client may
-    repeat whatever was not answered. One thread at a time is served: a stream that broke may still
-    be at work when the next one begins.
     """
 
     def __init__(
@@ -81,100 +72,47 @@ class Conversation:
         on_step: Callable[[StepReport], None],
         limit: int,
     ) -> None:
+        super().__init__(session.meter, limit, ADVICE)
         self.key, self.session = key, session
-        self._codecs, self._on_step, self._limit = crossings(codec, key), on_step, limit
-        self._serving = threading.Lock()
+        self._codecs, self._on_step = crossings(codec, key), on_step
         self._kept = KeptReplies(session)
-        self._damaged = self._repeats = 0
-        # What has moved, and the trunk's own time, since the last step.
-        self._bytes_up = self._bytes_down = 0
-        self._seconds = 0.0
-        self.closed = self.left = False
+        self._repeats, self._moves = 0, session.moves
 
-    def answer(self, raw: bytes, wanted: Callable[[], bool] = lambda: True) -> bytes:
-        """Answer one frame.
+    def opened(self) -> pb.Opened:
+        """The hidden size, and the steps that the session was opened for."""
+        return pb.Opened(hidden_size=self.session.hidden_size, steps=self.session.steps)
 
-        Parameters
-        ----------
-        raw : bytes
-            The frame.
-        wanted : callable
-            Whether anybody still waits for the answer, asked while an earlier frame is at work; if
-            not, the frame is left alone and the answer is empty.
+    def end(self) -> None:
+        """Drop what is under way."""
+        self.session.close()
 
-        Raises
-        ------
-        TrunkError
-            In words, if it cannot be served and the session is of no more use.
-        """
-        while not self._serving.acquire(timeout=PATIENCE):
-            if not wanted():
-                return b""
-        try:
-            self._bytes_up += len(raw)
-            self.session.meter.received(len(raw))
-            started, before = time.perf_counter(), self.session.moves
-            reply = self._reply_or_failure(raw, started)
-            self._seconds += time.perf_counter() - started
-            self._check_progress(before)
-            self._bytes_down += len(reply)
-            self.session.meter.sent(len(reply))
-            return reply
-        finally:
-            self._serving.release()
-
-    def _check_progress(self, before: int) -> None:
+    def _check_progress(self) -> None:
         """A client that only repeats itself must not hold a turn, or others up, for ever."""
-        moved = self.session.moves != before or not self.session.round.training
+        before, self._moves = self._moves, self.session.moves
+        moved = self._moves != before or not self.session.round.training
         self._repeats = 0 if moved else self._repeats + 1
         if self._repeats > MAX_REPEATS:
             raise TrunkError(f"{MAX_REPEATS} frames in a row moved nothing", kind="order")
 
-    def _reply_or_failure(self, raw: bytes, started: float) -> bytes:
-        if len(raw) > self._limit:
-            raise TrunkError(
-                f"a frame of {len(raw)} bytes came, at most {self._limit} are accepted; raise "
-                "link.max_frame_mb, or lower train.batch_size or data.context",
-                kind="too-large",
-            )
-        frame = pb.ClientFrame()
-        try:
-            frame = read_client_frame(raw)
-            self._damaged = 0
-            reply = self._kept.again(frame, raw)
-            if reply is None:
-                reply = server_frame(**self._reply(frame, started))
-                self._kept.keep(frame, raw, reply)
-            return reply
-        except TrunkError as error:
-            self.session.meter.failed(error.kind)
-            if not error.passes:
-                raise
-            self._damaged += error.kind == "damaged"
-            if self._damaged > MAX_DAMAGED:
-                raise TrunkError(f"{MAX_DAMAGED} frames in a row: {error}", kind="order") from error
-            asked = frame.get_gradients
-            return server_frame(failure=failure_of(error, asked.step, asked.micro))
+    def _again(self, frame: pb.ClientFrame, raw: bytes) -> bytes | None:
+        return self._kept.again(frame, raw)
 
-    def frame(self, **body: object) -> bytes:
-        """A frame to the client, counted."""
-        raw = server_frame(**body)
-        self._bytes_down += len(raw)
-        self.session.meter.sent(len(raw))
-        return raw
+    def _keep(self, frame: pb.ClientFrame, raw: bytes, reply: bytes) -> None:
+        self._kept.keep(frame, raw, reply)
 
-    def _reply(self, frame: pb.ClientFrame, started: float) -> dict[str, Any]:
-        body = frame.WhichOneof("body")
-        with self.session.meter.frame(body or ""):
-            return self._serve(body, frame, started)
+    def _failure(self, error: TrunkError, frame: pb.ClientFrame) -> pb.Failure:
+        asked = frame.get_gradients
+        return failure_of(error, asked.step, asked.micro)
 
-    def _serve(self, body: str | None, frame: pb.ClientFrame, started: float) -> dict[str, Any]:
+    def _serve(self, body: str, frame: pb.ClientFrame, started: float) -> dict[str, Any]:
         if body == "compute":
             return {"activations": self._compute(frame.compute, started)}
         if body == "backward":
             return {"gradients": self._backward(frame.backward, started)}
         if body == "apply":
             return {"applied": self._apply(frame.apply)}
+        if body != "close":
+            raise TrunkError(f"this trunk trains: '{body}' is none of its frames", kind="order")
         self.closed, self.left = not frame.close.early, frame.close.early
         self.session.close()
         return {"closed": pb.Closed(steps=self.session.applied, tokens=self.session.tokens)}

@@ -88,6 +88,8 @@ class Request:
     answer: str
     step: int = 0
     micro: int = 0
+    number: int = 0
+    """Of a session that generates, in place of step and micro-batch."""
     shape: tuple[int, ...] = ()
     """Of the tensor that was sent, which the answer's must have."""
     reply: Any = None
@@ -101,6 +103,8 @@ class Request:
         body = getattr(frame, kind)
         if kind in ("opened", "closed"):
             return True
+        if kind == "generated":
+            return bool(body.number == self.number)
         return body.step == self.step and getattr(body, "micro", 0) == self.micro
 
 
@@ -129,7 +133,7 @@ class Framed:
         if mask_BT is not None:
             frame.mask.CopyFrom(encode_mask(mask_BT))
         raw = client_frame(compute=frame)
-        self.send(Request(raw, "activations", step, micro, tuple(h_BTD.shape)))
+        self.send(Request(raw, "activations", step, micro, shape=tuple(h_BTD.shape)))
 
     def backward(
         self, step: int, micro: int, grad_BTD: Tensor, *, last: bool, tokens: int = 0
@@ -138,7 +142,7 @@ class Framed:
         gradient = self._codecs.grad_h2.encode(grad_BTD, step, micro)
         frame = pb.Backward(step=step, micro=micro, gradient=gradient, last=last, tokens=tokens)
         raw = client_frame(backward=frame)
-        self.send(Request(raw, "gradients", step, micro, tuple(grad_BTD.shape)))
+        self.send(Request(raw, "gradients", step, micro, shape=tuple(grad_BTD.shape)))
 
     def apply(
         self, step: int, counters: StepCounters, gradients: Mapping[str, Tensor] | None = None

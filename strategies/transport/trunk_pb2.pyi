@@ -119,6 +119,26 @@ class Apply(_message.Message):
     gradients: _containers.RepeatedCompositeFieldContainer[NamedTensor]
     def __init__(self, step: _Optional[int] = ..., client_square_norm: _Optional[float] = ..., tokens: _Optional[int] = ..., loss: _Optional[float] = ..., seconds_bottom: _Optional[float] = ..., seconds_network: _Optional[float] = ..., seconds_top: _Optional[float] = ..., gradients: _Optional[_Iterable[_Union[NamedTensor, _Mapping]]] = ...) -> None: ...
 
+class Generate(_message.Message):
+    __slots__ = ("number", "length", "rows", "activations", "mask", "positions", "fork", "drop")
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    LENGTH_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    ACTIVATIONS_FIELD_NUMBER: _ClassVar[int]
+    MASK_FIELD_NUMBER: _ClassVar[int]
+    POSITIONS_FIELD_NUMBER: _ClassVar[int]
+    FORK_FIELD_NUMBER: _ClassVar[int]
+    DROP_FIELD_NUMBER: _ClassVar[int]
+    number: int
+    length: int
+    rows: _containers.RepeatedScalarFieldContainer[int]
+    activations: Tensor
+    mask: Tensor
+    positions: _containers.RepeatedScalarFieldContainer[int]
+    fork: str
+    drop: bool
+    def __init__(self, number: _Optional[int] = ..., length: _Optional[int] = ..., rows: _Optional[_Iterable[int]] = ..., activations: _Optional[_Union[Tensor, _Mapping]] = ..., mask: _Optional[_Union[Tensor, _Mapping]] = ..., positions: _Optional[_Iterable[int]] = ..., fork: _Optional[str] = ..., drop: _Optional[bool] = ...) -> None: ...
+
 class Close(_message.Message):
     __slots__ = ("early",)
     EARLY_FIELD_NUMBER: _ClassVar[int]
@@ -126,28 +146,36 @@ class Close(_message.Message):
     def __init__(self, early: _Optional[bool] = ...) -> None: ...
 
 class ClientFrame(_message.Message):
-    __slots__ = ("version", "compute", "backward", "get_gradients", "apply", "close")
+    __slots__ = ("version", "compute", "backward", "get_gradients", "apply", "close", "generate")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     COMPUTE_FIELD_NUMBER: _ClassVar[int]
     BACKWARD_FIELD_NUMBER: _ClassVar[int]
     GET_GRADIENTS_FIELD_NUMBER: _ClassVar[int]
     APPLY_FIELD_NUMBER: _ClassVar[int]
     CLOSE_FIELD_NUMBER: _ClassVar[int]
+    GENERATE_FIELD_NUMBER: _ClassVar[int]
     version: int
     compute: Compute
     backward: Backward
     get_gradients: GetGradients
     apply: Apply
     close: Close
-    def __init__(self, version: _Optional[int] = ..., compute: _Optional[_Union[Compute, _Mapping]] = ..., backward: _Optional[_Union[Backward, _Mapping]] = ..., get_gradients: _Optional[_Union[GetGradients, _Mapping]] = ..., apply: _Optional[_Union[Apply, _Mapping]] = ..., close: _Optional[_Union[Close, _Mapping]] = ...) -> None: ...
+    generate: Generate
+    def __init__(self, version: _Optional[int] = ..., compute: _Optional[_Union[Compute, _Mapping]] = ..., backward: _Optional[_Union[Backward, _Mapping]] = ..., get_gradients: _Optional[_Union[GetGradients, _Mapping]] = ..., apply: _Optional[_Union[Apply, _Mapping]] = ..., close: _Optional[_Union[Close, _Mapping]] = ..., generate: _Optional[_Union[Generate, _Mapping]] = ...) -> None: ...
 
 class Opened(_message.Message):
-    __slots__ = ("hidden_size", "steps")
+    __slots__ = ("hidden_size", "steps", "codec", "limit", "chunk")
     HIDDEN_SIZE_FIELD_NUMBER: _ClassVar[int]
     STEPS_FIELD_NUMBER: _ClassVar[int]
+    CODEC_FIELD_NUMBER: _ClassVar[int]
+    LIMIT_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
     hidden_size: int
     steps: int
-    def __init__(self, hidden_size: _Optional[int] = ..., steps: _Optional[int] = ...) -> None: ...
+    codec: str
+    limit: int
+    chunk: int
+    def __init__(self, hidden_size: _Optional[int] = ..., steps: _Optional[int] = ..., codec: _Optional[str] = ..., limit: _Optional[int] = ..., chunk: _Optional[int] = ...) -> None: ...
 
 class Activations(_message.Message):
     __slots__ = ("step", "micro", "activations", "seconds")
@@ -189,6 +217,20 @@ class Applied(_message.Message):
     state: _containers.RepeatedCompositeFieldContainer[NamedTensor]
     def __init__(self, step: _Optional[int] = ..., grad_norm: _Optional[float] = ..., lr: _Optional[float] = ..., seconds: _Optional[float] = ..., state: _Optional[_Iterable[_Union[NamedTensor, _Mapping]]] = ...) -> None: ...
 
+class Generated(_message.Message):
+    __slots__ = ("number", "activations", "seconds", "queued", "cache_bytes")
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
+    ACTIVATIONS_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    QUEUED_FIELD_NUMBER: _ClassVar[int]
+    CACHE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    number: int
+    activations: Tensor
+    seconds: float
+    queued: float
+    cache_bytes: int
+    def __init__(self, number: _Optional[int] = ..., activations: _Optional[_Union[Tensor, _Mapping]] = ..., seconds: _Optional[float] = ..., queued: _Optional[float] = ..., cache_bytes: _Optional[int] = ...) -> None: ...
+
 class Closed(_message.Message):
     __slots__ = ("steps", "tokens")
     STEPS_FIELD_NUMBER: _ClassVar[int]
@@ -210,7 +252,7 @@ class Failure(_message.Message):
     def __init__(self, kind: _Optional[str] = ..., message: _Optional[str] = ..., step: _Optional[int] = ..., micro: _Optional[int] = ...) -> None: ...
 
 class ServerFrame(_message.Message):
-    __slots__ = ("version", "opened", "activations", "gradients", "applied", "closed", "failure")
+    __slots__ = ("version", "opened", "activations", "gradients", "applied", "closed", "failure", "generated")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     OPENED_FIELD_NUMBER: _ClassVar[int]
     ACTIVATIONS_FIELD_NUMBER: _ClassVar[int]
@@ -218,6 +260,7 @@ class ServerFrame(_message.Message):
     APPLIED_FIELD_NUMBER: _ClassVar[int]
     CLOSED_FIELD_NUMBER: _ClassVar[int]
     FAILURE_FIELD_NUMBER: _ClassVar[int]
+    GENERATED_FIELD_NUMBER: _ClassVar[int]
     version: int
     opened: Opened
     activations: Activations
@@ -225,4 +268,5 @@ class ServerFrame(_message.Message):
     applied: Applied
     closed: Closed
     failure: Failure
-    def __init__(self, version: _Optional[int] = ..., opened: _Optional[_Union[Opened, _Mapping]] = ..., activations: _Optional[_Union[Activations, _Mapping]] = ..., gradients: _Optional[_Union[Gradients, _Mapping]] = ..., applied: _Optional[_Union[Applied, _Mapping]] = ..., closed: _Optional[_Union[Closed, _Mapping]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ...) -> None: ...
+    generated: Generated
+    def __init__(self, version: _Optional[int] = ..., opened: _Optional[_Union[Opened, _Mapping]] = ..., activations: _Optional[_Union[Activations, _Mapping]] = ..., gradients: _Optional[_Union[Gradients, _Mapping]] = ..., applied: _Optional[_Union[Applied, _Mapping]] = ..., closed: _Optional[_Union[Closed, _Mapping]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ..., generated: _Optional[_Union[Generated, _Mapping]] = ...) -> None: ...

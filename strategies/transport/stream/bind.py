@@ -26,11 +26,8 @@ def bind(server: grpc.Server, link: LinkConfig) -> tuple[bytes, int]:
     ValueError
         If the address cannot be listened on, or the certificate cannot be read.
     """
-    host, public = link.bind.rpartition(":")[0], (link.advertise or link.bind).rpartition(":")[0]
-    secure = link.tls == "on" or (
-        link.tls == "auto" and not (is_loopback(host) and is_loopback(public))
-    )
-    certificate, key = _certificate(link, public) if secure else (b"", b"")
+    secure = is_secure(link)
+    certificate, key = _certificate(link, host_of(link)) if secure else (b"", b"")
     try:
         if secure:
             credentials = grpc.ssl_server_credentials([(key, certificate)])
@@ -41,6 +38,18 @@ def bind(server: grpc.Server, link: LinkConfig) -> tuple[bytes, int]:
             f"the trunk cannot listen on link.bind={link.bind}: {_reason(link.bind)}. Choose a "
             "free port on an address of this machine, or port 0 for any free one"
         ) from None
+
+
+def host_of(link: LinkConfig) -> str:
+    """What clients connect to, without the port."""
+    return (link.advertise or link.bind).rpartition(":")[0].strip("[]")
+
+
+def is_secure(link: LinkConfig) -> bool:
+    """Whether TLS is on."""
+    host = link.bind.rpartition(":")[0]
+    local = is_loopback(host) and is_loopback(host_of(link))
+    return link.tls == "on" or (link.tls == "auto" and not local)
 
 
 def _certificate(link: LinkConfig, host: str) -> tuple[bytes, bytes]:

@@ -59,6 +59,8 @@ class Stream:
         Seconds for which a broken session is kept: how fast a dead connection must be noticed.
     interceptors : sequence
         gRPC's, for whoever wants to watch or disturb the frames.
+    extra : sequence
+        More metadata.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class Stream:
         limit: int,
         grace: float,
         interceptors: Sequence[grpc.StreamStreamClientInterceptor] = (),
+        extra: Sequence[tuple[str, str]] = (),
     ) -> None:
         options, certificate = client_options(limit, grace), ticket.certificate
         self._channel = (
@@ -88,6 +91,7 @@ class Stream:
                 (CONNECTION_KEY, str(number)),
                 (TOKEN_KEY, tickets.token(secret, number)),
                 (STEPS_KEY, str(steps)),
+                *extra,
             ),
         )
         self._reader = threading.Thread(
@@ -160,8 +164,8 @@ def _reason(error: grpc.RpcError) -> TrunkError:
         return TrunkError(details, kind="refused")
     if "CERTIFICATE_VERIFY_FAILED" in details:
         return TrunkError(
-            "it shows another certificate than the one that came with the ticket: something "
-            f"between it and this client answers in its place ({details})",
+            "it shows another certificate than the one that came with the ticket, or the access "
+            f"file: something between it and this client answers in its place ({details})",
             kind="certificate",
         )
     if "Hostname Verification" in details:

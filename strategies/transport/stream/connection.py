@@ -6,6 +6,7 @@ import logging
 import random
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import grpc
 
@@ -22,6 +23,25 @@ logger = logging.getLogger(__name__)
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 5.0
 """Seconds before another attempt to connect: doubled each time, within bounds."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Words:
+    """What is said, and how loudly, where a trunk cannot be reached."""
+
+    lost: str = (
+        "link.grace={seconds:g} s did not bring it back; the server has stopped or cannot be "
+        "reached. A stopped run goes on with resume"
+    )
+    unreachable: str = (
+        "check that link.advertise (or link.bind) is an address this client can reach, that its "
+        "port is open, and that link.tls is the same on both sides"
+    )
+    breaks: int = logging.WARNING
+    """The level at which a broken stream is told."""
+
+
+TRAINING = Words()
 
 MAX_BREAKS = 10
 """Streams that may break before one question is answered."""
@@ -42,6 +62,10 @@ class Connection:
         Limits and deadlines.
     interceptors : sequence
         gRPC's, for whoever wants to watch or disturb the frames.
+    extra : sequence
+        More metadata of each stream.
+    words : Words
+        What is said of a trunk that cannot be reached.
 
     Raises
     ------
@@ -57,6 +81,8 @@ class Connection:
         steps: int,
         config: LinkConfig,
         interceptors: Sequence[grpc.StreamStreamClientInterceptor] = (),
+        extra: Sequence[tuple[str, str]] = (),
+        words: Words = TRAINING,
     ) -> None:
         if ticket.certificate and (error := validity_error(ticket.certificate)):
             raise TrunkError(error, kind="clock")
@@ -64,7 +90,8 @@ class Connection:
         self._secret = tickets.session_secret(
             node_key, ticket.trunk_key, ticket.nonce, ticket.session
         )
-        self._interceptors = interceptors
+        self._interceptors, self._extra, self._words = interceptors, extra, words
+        self.address = ticket.address
         self._jitter = random.Random()  # of its own: training must not notice
         self.stream: Stream | None = None
         self.number = 0
@@ -112,7 +139,12 @@ class Connection:
                 f"was answered, the last time because of this: {why}",
                 kind="lost",
             )
-        logger.warning("the stream to the trunk at %s broke (%s): connecting again", address, why)
+        logger.log(
+            self._words.breaks,
+            "the stream to the trunk at %s broke (%s): connecting again",
+            address,
+            why,
+        )
         before = self.number
         try:
             self.open(grace)
@@ -121,8 +153,7 @@ class Connection:
                 raise
             raise TrunkError(
                 f"the stream to the trunk at {address} broke ({why}), and {self.number - before} "
-                f"attempts within link.grace={grace:g} s did not bring it back; the server has "
-                "stopped or cannot be reached. A stopped run goes on with resume",
+                f"attempts within {self._words.lost.format(seconds=grace)}",
                 kind="lost",
             ) from error
 
@@ -151,9 +182,7 @@ class Connection:
                 raise why
             if left <= 0:
                 raise TrunkError(
-                    f"no trunk answers at {self._ticket.address}; check that link.advertise (or "
-                    "link.bind) is an address this client can reach, that its port is open, and "
-                    f"that link.tls is the same on both sides ({why})",
+                    f"no trunk answers at {self.address}; {self._words.unreachable} ({why})",
                     kind="unreachable",
                 )
             time.sleep(min(left, pause * self._jitter.uniform(0.5, 1.0)))
@@ -170,6 +199,7 @@ class Connection:
             limit=int(self._config.max_frame_mb * 2**20),
             grace=self._config.grace,
             interceptors=self._interceptors,
+            extra=self._extra,
         )
         raw = self.stream.receive(seconds)
         return None if raw is None else refuse_failure(read_server_frame(raw)).opened

@@ -11,6 +11,10 @@ CONNECTION_KEY, STEPS_KEY = "graft-connection", "graft-steps"
 """A connection's metadata: which session, what proves that it is the client's, the number of the
 connection, from 1, and the optimizer steps the session plans."""
 
+MODEL_KEY, FINGERPRINT_KEY = "graft-model", "graft-fingerprint"
+"""Of a session that generates: with which of the models served, and what its client's ends are of.
+"""
+
 MAX_STREAMS = 256
 """Streams that a trunk serves at once; each takes a thread while it is open."""
 

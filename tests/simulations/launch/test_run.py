@@ -75,7 +75,7 @@ def test_demo_says_where_the_results_are(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert any("5.500 -> 2.500" in line for line in lines)
 
 
-def test_demo_ends_with_three_commands_that_go_on(
+def test_demo_ends_with_commands_that_go_on_and_one_that_talks(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     folder = tmp_path / "a run"
@@ -84,11 +84,12 @@ def test_demo_ends_with_three_commands_that_go_on(
     lines: list[str] = []
     tool.demo(lines.append)
 
-    resume, lora, parity = [shlex.split(line, comments=True) for line in lines[-3:]]
+    resume, lora, parity, chat = [shlex.split(line, comments=True) for line in lines[-4:]]
     assert resume[1:] == ["resume", str(folder), "train.rounds=5"]
     assert lora[1:] == ["run", "lora", f"model.path={folder}/model"]
     assert parity[1:] == ["parity", "--model", f"{folder}/model", "--cut", "2,1"]
-    assert {Path(command[0]).name for command in (resume, lora, parity)} == {"graft"}
+    assert chat[1:] == ["chat", str(folder)]
+    assert {Path(command[0]).name for command in (resume, lora, parity, chat)} == {"graft"}
     assert shutil.which(resume[0]), "it can be typed as it is"
 
 

@@ -2,40 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
-
 import pytest
 
+from models.elsewhere import Tally
 from simulations.talk.stats import Figures
 from tests.simulations.talk.helpers import speaker, spoken
 
 
-@dataclass
-class _Tally:
-    tokens: int = 0
-    trips: int = 0
-    seconds_bottom: float = 0.0
-    seconds_network: float = 0.0
-    seconds_trunk: float = 0.0
-    seconds_top: float = 0.0
-    bytes_up: int = 0
-    bytes_down: int = 0
-
-    def copy(self) -> _Tally:
-        return replace(self)
-
-    def __sub__(self, other: _Tally) -> _Tally:
-        names = [field.name for field in fields(self)]
-        return _Tally(**{name: getattr(self, name) - getattr(other, name) for name in names})
-
-
 def test_a_split_models_parts_are_those_of_this_answer() -> None:
     talker = speaker()
-    tally = _Tally(tokens=100, seconds_trunk=9.0, bytes_up=5000)
+    tally = Tally(positions=100, seconds_trunk=9.0, bytes_up=5000)
     talker.model.tally = tally
 
     def count(_model, _args, given) -> None:
-        tally.tokens += given["input_ids"].shape[1]
+        tally.positions += given["input_ids"].shape[1]
         tally.trips += 1
         tally.seconds_trunk += 0.5
         tally.bytes_up += 10 * given["input_ids"].shape[1]

@@ -1,0 +1,54 @@
+"""The command that talks with what was trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+commands = typer.Typer()
+
+
+@commands.command(rich_help_panel="Use")
+def chat(
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="A run (folder, name, last:demo), or a model with --cut.", metavar="RUN_OR_MODEL"
+        ),
+    ],
+    cut: Annotated[str, typer.Option(help="Blocks below and above the trunk: 2,1")] = "",
+    system: Annotated[str, typer.Option(help="The system message.")] = "",
+    greedy: Annotated[
+        bool, typer.Option("--greedy", help="Always the likeliest token: temperature 0.")
+    ] = False,
+    temperature: Annotated[float | None, typer.Option(help="By default, the model's own.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="By default, the model's own.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Of an answer, at most.")] = None,
+    seed: Annotated[int | None, typer.Option(help="The same answers each time.")] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="An answer ends before it; may be repeated.")
+    ] = None,
+    load: Annotated[Path | None, typer.Option(help="Go on with what /save wrote.")] = None,
+) -> None:
+    """Talk with a model: at the terminal, or with each line of the input as a message.
+
+    Without a terminal, answers alone go to the output: echo hello | graft chat last:demo
+    """
+    if greedy and temperature:
+        raise ValueError(f"--greedy is temperature 0, and --temperature {temperature:g} was given")
+
+    from simulations.chat.begin import begin
+    from simulations.plan import units
+
+    chosen = {
+        "temperature": 0.0 if greedy else temperature,
+        "top_p": top_p,
+        "max_tokens": max_tokens,
+        "seed": seed,
+        "stop": tuple(stop) if stop else None,
+    }
+    where = units.cut(cut) if cut else None
+    if not begin(source, chosen, cut=where, system=system, load=load):
+        raise typer.Exit(1)
