@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from models.bridge import BRIDGE_FILE, load_bridge
-from models.draft import make_draft, refuse_assisting
+from models.draft import go_on_from_caches, make_draft, refuse_assisting
 
 MODES = ("auto", "bridge", "lookup", "off")
 """What `--speculate` takes."""
@@ -19,6 +20,17 @@ TOKENS = {"bridge": 8, "lookup": 10}
 
 NGRAM = 5
 """How many of the last tokens are looked for in the text so far, at most."""
+
+
+_LOG = logging.getLogger("transformers.generation.utils")
+
+
+class _Advice(logging.Filter):
+    """Holds back advice to callers of `generate` for what speculation does on purpose."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Let all else pass."""
+        return "Passing `generation_config` together with" not in str(record.msg)
 
 
 def speculation(
@@ -61,6 +73,9 @@ def speculation(
     if mode == "off":
         return {}
     refuse_assisting(model)
+    go_on_from_caches(model)
+    if not any(isinstance(each, _Advice) for each in _LOG.filters):
+        _LOG.addFilter(_Advice())
     count = tokens or TOKENS[mode]
     if mode == "lookup":
         return {"prompt_lookup_num_tokens": count, "max_matching_ngram_size": NGRAM}
