@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -15,10 +16,18 @@ def chat(
     source: Annotated[
         str,
         typer.Argument(
-            help="A run (folder, name, last:demo), or a model with --cut.", metavar="RUN_OR_MODEL"
+            help="A run (folder, name, last:demo), or a model with --cut.",
+            metavar="[RUN_OR_MODEL]",
         ),
-    ],
+    ] = "",
     cut: Annotated[str, typer.Option(help="Blocks below and above the trunk: 2,1")] = "",
+    access: Annotated[
+        Path | None, typer.Option(help="What `graft serve` wrote; else, a trunk of one's own.")
+    ] = None,
+    ends: Annotated[
+        str, typer.Option(help="Bottom and top for --access, if not RUN_OR_MODEL's.")
+    ] = "",
+    model: Annotated[str, typer.Option(help="With --access: which of the models served.")] = "",
     system: Annotated[str, typer.Option(help="The system message.")] = "",
     greedy: Annotated[
         bool, typer.Option("--greedy", help="Always the likeliest token: temperature 0.")
@@ -39,8 +48,12 @@ def chat(
     if greedy and temperature:
         raise ValueError(f"--greedy is temperature 0, and --temperature {temperature:g} was given")
 
+    if sys.stdin.isatty() and sys.stdout.isatty():
+        typer.secho("loading ...", dim=True)  # torch alone takes seconds
+
     from simulations.chat.begin import begin
     from simulations.plan import units
+    from simulations.talk.opening import Asked
 
     chosen = {
         "temperature": 0.0 if greedy else temperature,
@@ -49,6 +62,12 @@ def chat(
         "seed": seed,
         "stop": tuple(stop) if stop else None,
     }
-    where = units.cut(cut) if cut else None
-    if not begin(source, chosen, cut=where, system=system, load=load):
+    asked = Asked(
+        source=source,
+        cut=units.cut(cut) if cut else None,
+        access=access,
+        ends=ends,
+        model=model,
+    )
+    if not begin(asked, chosen, system=system, load=load):
         raise typer.Exit(1)

@@ -1,25 +1,67 @@
-"""What is to talk, found and loaded by what the user named."""
+"""What is to talk, found and loaded by what the user named, with its trunk elsewhere."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 
-from flower_app.serving.source import find_served, load_tokenizer, load_whole_model
+from flower_app.serving.client import Joined, connect
+from flower_app.serving.local import open_local
+from flower_app.serving.source import find_served
 from models import Cut
 from simulations.talk.speaker import Speaker
 
 
-@contextmanager
-def opened(source: str, *, cut: Cut | None = None) -> Iterator[Speaker]:
-    """Load what `source` names, ready to talk.
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What the user named."""
 
-    Parameters
-    ----------
-    source : str
-        A run, a model, an adapter or a folder of parts (`find_served`).
-    cut : Cut, optional
-        Of a model that does not say where it is cut.
+    source: str = ""
+    """A run, a model, an adapter or a folder of parts (`find_served`)."""
+    cut: Cut | None = None
+    """Of a model that does not say where it is cut."""
+    access: Path | None = None
+    """The access file of a trunk that is served; None: a trunk of one's own."""
+    ends: str = ""
+    """Where bottom and top are, if not in `source`."""
+    model: str = ""
+    """Which of the models that are served; empty: the first."""
+
+    def __post_init__(self) -> None:
+        if self.access is None and (self.ends or self.model):
+            name = "--ends" if self.ends else "--model"
+            raise ValueError(f"{name} belongs to a trunk that is served: give --access FILE, too")
+        if self.access is not None and self.cut is not None:
+            raise ValueError(f"{self.access} says where the model is cut: leave out --cut")
+        if bool(self.source) == bool(self.ends):
+            raise ValueError(
+                "give one of RUN_OR_MODEL and --ends DIR: where bottom and top are"
+                if self.source
+                else "nothing to talk with: give a run, such as last:demo, or a model with --cut"
+            )
+
+
+@contextmanager
+def opened(asked: Asked) -> Iterator[Speaker]:
+    """Join what the user named with its trunk, ready to talk.
+
+    Raises
+    ------
+    ValueError
+        If it cannot be found or loaded, or does not belong to what is served.
+    TrunkError
+        If the server cannot be reached, or refuses.
     """
-    served = find_served(source, cut)
-    yield Speaker(load_whole_model(served), load_tokenizer(served), served.name)
+    if asked.access is not None:
+        with connect(asked.access, asked.ends or asked.source, model=asked.model) as joined:
+            yield _speaker(joined)
+        return
+    find_served(asked.source, asked.cut)  # what is wrong with it is said before a process starts
+    with open_local(asked.source, cut=asked.cut) as joined:
+        yield _speaker(joined)
+
+
+def _speaker(joined: Joined) -> Speaker:
+    return Speaker(joined.model, joined.tokenizer, joined.name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import queue
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,6 +10,7 @@ from typing import Any
 
 import torch
 from transformers import (
+    Cache,
     LogitsProcessor,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -19,7 +19,7 @@ from transformers import (
 
 from simulations.talk.chance import Chance, let_others_draw
 from simulations.talk.conversation import Conversation
-from simulations.talk.listen import Heard, Listener
+from simulations.talk.listen import PATIENCE, Listener
 from simulations.talk.prompt import Messages, Prompts
 from simulations.talk.sampling import Sampling, defaults
 from simulations.talk.stats import Figures, crossing, tally_of
@@ -93,7 +93,8 @@ class Speaker:
     ) -> Iterator[Piece]:
         """Answer a prompt, piece by piece; the last piece has a `finish`, and may have no text.
 
-        Whoever stops reading ends the answer.
+        Whoever stops reading ends the answer. One that does not end although it is cancelled (a
+        trunk that does not answer) is left to itself after a while, and no longer heard.
 
         Parameters
         ----------
@@ -130,24 +131,25 @@ class Speaker:
     ) -> Iterator[Piece]:
         with conversation.answering():
             start, before = time.perf_counter(), tally_of(self.model)
+            cache, reused = conversation.take(ids)
             run = threading.Thread(
-                target=self._run,
-                args=(ids, sampling, conversation, listener, processors),
-                daemon=True,
+                target=self._run, args=(ids, sampling, cache, listener, processors), daemon=True
             )
             run.start()
             try:
-                yield from _pieces(listener.heard)
+                yield from _pieces(listener)
             finally:
                 listener.abandoned = True
-                run.join()
+                run.join(PATIENCE)
+                if not run.is_alive() and listener.made is not None:
+                    conversation.keep(*listener.made)
             if listener.error is not None:
                 raise listener.error
             seconds = time.perf_counter() - start
             figures = Figures(
                 answers=1,
                 prompt=len(ids),
-                reused=listener.reused,
+                reused=reused,
                 tokens=listener.count,
                 seconds=seconds,
                 first=(listener.first or time.perf_counter()) - start,
@@ -160,15 +162,14 @@ class Speaker:
         self,
         ids: list[int],
         sampling: Sampling,
-        conversation: Conversation,
+        cache: Cache | None,
         listener: Listener,
         processors: Sequence[LogitsProcessor],
     ) -> None:
         """Let `generate` make the answer; whatever it raises is for the reader."""
         try:
-            self._generate(ids, sampling, conversation, listener, processors)
+            self._generate(ids, sampling, cache, listener, processors)
         except BaseException as error:  # noqa: BLE001 - handed to the reader's thread
-            conversation.drop()
             listener.error = error
         finally:
             listener.heard.put(None)
@@ -177,11 +178,10 @@ class Speaker:
         self,
         ids: list[int],
         sampling: Sampling,
-        conversation: Conversation,
+        cache: Cache | None,
         listener: Listener,
         processors: Sequence[LogitsProcessor],
     ) -> None:
-        cache, listener.reused = conversation.take(ids)
         ids_BT = torch.tensor([ids], device=self.model.device)
         with Chance(sampling.seed, self.model.device) as chance:
             made = self.model.generate(
@@ -193,7 +193,7 @@ class Speaker:
                 **({} if cache is None else {"cache": cache}),
                 **self._fitting(len(ids) + sampling.max_tokens, processors),
             )
-        conversation.keep(getattr(made, "cache", None), made.sequences[0].tolist())
+        listener.made = getattr(made, "cache", None), made.sequences[0].tolist()
 
     def _fitting(self, longest: int, processors: Sequence[LogitsProcessor]) -> dict[str, Any]:
         """The options, unless they do not suit an answer that may make the text so long."""
@@ -234,8 +234,8 @@ def _bounded(sampling: Sampling, room: int | None) -> Sampling:
     return replace(sampling, max_tokens=room)
 
 
-def _pieces(heard: queue.SimpleQueue[Heard | None]) -> Iterator[Piece]:
-    while (one := heard.get()) is not None:
+def _pieces(listener: Listener) -> Iterator[Piece]:
+    while (one := listener.next()) is not None:
         yield Piece(text=one.text, ids=one.ids)
 
 
