@@ -22,7 +22,7 @@ from flower_app.serving.source import Served, find_served, load_ends, load_token
 from models import Cut
 from models.elsewhere import Crossed, RemoteSession
 from models.remote import join_remote
-from simulations.talk.speculate import speculation
+from simulations.talk.speculate import bridge_folders, speculation
 from strategies.generation.engine import GenerationEngine
 from strategies.generation.local import LocalTrunk
 from strategies.generation.memory import Limits
@@ -112,9 +112,9 @@ def bench_speculate(question: Question, say: Callable[[str], None]) -> dict[str,
 def _options(
     question: Question, served: Served, model: PreTrainedModel, mode: str
 ) -> dict[str, Any]:
-    folders = [question.bridge, served.ends, Path(served.base) if served.base else None]
-    there = [folder for folder in folders if folder is not None]
-    return speculation(model, mode, folders=there, tokens=question.draft_tokens)
+    own = [] if question.bridge is None else [question.bridge]
+    folders = [*own, *bridge_folders(served)]
+    return speculation(model, mode, folders=folders, tokens=question.draft_tokens)
 
 
 def _row(

@@ -39,6 +39,14 @@ def chat(
     stop: Annotated[
         list[str] | None, typer.Option(help="An answer ends before it; may be repeated.")
     ] = None,
+    speculate: Annotated[
+        str,
+        typer.Option(
+            help="Several tokens for one trip to the trunk: auto, bridge, lookup or off; by "
+            "default auto with --access."
+        ),
+    ] = "",
+    draft_tokens: Annotated[int, typer.Option(help="Guessed at a time; 0: as suits.", min=0)] = 0,
     load: Annotated[Path | None, typer.Option(help="Go on with what /save wrote.")] = None,
 ) -> None:
     """Talk with a model: at the terminal, or with each line of the input as a message.
@@ -68,6 +76,8 @@ def chat(
         access=access,
         ends=ends,
         model=model,
+        speculate=speculate,
+        draft_tokens=draft_tokens,
     )
     if not begin(asked, chosen, system=system, load=load):
         raise typer.Exit(1)

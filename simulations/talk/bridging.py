@@ -123,6 +123,7 @@ def _texts(bottom: Part, tokenizer: PreTrainedTokenizerBase, lesson: Lesson) -> 
     changes = [f"data.context={lesson.context}"]
     if lesson.data is not None:
         changes += ["data.source=files", f"data.path={lesson.data.absolute()}"]
+        changes += ["data.partitioner=iid"]
     config = load_config("demo", changes)
     data = load_client_data(
         config.data, tokenizer, partition=0, partitions=1, data_path="", seed=lesson.seed

@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from flower_app.serving.source import Served
 from models.bridge import BRIDGE_FILE, load_bridge
 from models.draft import go_on_from_caches, make_draft, refuse_assisting
 
@@ -80,6 +81,13 @@ def speculation(
     if mode == "lookup":
         return {"prompt_lookup_num_tokens": count, "max_matching_ngram_size": NGRAM}
     return {"assistant_model": _draft(model, found, count)}
+
+
+def bridge_folders(served: Served) -> list[Path]:
+    """Where the bridge of what is served may lie: with the ends, or beside the model."""
+    run = None if served.run is None else served.run / "model"
+    base = Path(served.base) if served.base else None
+    return [folder for folder in (served.ends, served.adapter, run, base) if folder is not None]
 
 
 def _suitable(model: PreTrainedModel, bridge: Path | None) -> str:
