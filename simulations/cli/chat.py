@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from simulations.cli.show import DraftTokens, Speculate
+
 commands = typer.Typer()
 
 
@@ -39,14 +41,8 @@ def chat(
     stop: Annotated[
         list[str] | None, typer.Option(help="An answer ends before it; may be repeated.")
     ] = None,
-    speculate: Annotated[
-        str,
-        typer.Option(
-            help="Several tokens for one trip to the trunk: auto, bridge, lookup or off; by "
-            "default auto with --access."
-        ),
-    ] = "",
-    draft_tokens: Annotated[int, typer.Option(help="Guessed at a time; 0: as suits.", min=0)] = 0,
+    speculate: Speculate = "",
+    draft_tokens: DraftTokens = 0,
     load: Annotated[Path | None, typer.Option(help="Go on with what /save wrote.")] = None,
 ) -> None:
     """Talk with a model: at the terminal, or with each line of the input as a message.
