@@ -12,6 +12,8 @@ from simulations.cli.show import DraftTokens, Speculate
 
 commands = typer.Typer()
 
+Stops = Annotated[list[str] | None, typer.Option(help="An answer ends before it; may be repeated.")]
+
 
 @commands.command(rich_help_panel="Use")
 def chat(
@@ -38,9 +40,7 @@ def chat(
     top_p: Annotated[float | None, typer.Option(help="By default, the model's own.")] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Of an answer, at most.")] = None,
     seed: Annotated[int | None, typer.Option(help="The same answers each time.")] = None,
-    stop: Annotated[
-        list[str] | None, typer.Option(help="An answer ends before it; may be repeated.")
-    ] = None,
+    stop: Stops = None,
     speculate: Speculate = "",
     draft_tokens: DraftTokens = 0,
     load: Annotated[Path | None, typer.Option(help="Go on with what /save wrote.")] = None,
