@@ -12,6 +12,7 @@ from simulations.cli.show import DraftTokens, Speculate
 
 commands = typer.Typer()
 
+Own = Annotated[float | None, typer.Option(help="By default, the model's own.")]
 Stops = Annotated[list[str] | None, typer.Option(help="An answer ends before it; may be repeated.")]
 
 
@@ -36,8 +37,8 @@ def chat(
     greedy: Annotated[
         bool, typer.Option("--greedy", help="Always the likeliest token: temperature 0.")
     ] = False,
-    temperature: Annotated[float | None, typer.Option(help="By default, the model's own.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="By default, the model's own.")] = None,
+    temperature: Own = None,
+    top_p: Own = None,
     max_tokens: Annotated[int | None, typer.Option(help="Of an answer, at most.")] = None,
     seed: Annotated[int | None, typer.Option(help="The same answers each time.")] = None,
     stop: Stops = None,
@@ -51,7 +52,6 @@ def chat(
     """
     if greedy and temperature:
         raise ValueError(f"--greedy is temperature 0, and --temperature {temperature:g} was given")
-
     if sys.stdin.isatty() and sys.stdout.isatty():
         typer.secho("loading ...", dim=True)  # torch alone takes seconds
 
