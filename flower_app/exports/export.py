@@ -10,6 +10,7 @@ from pathlib import Path
 
 from transformers import PretrainedConfig
 
+from flower_app.build import cut_of
 from flower_app.exports.card import ADAPTER, MERGED, PARTS, model_card
 from flower_app.exports.origin import Origin, find_origin
 from flower_app.serving.source import (
@@ -21,6 +22,8 @@ from flower_app.serving.source import (
     load_whole_model,
 )
 from models import Cut, outline
+from models.bridge import BRIDGE_FILE, bridge_state, load_bridge, save_bridge
+from models.fingerprint import fingerprint
 from models.pieces import ENDS, LABEL, TRUNK, Label, save_pieces
 from models.source import ADAPTER_CONFIG
 from models.whole import read_config
@@ -90,6 +93,7 @@ def _write_adapter(origin: Origin, folder: Path, license: str) -> None:
         if file.is_file():
             shutil.copyfile(file, folder / file.name)
     _write_beside(served, folder)
+    _write_bridge(origin, folder, served.fingerprint)
     _write_card(origin, folder, ADAPTER, license)
 
 
@@ -112,6 +116,7 @@ def _write_merged(origin: Origin, folder: Path, license: str) -> None:
     served = origin.served
     load_whole_model(served, dtype=_dtype(origin)).save_pretrained(folder)
     _write_beside(served, folder)
+    _write_bridge(origin, folder, fingerprint(str(folder)))
     _write_card(origin, folder, MERGED, license)
 
 
@@ -122,6 +127,7 @@ def _write_parts(origin: Origin, folder: Path, license: str) -> None:
     save_pieces(folder / TRUNK, [trunk], config, _label(served, TRUNK))
     save_pieces(folder / ENDS, list(ends), config, _label(served, ENDS))
     _write_beside(served, folder / ENDS)
+    _write_bridge(origin, folder / ENDS, served.fingerprint)
     _write_card(origin, folder, PARTS, license)
     for part in (TRUNK, ENDS):
         _write_card(origin, folder / part, PARTS, license, part)
@@ -145,6 +151,17 @@ def _write_beside(served: Served, folder: Path) -> None:
     load_tokenizer(served).save_pretrained(folder)
     if (settings := generation_file(served)) is not None:
         shutil.copyfile(settings, folder / settings.name)
+
+
+def _write_bridge(origin: Origin, folder: Path, of: str) -> None:
+    """The draft of the trunk that a run taught its ends, if there is one for this cut."""
+    served, config = origin.served, origin.config
+    place = served.adapter or served.ends or Path(served.base)
+    if not (place / BRIDGE_FILE).is_file() or (config and cut_of(config) != served.cut):
+        (folder / BRIDGE_FILE).unlink(missing_ok=True)  # an adapter's folder was copied whole
+        return
+    bridge = load_bridge(place, hidden_size=served.hidden_size)
+    save_bridge(bridge_state(bridge), folder, fingerprint=of)
 
 
 def _write_card(origin: Origin, folder: Path, form: str, license: str, part: str = "") -> None:

@@ -21,6 +21,7 @@ from flower_app.runs.resume import config_of
 from flower_app.runs.summary import summarize
 from flower_app.serving.source import Served, find_run_folder, find_served, serve_model
 from models import Cut
+from models.bridge import save_bridge, take_bridge
 from strategies.aggregate.joint import JointModel
 from strategies.engine.engine import TrunkEngine
 
@@ -75,9 +76,11 @@ def find_origin(text: str, *, number: int | None, cut: Cut | None, scratch: Path
         return _told(run, served, config, summary.get("model_round", summary.get("rounds")))
     found = _checkpoint(run, number)
     config, _ = config_of(found)
-    tokenizer = load_tokenizer(config.model)
-    export_model(config, trained(found, config), tokenizer, scratch / "model")
-    served = serve_model(run, scratch / "model", config, cut)
+    state, model = trained(found, config), scratch / "model"
+    export_model(config, state, load_tokenizer(config.model), model)
+    if bridge := take_bridge(state)[0]:
+        save_bridge(bridge, model)
+    served = serve_model(run, model, config, cut)
     return _told(run, served, config, found.facts.round)
 
 

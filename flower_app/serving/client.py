@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,10 +27,13 @@ class Joined:
     tokenizer: PreTrainedTokenizerBase
     name: str
     trunk: StreamTrunk
+    after: Callable[[], None] = lambda: None
+    """What is to be done after that."""
 
     def close(self) -> None:
         """Leave the trunk."""
         self.trunk.close()
+        self.after()
 
     def __enter__(self) -> Joined:
         return self

@@ -6,36 +6,32 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from models import Cut
 from simulations.chat.chat import Chat, greeting, terminal
 from simulations.chat.dialogue import Dialogue, sampling_of
 from simulations.chat.saved import load as load_saved
-from simulations.talk.opening import opened
+from simulations.talk.opening import Asked, opened
 
 
 def begin(
-    source: str,
+    asked: Asked,
     chosen: Mapping[str, Any],
     *,
-    cut: Cut | None = None,
     system: str = "",
     load: Path | None = None,
 ) -> bool:
-    """Talk with what `source` names; False if something went wrong on the way.
+    """Talk with what the user named; False if something went wrong on the way.
 
     Parameters
     ----------
     chosen : mapping
         Settings of `Sampling`; those that are None are the model's own, or the saved chat's.
-    cut : Cut, optional
-        Of a model that does not say where it is cut.
     system : str
         The system message; empty: the saved chat's, or none.
     load : Path, optional
         A saved chat to go on with.
     """
     place = terminal()
-    with opened(source, cut=cut) as speaker:
+    with opened(asked) as speaker:
         dialogue = Dialogue(speaker=speaker, sampling=sampling_of(speaker), notice=place.note)
         if load is not None:
             load_saved(dialogue, load)

@@ -46,7 +46,8 @@ def execute(dialogue: Dialogue, line: str) -> Done:
     name, _, value = line[1:].strip().partition(" ")
     command = COMMANDS.get(name)
     if command is None:
-        near = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.5)
+        alike = [other for other in COMMANDS if len(name) > 2 and other.startswith(name[:3])]
+        near = alike or difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.5)
         meant = f"did you mean /{near[0]}? " if near else ""
         raise ValueError(
             f"no command /{name}: {meant}/help lists them; a message that begins with a slash is "
@@ -68,7 +69,7 @@ def _stats(dialogue: Dialogue, _: str) -> Done:
     if dialogue.total.answers > 1:
         lines += ["all answers:", *told(dialogue.total)]
     if dialogue.total.answers and not dialogue.total.parts:
-        lines.append("The model is not split here.")
+        lines.append("The model is not split.")
     return lines, Then.GO_ON
 
 

@@ -18,11 +18,12 @@ def told(figures: Figures) -> list[str]:
     ]
     if figures.parts:
         shares = ", ".join(f"{name} {each:,.1f}" for name, each in figures.ms_of.items())
+        rest = figures.ms - sum(figures.ms_of.values())
         up, down = figures.bytes_each
         lines += [
-            f"ms a token: {shares}",
+            f"ms a token: {shares}, drawing and text {rest:,.1f}",
             f"bytes for each token through the trunk: {up:,.0f} up, {down:,.0f} down "
-            f"({_counted(figures.trips, 'round trip')})",
+            f"({_counted(figures.trips, 'round trip')}, {figures.each_trip:.1f} tokens in each)",
         ]
     return lines
 

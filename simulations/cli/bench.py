@@ -57,6 +57,31 @@ def bench_step(
     figures(measure(steps=steps, wire=wire), as_json)
 
 
+@bench.command("generate")
+def bench_generate(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    model: Annotated[
+        str, typer.Option(help="smollm2 or demo (their sizes, random weights), or a folder.")
+    ] = "smollm2",
+    tokens: Annotated[int, typer.Option(help="New tokens of each text.", min=2)] = 256,
+    sessions: Annotated[str, typer.Option(help="Sessions at once, each in turn.")] = "1,4,16",
+    rounds: Annotated[int, typer.Option(help="Timed rounds.", min=1)] = 3,
+    wire: Annotated[str, typer.Option(help="Type on the wire: fp32, fp16 or bf16.")] = "fp32",
+    threads: Annotated[int, typer.Option(help="Torch threads of each process.", min=1)] = 1,
+) -> None:
+    """Compare a token of generation, over real gRPC, with the unsplit model's."""
+    from simulations.bench.generate import Asked
+    from simulations.bench.generate import bench_generate as measure
+
+    numbers = tuple(int(each) for each in sessions.split(",") if each.strip().isdecimal())
+    if not numbers or 0 in numbers:
+        raise ValueError(f"--sessions takes numbers of 1 or more, such as 1,4,16, not {sessions}")
+    asked = Asked(
+        model=model, tokens=tokens, sessions=numbers, rounds=rounds, wire=wire, threads=threads
+    )
+    figures(measure(asked, progress), as_json)
+
+
 @bench.command("memory")
 def bench_memory(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from simulations.cli.show import cut_pair, figures, progress
+from simulations.cli.show import figures, progress
 
 commands = typer.Typer()
 
@@ -44,7 +44,7 @@ def parity(
         return
     if families == bool(model):
         raise ValueError("give either --model PATH_OR_ID or --families, or --all")
-    cuts = [cut_pair(text) for text in cut or []]
+    cuts = [_cut(text) for text in cut or []]
 
     from simulations.equality import parity as tool
 
@@ -106,3 +106,10 @@ def _equivalence(model: str, attention: str, allow_untested: bool, as_json: bool
     typer.echo(json.dumps(report.as_dict(), indent=2) if as_json else tool.render(report))
     if not report.ok:
         raise typer.Exit(1)
+
+
+def _cut(text: str) -> tuple[int, int]:
+    bottom, comma, top = text.partition(",")
+    if not (comma and bottom.strip().isdecimal() and top.strip().isdecimal()):
+        raise ValueError(f"--cut {text}: give blocks below and above the trunk, as 2,1")
+    return int(bottom), int(top)

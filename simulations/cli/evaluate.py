@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from simulations.cli.show import cut_of, figures, progress
+from simulations.cli.show import figures, progress
 
 commands = typer.Typer()
 
@@ -47,6 +47,7 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Evaluate what was trained: loss, perplexity, token accuracy, exact match."""
+    from flower_app.serving.requests import parse_cut
     from simulations.evaluate.evaluate import Question, run_evaluation
 
     question = Question(
@@ -54,7 +55,7 @@ def evaluate(
         data=data,
         how=how or ("split" if access is None else "served"),
         access=access,
-        cut=cut_of(cut),
+        cut=parse_cut(cut),
         dtype=dtype,
         changes=changes or (),
         batch_size=batch_size,

@@ -7,8 +7,6 @@ from typing import Annotated
 
 import typer
 
-from simulations.cli.show import cut_of
-
 commands = typer.Typer()
 
 
@@ -45,6 +43,9 @@ def export(
 ) -> None:
     """Export what was trained, as an adapter, a whole model, or trunk and ends apart."""
     from flower_app.exports.export import export as write
+    from flower_app.serving.requests import parse_cut
 
-    folder = write(model, format, to, number=round, cut=cut_of(cut), license=license, force=force)
+    folder = write(
+        model, format, to, number=round, cut=parse_cut(cut), license=license, force=force
+    )
     typer.echo(folder)

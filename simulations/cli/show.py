@@ -15,26 +15,20 @@ Overrides = Annotated[
     ),
 ]
 
+Speculate = Annotated[
+    str,
+    typer.Option(
+        help="Several tokens for one trip to the trunk: auto, bridge, lookup or off; by default "
+        "auto with --access."
+    ),
+]
+DraftTokens = Annotated[int, typer.Option(help="Guessed at a time; 0: as suits.", min=0)]
+
 
 def joined(overrides: list[str] | None) -> str:
     """Return overrides as one string that `conf.load` splits as a shell does."""
 
     return shlex.join(overrides or [])
-
-
-def cut_pair(text: str) -> tuple[int, int]:
-    """Return the blocks below and above the trunk that `--cut 2,1` gives."""
-    bottom, comma, top = text.partition(",")
-    if not (comma and bottom.strip().isdecimal() and top.strip().isdecimal()):
-        raise ValueError(f"--cut {text}: give blocks below and above the trunk, as 2,1")
-    return int(bottom), int(top)
-
-
-def cut_of(text: str) -> Any:
-    """Return the cut that `--cut` gives; None for an empty text."""
-    from models import Cut
-
-    return Cut(*cut_pair(text)) if text else None
 
 
 def progress(line: str) -> None:

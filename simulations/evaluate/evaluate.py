@@ -79,7 +79,9 @@ def _by_way(
 ) -> tuple[list[Example], dict[str, Figures]]:
     """The examples, and what each way came to; one model at a time is in memory."""
     config = load_config(str(served.run / "config.yaml")) if served.run is not None else None
-    place = Place(served=served, access=question.access, dtype=question.dtype)
+    place = Place(
+        source=question.model, served=served, access=question.access, dtype=question.dtype
+    )
     tokenizer = load_tokenizer(served)
     examples: list[Example] = []
     found: dict[str, Figures] = {}

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
+from flower_app.serving.access import read_access
+from flower_app.serving.client import connect
 from flower_app.serving.source import Served, load_ends, load_trunk, load_whole_model
 from models.remote import join_remote
 from strategies.generation.engine import GenerationEngine
@@ -20,7 +22,10 @@ from strategies.generation.memory import Limits
 class Place:
     """Where a model's parts are."""
 
+    source: str
+    """As the user names it."""
     served: Served
+    """What that is."""
     access: Path | None = None
     """Of a trunk that is served; None: one is started for the purpose."""
     dtype: str = "fp32"
@@ -41,7 +46,19 @@ def split(place: Place) -> Iterator[PreTrainedModel]:
     yield join_remote(bottom, top, LocalTrunk(GenerationEngine(trunk, limits)))
 
 
+@contextmanager
+def served(place: Place) -> Iterator[PreTrainedModel]:
+    """The ends here, and the trunk wherever it is served."""
+    access = place.access
+    if access is None:
+        raise ValueError("served: give the access file that `graft serve` wrote, --access FILE")
+    same = [m for m in read_access(access).models if m.fingerprint == place.served.fingerprint]
+    with connect(access, place.source, model=same[0].name if same else "") as joined:
+        yield joined.model
+
+
 WAYS: dict[str, Callable[[Place], AbstractContextManager[PreTrainedModel]]] = {
     "split": split,
     "unsplit": unsplit,
+    "served": served,
 }

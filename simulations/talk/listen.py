@@ -15,6 +15,11 @@ from transformers import PreTrainedTokenizerBase, StoppingCriteria
 
 from simulations.talk.words import Stops, Words
 
+PATIENCE = 2.0
+"""Seconds that a cancelled answer has to end in; then nobody waits for it any longer."""
+_LOOK = 0.1
+"""Seconds between two looks at whether an answer is cancelled, while no token comes."""
+
 
 @dataclass(frozen=True)
 class Heard:
@@ -42,7 +47,9 @@ class Listener(StoppingCriteria):
         self.heard: queue.SimpleQueue[Heard | None] = queue.SimpleQueue()
         self.error: BaseException | None = None
         self.abandoned = False
-        self.reused = self.count = 0
+        self.made: tuple[Any, list[int]] | None = None
+        """What `generate` leaves: the cache, and all tokens."""
+        self.count = 0
         self.first: float | None = None
         self._words, self._stops = Words(tokenizer, prompt), Stops(stop)
         self._eos, self._seen, self._cancelled = eos, len(prompt), cancelled
@@ -65,6 +72,17 @@ class Listener(StoppingCriteria):
         self._cut = self._cut or self._wanted_to_end()
         over = self._ended or self._stops.found or self._cut
         return torch.full((input_ids.shape[0],), over, device=input_ids.device)
+
+    def next(self) -> Heard | None:
+        """Wait for text; None at the end, or once a cancelled answer has had its time to end."""
+        left = PATIENCE
+        while left > 0:
+            try:
+                return self.heard.get(timeout=_LOOK)
+            except queue.Empty:
+                left -= _LOOK if self._wanted_to_end() else 0.0
+        self._cut = True
+        return None
 
     def rest(self) -> tuple[str, tuple[int, ...]]:
         """Return what was held back, at the end."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import queue
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,15 +10,16 @@ from typing import Any
 
 import torch
 from transformers import (
+    Cache,
     LogitsProcessor,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     StoppingCriteriaList,
 )
 
-from simulations.talk.chance import Chance
+from simulations.talk.chance import Chance, let_others_draw
 from simulations.talk.conversation import Conversation
-from simulations.talk.listen import Heard, Listener
+from simulations.talk.listen import PATIENCE, Listener
 from simulations.talk.prompt import Messages, Prompts
 from simulations.talk.sampling import Sampling, defaults
 from simulations.talk.stats import Figures, crossing, tally_of
@@ -53,7 +53,8 @@ class Speaker:
     name : str
         What it is called.
     options : mapping
-        Given to `generate` as they are.
+        Given to `generate` as they are, for answers without logits processors of their own: those
+        of `simulations.talk.speculate`, for instance.
     """
 
     def __init__(
@@ -73,6 +74,8 @@ class Speaker:
         """Tokens of prompt and answer at most; None: no limit is known."""
         self._vocabulary = int(text.vocab_size)
         self._options = dict(options or {})
+        if self._options:
+            let_others_draw(self.model)
         self._eos = _eos(model, tokenizer) | self.prompts.turn_ends()
 
     def prompt(self, messages: Messages) -> list[int]:
@@ -90,7 +93,8 @@ class Speaker:
     ) -> Iterator[Piece]:
         """Answer a prompt, piece by piece; the last piece has a `finish`, and may have no text.
 
-        Whoever stops reading ends the answer.
+        Whoever stops reading ends the answer. One that does not end although it is cancelled (a
+        trunk that does not answer) is left to itself after a while, and no longer heard.
 
         Parameters
         ----------
@@ -127,24 +131,25 @@ class Speaker:
     ) -> Iterator[Piece]:
         with conversation.answering():
             start, before = time.perf_counter(), tally_of(self.model)
+            cache, reused = conversation.take(ids)
             run = threading.Thread(
-                target=self._run,
-                args=(ids, sampling, conversation, listener, processors),
-                daemon=True,
+                target=self._run, args=(ids, sampling, cache, listener, processors), daemon=True
             )
             run.start()
             try:
-                yield from _pieces(listener.heard)
+                yield from _pieces(listener)
             finally:
                 listener.abandoned = True
-                run.join()
+                run.join(PATIENCE)
+                if not run.is_alive() and listener.made is not None:
+                    conversation.keep(*listener.made)
             if listener.error is not None:
                 raise listener.error
             seconds = time.perf_counter() - start
             figures = Figures(
                 answers=1,
                 prompt=len(ids),
-                reused=listener.reused,
+                reused=reused,
                 tokens=listener.count,
                 seconds=seconds,
                 first=(listener.first or time.perf_counter()) - start,
@@ -157,15 +162,14 @@ class Speaker:
         self,
         ids: list[int],
         sampling: Sampling,
-        conversation: Conversation,
+        cache: Cache | None,
         listener: Listener,
         processors: Sequence[LogitsProcessor],
     ) -> None:
         """Let `generate` make the answer; whatever it raises is for the reader."""
         try:
-            self._generate(ids, sampling, conversation, listener, processors)
+            self._generate(ids, sampling, cache, listener, processors)
         except BaseException as error:  # noqa: BLE001 - handed to the reader's thread
-            conversation.drop()
             listener.error = error
         finally:
             listener.heard.put(None)
@@ -174,11 +178,10 @@ class Speaker:
         self,
         ids: list[int],
         sampling: Sampling,
-        conversation: Conversation,
+        cache: Cache | None,
         listener: Listener,
         processors: Sequence[LogitsProcessor],
     ) -> None:
-        cache, listener.reused = conversation.take(ids)
         ids_BT = torch.tensor([ids], device=self.model.device)
         with Chance(sampling.seed, self.model.device) as chance:
             made = self.model.generate(
@@ -188,9 +191,17 @@ class Speaker:
                 logits_processor=[*processors, chance.before],
                 stopping_criteria=StoppingCriteriaList([chance.after, listener]),
                 **({} if cache is None else {"cache": cache}),
-                **self._options,
+                **self._fitting(len(ids) + sampling.max_tokens, processors),
             )
-        conversation.keep(getattr(made, "cache", None), made.sequences[0].tolist())
+        listener.made = getattr(made, "cache", None), made.sequences[0].tolist()
+
+    def _fitting(self, longest: int, processors: Sequence[LogitsProcessor]) -> dict[str, Any]:
+        """The options, unless they do not suit an answer that may make the text so long."""
+        ahead = self._options.get("prompt_lookup_num_tokens", 0)
+        if ahead and self.context is not None and longest + ahead > self.context:
+            return {}  # what is looked up may lie beyond the end of the text
+        # A draft would be asked, too, by processors that see or change each step.
+        return {} if processors else self._options
 
     @property
     def _pad(self) -> int:
@@ -223,8 +234,8 @@ def _bounded(sampling: Sampling, room: int | None) -> Sampling:
     return replace(sampling, max_tokens=room)
 
 
-def _pieces(heard: queue.SimpleQueue[Heard | None]) -> Iterator[Piece]:
-    while (one := heard.get()) is not None:
+def _pieces(listener: Listener) -> Iterator[Piece]:
+    while (one := listener.next()) is not None:
         yield Piece(text=one.text, ids=one.ids)
 
 

@@ -98,7 +98,7 @@ def _ending(piece: Piece, text: str) -> str:
 
 def _failure(talked: Talked, error: Exception) -> str:
     if isinstance(error, TrunkError) and talked.trunk:
-        return f"The trunk at {talked.trunk} does not answer: {error}. Nothing is lost: Retry."
+        return f"The trunk at {talked.trunk} does not answer: {error}. Retry asks it again."
     return str(error)
 
 

@@ -5,58 +5,71 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from getpass import getpass
+from importlib.util import find_spec
+from pathlib import Path
 
 from flower_app.runs.folders import FINISHED, model_of, read_summaries
-from flower_app.serving.source import find_served, load_tokenizer, load_whole_model
+from flower_app.serving.client import Joined, connect
+from flower_app.serving.local import open_local
+from flower_app.serving.source import Served, find_served
 from models import Cut
 from simulations.talk.speaker import Speaker
 from simulations.ui.bind import listen, password_for, read_bind
 from simulations.ui.chats import Chats
 from simulations.ui.shelf import Shelf
-from simulations.ui.talked import Talked
+from simulations.ui.talked import Load, Talked
 
-MISSING = (
-    "graft ui needs Gradio, which is not installed: pip install 'graft[ui]' (in a checkout: "
-    "pip install -e '.[ui]')"
-)
+NEEDED = ("gradio", "fastapi", "uvicorn")
 
 
-def begin(
-    source: str,
-    *,
-    cut: Cut | None,
-    bind: str,
-    user: str,
-    password: str | None,
-    say: Callable[[str], None],
-) -> None:
-    """Serve the page until it is interrupted.
+@dataclass(frozen=True, kw_only=True)
+class What:
+    """What is to be talked to, as the user names it."""
 
-    Parameters
-    ----------
-    source : str
-        A run, a model, an adapter or a folder of parts; empty: the newest run with a model.
-    say : callable
-        Prints a line.
-    """
-    try:
-        from simulations.ui import page, server
-    except ModuleNotFoundError as error:
-        if error.name not in ("gradio", "uvicorn", "fastapi"):
-            raise
-        raise ValueError(MISSING) from error
-    where = read_bind(bind)
-    word = password_for(where, password, _ask if sys.stdin.isatty() else None)
+    source: str = ""
+    """A run, a model, an adapter or a folder of parts; empty: the newest run with a model."""
+    cut: Cut | None = None
+    access: Path | None = None
+    """The access file of a trunk that is served; None: one of our own is started."""
+    ends: str = ""
+    """Where bottom and top are, if not in the source."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Door:
+    """Where the page is to be had, and by whom."""
+
+    bind: str
+    user: str
+    password: str | None
+
+
+def begin(what: What, door: Door, say: Callable[[str], None]) -> None:
+    """Serve the page until it is interrupted; `say` prints a line."""
+    check_installed(find_spec)
+    from simulations.ui import page, server
+
+    where = read_bind(door.bind)
+    word = password_for(where, door.password, _ask if sys.stdin.isatty() else None)
     listening = listen(where)
-    with listening, _talked(source or newest(), cut) as talked:
+    with listening, opened(what) as talked:
         built = page.build(talked, Chats(), Shelf())
-        app = server.make(built, loopback=where.loopback, user=user, password=word)
+        app = server.make(built, loopback=where.loopback, user=door.user, password=word)
         port = listening.getsockname()[1]
         say(f"http://{where.shown}:{port}")
-        say(f"user {user}, with the password" if word else "on this machine only")
+        say(f"user {door.user}, with the password" if word else "on this machine only")
         say("Ctrl-C ends it")
         server.serve(app, listening).run(sockets=[listening])
+
+
+def check_installed(find: Callable[[str], object | None]) -> None:
+    """Say in words what is missing, if something is; `find` looks a package up."""
+    if missing := [name for name in NEEDED if find(name) is None]:
+        raise ValueError(
+            f"graft ui needs {' and '.join(missing)}, not installed: pip install 'graft[ui]'"
+        )
 
 
 def newest() -> str:
@@ -66,14 +79,37 @@ def newest() -> str:
 
 
 @contextmanager
-def _talked(source: str, cut: Cut | None) -> Iterator[Talked | None]:
-    """What the page talks to, until it ends."""
-    if not source:
+def opened(what: What) -> Iterator[Talked | None]:
+    """Open what the page talks to; None if there is nothing yet."""
+    source = what.source or ("" if what.access or what.ends else newest())
+    if what.access is not None:
+        ends = what.ends or source
+        if not ends:
+            raise ValueError(
+                "--access tells where the trunk is; name the model's ends, too: the run or model "
+                "itself, or --ends DIR with what `graft export --format parts` wrote"
+            )
+        with connect(what.access, ends) as joined:
+            yield _split(joined, find_served(ends, what.cut))
+    elif source:
+        served = find_served(source, what.cut)
+        with open_local(source, cut=what.cut) as joined:
+            yield _split(joined, served)
+    else:
         yield None
-        return
-    served = find_served(source, cut)
-    speaker = Speaker(load_whole_model(served), load_tokenizer(served), served.name)
-    yield Talked(speaker=speaker, description=served.description)
+
+
+def _split(joined: Joined, served: Served) -> Talked:
+    def load() -> Load:
+        sessions, taken, queued = joined.trunk.load()
+        return Load(sessions=sessions, kv_mib=taken / 2**20, queued=queued)
+
+    return Talked(
+        speaker=Speaker(joined.model, joined.tokenizer, joined.name),
+        description=f"{served.description}; cut {served.cut.bottom} + {served.cut.top}",
+        trunk=joined.trunk.address,
+        load=load,
+    )
 
 
 def _ask() -> str:

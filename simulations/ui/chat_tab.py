@@ -78,7 +78,7 @@ def _messages(talked: Talked) -> gr.Chatbot:
         allow_tags=False,
         group_consecutive_messages=False,
         placeholder=f"<p>{hint}</p>",
-        height="max(20rem, calc(100dvh - 23rem))",
+        height="max(20rem, calc(100dvh - 20.5rem))",
     )
 
 
@@ -193,7 +193,7 @@ def _wire_rest(parts: _Parts, buttons: dict[str, gr.Button], talked: Talked, cha
         chats.stop(str(request.session_hash))
 
     def undone(request: gr.Request, shown: Any) -> list[Any]:
-        chats.stop(str(request.session_hash))
+        chats.leave(str(request.session_hash))
         try:
             left, text = turns.undone(turns.read(shown))
         except ValueError as error:

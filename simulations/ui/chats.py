@@ -54,12 +54,18 @@ class Chat:
             self.used = time.monotonic()
             self._turn.release()
 
-    def free(self) -> None:
-        """End the answer and forget what is cached; one that hangs is left to end by itself."""
-        self.stop()
+    def leave(self) -> None:
+        """End the answer, which shows nothing more; one that hangs is left to end by itself."""
+        before, self._current = self._current, threading.Event()
+        before.set()
         if self._turn.acquire(timeout=PATIENCE):
-            self.conversation.drop()
             self._turn.release()
+
+    def free(self) -> None:
+        """End the answer, and forget what is cached."""
+        self.leave()
+        if not self.answering:
+            self.conversation.drop()
 
 
 class Chats:
@@ -92,6 +98,11 @@ class Chats:
         """End a session's answer, if one is being made."""
         if chat := self._chats.get(session):
             chat.stop()
+
+    def leave(self, session: str) -> None:
+        """End a session's answer for something else: it shows nothing more."""
+        if chat := self._chats.get(session):
+            chat.leave()
 
     def free(self, session: str) -> None:
         """Forget a session."""

@@ -10,8 +10,8 @@ import plotly.graph_objects as go
 from simulations.report.numbers import PARTS
 from simulations.report.settings import labels
 
-PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6bb1", "#999999")
-"""Okabe and Ito's, which the colour-blind can tell apart."""
+PALETTE = ("#2b8fd0", "#d9622b", "#12996f", "#c4699a", "#c98a00", "#8f74c9", "#8a929b")
+"""Told apart by the colour-blind, and on light and dark alike."""
 AXES = {
     "rounds": "round",
     "steps": "step of a client",
@@ -83,7 +83,6 @@ def _line(
         name=name,
         mode="lines+markers" if marks or len(y) < 2 else "lines",
         line={"color": colour, "width": 1.5 if faint else 2.5},
-        opacity=0.65 if faint else 1.0,
         hovertemplate="%{y:.4f}<extra>%{fullData.name}</extra>",
     )
 
@@ -100,7 +99,13 @@ def _figure(x: str, y: str) -> go.Figure:
             "plot_bgcolor": "rgba(0,0,0,0)",
             "font": {"family": "system-ui, sans-serif", "size": 13},
             "hovermode": "x unified",
-            "legend": {"orientation": "h", "yanchor": "bottom", "y": 1.02, "x": 0},
+            "legend": {
+                "orientation": "h",
+                "yanchor": "bottom",
+                "y": 1.02,
+                "x": 0,
+                "traceorder": "normal",
+            },
             "xaxis": {**axis, "title": {"text": x}},
             "yaxis": {**axis, "title": {"text": y}},
             "template": "none",

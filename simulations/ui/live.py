@@ -23,7 +23,7 @@ def header(talked: Talked | None) -> str:
         return (
             '<div class="who"><h1>No model yet</h1><p class="what">Train one with '
             "<code>graft demo</code>, or name one: <code>graft ui RUN_OR_MODEL</code>. "
-            "The runs are in the tab beside the chat.</p></div>"
+            "Below are the runs, as they come.</p></div>"
         )
     where = "split" if talked.trunk else "whole"
     words = f"split, trunk at {talked.trunk}" if talked.trunk else "whole, on this machine"
@@ -43,10 +43,10 @@ def figures(talked: Talked, shown: Figures, load: Load | None, *, going: bool) -
         f"<h2>Figures <small>{state}</small></h2>",
         _tiles(
             [
-                ("tokens per second", _figure(shown.rate) if shown.tokens else NONE),
+                ("tokens/s", _figure(shown.rate) if shown.tokens else NONE),
                 ("ms per token", _figure(shown.ms) if shown.tokens else NONE),
                 ("tokens", f"{shown.tokens:,}" if shown.answers else NONE),
-                ("first token", f"{shown.first:.2f} s" if shown.tokens else NONE),
+                ("first token", _seconds(shown.first) if shown.tokens else NONE),
             ]
         ),
     ]
@@ -95,18 +95,25 @@ def _bar(shown: Figures) -> str:
 def _crossed(shown: Figures) -> str:
     up, down = shown.bytes_each
     told = f"{up:,.0f} up, {down:,.0f} down" if shown.positions else NONE
-    return f'<h3>bytes per token</h3><p class="value">{told}</p>'
+    return _pair("bytes per token", told)
 
 
 def _load(load: Load | None) -> str:
     if load is None:
-        return '<h3>trunk load</h3><p class="value">–</p>'
+        return _pair("trunk load", NONE)
     some = "1 session" if load.sessions == 1 else f"{load.sessions} sessions"
-    waiting = f"{load.queue} waiting" if load.queue else "none waiting"
-    return (
-        f'<h3>trunk load</h3><p class="value">{some}, {load.kv_mib:,.1f} MiB of KV cache, '
-        f"{waiting}</p>"
+    told = (
+        f"{some}, {load.kv_mib:,.1f} MiB of KV cache, {1000 * load.queued:.1f}\u00a0ms in the queue"
     )
+    return _pair("trunk load", told)
+
+
+def _pair(name: str, value: str) -> str:
+    return f'<div><h3>{name}</h3><p class="value">{value}</p></div>'
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.1f} s" if value >= 1 else f"{1000 * value:.0f} ms"
 
 
 def _figure(value: float) -> str:

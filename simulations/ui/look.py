@@ -35,6 +35,11 @@ def theme() -> gr.themes.Base:
         button_primary_background_fill_dark="#0072b2",
         button_primary_background_fill_hover_dark="#1a86c4",
         button_primary_text_color="white",
+        block_info_text_color="*neutral_500",
+        block_label_text_color="*neutral_600",
+        block_title_text_color="*neutral_700",
+        input_placeholder_color="*neutral_500",
+        input_placeholder_color_dark="*neutral_400",
         slider_color="#0072b2",
         slider_color_dark="#56b4e9",
     )

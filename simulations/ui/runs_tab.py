@@ -18,13 +18,14 @@ DEFAULT_AXIS = "rounds"
 def build(shelf: Shelf) -> None:
     """Lay the tab out and wire it; called within the page."""
     seen = gr.State(value="")
-    with gr.Row(elem_classes="choose"):
+    with gr.Row(elem_classes="choose", visible=False) as choose:
         names = gr.Dropdown(
             label="Runs",
             info="One, or several to lay them over each other.",
             multiselect=True,
             choices=[],
             scale=3,
+            min_width=320,
             elem_id="runs",
         )
         axis = gr.Radio(
@@ -33,6 +34,7 @@ def build(shelf: Shelf) -> None:
                      ("tokens", "tokens"), ("MB", "mb")],
             value=DEFAULT_AXIS,
             scale=2,
+            min_width=320,
             elem_id="axis",
         )  # fmt: skip
     summary = gr.HTML(told.nothing(str(shelf.folder)), elem_id="summary")
@@ -46,7 +48,7 @@ def build(shelf: Shelf) -> None:
             with gr.Column(min_width=300):
                 gr.HTML("<h2>Where the time of a round went</h2>", elem_classes="section")
                 times = gr.Plot(show_label=False, elem_id="times")
-    shown = [seen, names, summary, plots, losses, each, clients, times]
+    shown = [seen, names, choose, summary, plots, losses, each, clients, times]
     look = _look(shelf)
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
     gr.Timer(EVERY).tick(look, [names, axis, seen], shown, **quiet)
@@ -65,9 +67,9 @@ def _look(shelf: Shelf) -> Callable[..., Any]:
         runs = shelf.runs(chosen)
         stamp = repr((known, chosen, axis, [id(run) for run in runs]))
         if stamp == seen:
-            return [gr.skip()] * 8
-        picker = gr.Dropdown(choices=known, value=chosen, interactive=bool(known))
-        return [stamp, picker, *_views(shelf, known, runs, axis)]
+            return [gr.skip()] * 9
+        picker = gr.Dropdown(choices=known, value=chosen)
+        return [stamp, picker, gr.Row(visible=bool(known)), *_views(shelf, known, runs, axis)]
 
     return look
 

@@ -10,12 +10,12 @@ from simulations.talk.speaker import Speaker
 
 @dataclass(frozen=True, kw_only=True)
 class Load:
-    """How busy a trunk is."""
+    """What this page's conversations hold on the trunk, and how long they wait for it."""
 
     sessions: int
     kv_mib: float
-    queue: int = 0
-    """Steps that wait for others."""
+    queued: float = 0.0
+    """Seconds that the last step waited for its turn."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -60,8 +60,8 @@ class Batcher:
         self._part, self._ragged, self._meter, self._threads = part, ragged, meter, threads
         self._device = next(part.parameters()).device
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
-        self.together = 0
-        """Texts of the last forward."""
+        self.forwards = self.texts = 0
+        """How many there were, and texts of all of them."""
         self._thread = threading.Thread(target=self._work, daemon=True, name="graft-generation")
         self._thread.start()
 
@@ -107,7 +107,7 @@ class Batcher:
         return singles, False
 
     def _forward(self, jobs: list[Job]) -> None:
-        self.together = len(jobs)
+        self.forwards, self.texts = self.forwards + 1, self.texts + len(jobs)
         run: Callable[[], Tensor] = lambda: self._alone(jobs[0])  # noqa: E731
         if len(jobs) > 1:
             run = lambda: self._all(jobs)  # noqa: E731

@@ -37,6 +37,11 @@ class GenerationEngine:
     memory : Memory, optional
         Shared with other engines of this process, if the limits are over all of them.
 
+    Raises
+    ------
+    ValueError
+        If a model of this family does not generate with a cache.
+
     Attributes
     ----------
     one_by_one : str
@@ -80,9 +85,9 @@ class GenerationEngine:
         return self._batcher.waiting
 
     @property
-    def together(self) -> int:
-        """Texts whose tokens went through the trunk in the last forward."""
-        return self._batcher.together
+    def forwards(self) -> tuple[int, int]:
+        """Forwards of the trunk so far, and the texts that went through them."""
+        return self._batcher.forwards, self._batcher.texts
 
     def open(self, name: str, *, fork: str = "") -> GenerationSession:
         """Open a session.
@@ -139,6 +144,7 @@ class GenerationEngine:
             new_cache=self._new_cache,
             growth=self._growth,
             hidden_size=self.hidden_size,
+            limits=self.limits,
         )
 
     def _new_cache(self) -> PartCache:
@@ -154,8 +160,14 @@ def _measure(trunk: Part) -> tuple[int, int]:
     device, sizes = next(trunk.parameters()).device, []
     for length in (1, 2):
         cache = PartCache(trunk.config, trunk.blocks)
-        with torch.no_grad():
-            trunk(torch.zeros(1, length, trunk.hidden_size, device=device), cache=cache)
+        try:
+            with torch.no_grad():
+                trunk(torch.zeros(1, length, trunk.hidden_size, device=device), cache=cache)
+        except (ValueError, RuntimeError, AttributeError, TypeError) as error:  # of a model's code
+            raise ValueError(
+                f"{trunk.config.model_type} cannot generate with its trunk elsewhere: its forward "
+                f"with a cache does not run ({error})"
+            ) from error
         sizes.append(cache.bytes)
     each = sizes[1] - sizes[0]
     return max(0, sizes[0] - each), each

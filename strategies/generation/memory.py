@@ -52,6 +52,8 @@ class Memory:
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
+        self.peak = 0
+        """The most that they ever took together, bytes."""
         self._held: dict[Tenant, int] = {}
         self._lock = threading.Lock()
 
@@ -95,6 +97,7 @@ class Memory:
                     kind="full",
                 )
             self._held[tenant] = count
+            self.peak = max(self.peak, self.bytes)
 
     def leave(self, tenant: Tenant) -> None:
         """A session holds nothing any more."""

@@ -16,7 +16,7 @@ from models.cached import PartCache
 from strategies.engine.checks import check_finite
 from strategies.errors import TrunkError
 from strategies.generation.batcher import Batcher, Job
-from strategies.generation.memory import Memory
+from strategies.generation.memory import Limits, Memory
 
 GONE = "gone"
 """The kind of error of a session whose cache is not there: its client sends it again."""
@@ -39,6 +39,8 @@ class GenerationSession:
         Bytes that a cache (None: an empty one) takes with so many rows and new positions, at most.
     hidden_size : int
         D.
+    limits : Limits
+        What it may ask for.
     """
 
     def __init__(
@@ -50,10 +52,11 @@ class GenerationSession:
         new_cache: Callable[[], PartCache],
         growth: Callable[[PartCache | None, int, int], int],
         hidden_size: int,
+        limits: Limits,
     ) -> None:
         self.name, self.used = name, time.monotonic()
         self._batcher, self._memory, self._growth = batcher, memory, growth
-        self._new_cache, self._hidden_size = new_cache, hidden_size
+        self._new_cache, self._hidden_size, self._limits = new_cache, hidden_size, limits
         self._cache = new_cache()
         self._mask_BL: Tensor | None = None
         """None: no padding anywhere."""
@@ -171,6 +174,7 @@ class GenerationSession:
                 new_cache=self._new_cache,
                 growth=self._growth,
                 hidden_size=self._hidden_size,
+                limits=self._limits,
             )
             self._memory.take(other, self._cache.bytes)
             other._cache, other._mask_BL = self._cache.copy(), self._mask_BL
@@ -233,7 +237,7 @@ class GenerationSession:
 
     def check_shape(self, shape: tuple[int, ...], rows: int, length: int) -> None:
         """Refuse a forward by the shape of its activations, before anything is made of them."""
-        limits = self._memory.limits
+        limits = self._limits
         if len(shape) != 3 or shape[2] != self._hidden_size or 0 in shape:
             raise TrunkError(
                 f"activations have shape {shape}; the trunk takes (B, T, {self._hidden_size})",
@@ -262,5 +266,5 @@ class GenerationSession:
             )
 
     def _are_positions(self, positions_BT: Tensor) -> bool:
-        most = self._memory.limits.length or 2**31
+        most = self._limits.length or 2**31
         return int(positions_BT.min()) >= 0 and int(positions_BT.max()) < most

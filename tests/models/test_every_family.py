@@ -41,6 +41,7 @@ from models.tiny import roughen, tiny_config
 from models.verify import PADDINGS, compare, example
 from models.whole import has_sdpa
 from simulations.equality.parity import all_cuts
+from tests.models.generating import generates
 
 MOST_PARAMETERS = 30_000_000
 TOLERANCE = 1e-5
@@ -57,6 +58,8 @@ class Outcome:
     loads: str = ""
     lora: str = ""
     """How LoRA by default fares: ``yes`` and the share of the blocks' weights, or what is wrong."""
+    generates: str = ""
+    """How it generates with its trunk elsewhere, as `generating.generates` says it."""
 
 
 def build(family: str, attention: str) -> PreTrainedModel:
@@ -198,7 +201,7 @@ def try_family(family: str) -> Outcome:
         except Exception as error:
             refused = loads.startswith("refused")
             lora = "refused" if refused else f"WRONG: {one_line(error)}"
-        return Outcome(family, "exact", loads=loads, lora=lora)
+        return Outcome(family, "exact", loads=loads, lora=lora, generates=generates(model))
 
 
 def one_line(error: Exception) -> str:
@@ -221,13 +224,16 @@ def write_table(outcomes: list[Outcome], path: Path) -> None:
         "*load_part* tells whether roles loaded one by one hold bitwise the same tensors.",
         "*LoRA* was tried by default: every rank is the one asked for, an adapter gets a gradient",
         "where its weight does, and PEFT loads what is saved and gives the same logits. The number",
-        "is the share of the middle blocks' weights that has an adapter.",
+        "is the share of the middle blocks' weights that has an adapter. *generate*: greedy,",
+        "padded, by beams and look-up, token for token as unsplit with the trunk elsewhere, whose",
+        "single tokens of several sessions go *together* or *one by one*; a family *without a",
+        "cache* of its own in transformers sends the whole text for each token.",
         "",
         f"{counts['exact']} of {built} families that can be built tiny are exact; "
         f"{built - counts['exact']} are refused; {counts['not buildable']} cannot be built tiny.",
         "",
-        "| family | split | tested | load_part | LoRA | remark |",
-        "|---|---|---|---|---|---|",
+        "| family | split | tested | load_part | LoRA | generate | remark |",
+        "|---|---|---|---|---|---|---|",
     ]
     order = {"exact": 0, "inexact": 1, "refused": 1, "not buildable": 2}
     for o in sorted(outcomes, key=lambda o: (order.get(o.verdict, 0), o.family)):
@@ -235,7 +241,8 @@ def write_table(outcomes: list[Outcome], path: Path) -> None:
         loads = "refused" if o.loads.startswith("refused") else o.loads
         remark = o.detail or (o.loads if loads == "refused" else "") or left_out_of(o)
         tested = "yes" if o.family in table else ""
-        lines.append(f"| {o.family} | {verdict} | {tested} | {loads} | {o.lora} | {remark} |")
+        cells = (o.family, verdict, tested, loads, o.lora, o.generates, remark)
+        lines.append(f"| {' | '.join(cells)} |")
     before, _, rest = path.read_text().partition(BEGIN)
     after = rest.partition(END)[2]
     path.write_text(before + BEGIN + "\n".join(lines) + "\n" + END + after)
@@ -261,6 +268,7 @@ def test_no_family_splits_wrongly_in_silence(project: Path) -> None:
         write_table(outcomes, project / "docs" / "families.md")
     exact = {o.family for o in outcomes if o.verdict == "exact"}
     assert not [o for o in outcomes if o.verdict == "WRONG" or o.loads.startswith("WRONG")]
+    assert not [o for o in outcomes if o.generates.startswith("WRONG")]
     assert not [o for o in outcomes if o.family in tested_families() and o.family not in exact]
     assert not [o for o in outcomes if o.family in tested_families() and "yes" not in o.lora]
     for outcome in outcomes:

@@ -63,6 +63,11 @@ class StreamTrunk:
         self._place = place
         self._sessions: weakref.WeakSet[StreamSession] = weakref.WeakSet()
 
+    @property
+    def address(self) -> str:
+        """Where the trunk is, as host and port."""
+        return self._place.ticket.address
+
     def open(self) -> StreamSession:
         """A session with nothing cached; the server hears of it with its first positions."""
         session = StreamSession(self._place)
@@ -73,6 +78,13 @@ class StreamTrunk:
         """Leave all sessions."""
         for session in list(self._sessions):
             session.close()
+
+    def load(self) -> tuple[int, int, float]:
+        """Sessions that are open there, the bytes that they take, and the longest last wait."""
+        ways = [session._way for session in list(self._sessions)]
+        there = [way for way in ways if way is not None]
+        waits = [way.queued for way in there]
+        return len(there), sum(way.cache_bytes for way in there), max(waits, default=0.0)
 
     def check(self) -> None:
         """Connect once; `TrunkError` in words if the trunk cannot be used."""
@@ -184,8 +196,10 @@ class StreamSession:
                 return self._way
             except TrunkError as error:
                 left = deadline - time.monotonic()
-                if error.kind != STOPPING or left <= 0:
+                if error.kind != STOPPING:
                     raise
+                if left <= 0:
+                    raise TrunkError(str(error), kind="stopped") from error
             time.sleep(min(pause, left))
             pause = min(2 * pause, LONGEST_PAUSE)
 

@@ -58,6 +58,12 @@ class Way(Asking):
     interceptors : sequence
         gRPC's, for whoever wants to watch or disturb the frames.
 
+    Attributes
+    ----------
+    cache_bytes, queued
+        As the trunk's last answer says: what the session takes there, and the seconds that the call
+        waited for its turn.
+
     Raises
     ------
     TrunkError
@@ -85,6 +91,7 @@ class Way(Asking):
         limit = int(link.max_frame_mb * 2**20)
         super().__init__(connection, timeout=link.timeout, limit=limit, too_large="its limit")
         self.session, self._number = ticket.session, 0
+        self.cache_bytes, self.queued = 0, 0.0
         opened = self.open(link.grace)
         try:
             self._codec = find_codec(opened.codec)
@@ -151,4 +158,5 @@ class Way(Asking):
                 raise TrunkError(f"{what} came with shape {came}, sent was {shape}", kind="shape")
             h_BTD = self._codecs.h2.decode(reply.activations, what)
             check_finite(h_BTD, what)
+            self.cache_bytes, self.queued = reply.cache_bytes, reply.queued
             return h_BTD

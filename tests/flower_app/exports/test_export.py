@@ -172,7 +172,7 @@ def check_full_checkpoint(place: Path) -> None:
 
 
 def test_a_checkpoint_is_exported_as_the_model_of_its_round(tmp_path: Path) -> None:
-    changes = f"{test_resume.LORA} output.keep_checkpoints=4 train.rounds=2"
+    changes = f"{test_resume.LORA} output.keep_checkpoints=4 train.rounds=2 train.bridge=8"
     base = test_resume.run(test_resume.configured(tmp_path, "train.rounds=1"), InProcessGrid(2))
     check_full_checkpoint(base)
     config = test_resume.configured(
@@ -191,6 +191,13 @@ def test_a_checkpoint_is_exported_as_the_model_of_its_round(tmp_path: Path) -> N
     assert not any(torch.equal(early[name], left[name]) for name in left)
     with pytest.raises(ValueError, match="no checkpoint of round 7: it has 1, 2"):
         export(str(place), "adapter", number=7)
+
+    parts = export(str(place), "parts", number=1)
+    bridges = [load_file(at / "bridge.safetensors") for at in (first, parts / "ends", last)]
+    assert all(torch.equal(bridges[0][name], bridges[1][name]) for name in bridges[0])
+    assert not any(torch.equal(bridges[0][name], bridges[2][name]) for name in bridges[0])
+    moved = export(str(place), "parts", tmp_path / "moved", cut=Cut(2, 1))
+    assert not (moved / "ends" / "bridge.safetensors").exists()
 
     card = ModelCard.load(first / "README.md")
     assert card.data.license == "unknown"

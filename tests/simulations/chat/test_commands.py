@@ -32,6 +32,8 @@ def test_help_names_every_command_of_the_issue() -> None:
     ("line", "words"),
     [
         ("/temprature 1", "no command /temprature: did you mean /temperature?"),
+        ("/tempp", "did you mean /temperature?"),
+        ("/qiut", "did you mean /quit?"),
         ("/xyzzy", "no command /xyzzy: /help lists them"),
         ("/temperature hot", "/temperature takes a number of 0 or more, not 'hot'"),
         ("/temperature -1", "temperature=-1.0: must be from 0 to 100"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ import torch.nn.functional as F
 from transformers import ByT5Tokenizer, PreTrainedModel
 from typer.testing import CliRunner
 
+from conf.schema import LinkConfig
+from flower_app.serving.server import Serving, running
 from models import Cut, build_scratch, load_whole
 from models.tiny import byte_llama, roughen
 from simulations.cli.app import app
@@ -69,7 +72,19 @@ def evaluated(folder: Path, data: Path, **more: Any) -> dict[str, Any]:
 
 
 def test_answers_are_scored_and_generated(folder: Path, tmp_path: Path) -> None:
-    result = evaluated(folder, paired(tmp_path), how="all", cut=Cut(1, 1), batch_size=3)
+    serving = Serving(
+        sources=(("other", str(tmp_path / "other")), ("m", str(folder))),
+        access=tmp_path / "access",
+        link=LinkConfig(bind="127.0.0.1:0"),
+        cut=Cut(1, 1),
+    )
+    shutil.copytree(folder, tmp_path / "other")
+    changed = roughen(load_whole(str(folder)), 1)
+    changed.save_pretrained(tmp_path / "other")
+    with running(serving, say=print) as server:
+        asked = {"how": "all", "cut": Cut(1, 1), "access": server.files[0], "batch_size": 3}
+        result = evaluated(folder, paired(tmp_path), **asked)
+        server.stop()
 
     model = load_whole(str(folder))
     tokens = sum(len(text) + 1 for _, text in PAIRS)
@@ -77,7 +92,7 @@ def test_answers_are_scored_and_generated(folder: Path, tmp_path: Path) -> None:
         want = sum(float(_loss(model, *pair)) for pair in PAIRS) / tokens
         right = sum(_right(model, *pair) for pair in PAIRS)
     assert (result["examples"], result["answers"], result["tokens"]) == (4, 4, tokens)
-    for way in ("split", "unsplit"):
+    for way in ("split", "unsplit", "served"):
         figures = result[way]
         assert figures["loss"] == pytest.approx(want, abs=1e-5)
         assert figures["perplexity"] == pytest.approx(math.exp(want), rel=1e-4)
@@ -103,7 +118,9 @@ def test_text_has_no_answers_and_is_read_in_contexts(folder: Path, tmp_path: Pat
         changed("data.context=65")
     with pytest.raises(ValueError, match="'train.lr=1': what may be changed here is data.KEY"):
         changed("train.lr=1")
-    with pytest.raises(ValueError, match="--how is 'both', must be one of split, unsplit"):
+    with pytest.raises(
+        ValueError, match="--how is 'both', must be one of split, unsplit, served, all"
+    ):
         changed(how="both")
 
 
@@ -114,6 +131,8 @@ def test_the_command_prints_figures(folder: Path, tmp_path: Path) -> None:
     result = json.loads(told.stdout)
     assert result["unsplit"]["exact_match"] is None
     assert result["cut"] == "1,1"
+    refused = CliRunner().invoke(app, [*line, "--how", "served"])
+    assert "--access FILE" in refused.stderr
     refused = CliRunner().invoke(app, ["eval", str(folder), "--data", str(tmp_path / "no.txt")])
     assert refused.exit_code == 2
     assert "--cut" in refused.stderr

@@ -33,10 +33,10 @@ def test_answers_are_those_without_a_cache(kind: str) -> None:
     talker, conversation = speaker(family(kind)), Conversation()
     edited = [*A[:7], 99, *A[8:]]
     first = spoken(talker, A, conversation)[0]
-    for prompt in ([*A, *first, *B], edited, A, A[:3], [*A[:3], *B], B, A):
+    for prompt in ([*A, *first, *B], edited, A[:3], [*A[:3], *B]):
         assert (
-            spoken(talker, prompt, conversation, max_tokens=8)[0]
-            == (spoken(talker, prompt, max_tokens=8)[0])
+            spoken(talker, prompt, conversation, max_tokens=5)[0]
+            == (spoken(talker, prompt, max_tokens=5)[0])
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -120,6 +121,36 @@ def test_who_stops_reading_ends_the_answer() -> None:
     assert threading.active_count() == before
     assert conversation.length < 100
     assert spoken(talker, IDS, conversation)[0] == spoken(talker, IDS)[0]
+
+
+def test_an_answer_that_does_not_end_when_cancelled_is_no_longer_waited_for() -> None:
+    """A trunk that does not answer; when it does at last, nobody is disturbed."""
+    talker, conversation, cancelled = speaker(), Conversation(), threading.Event()
+    right = spoken(talker, IDS)[0]
+    late, calls = threading.Event(), []
+
+    def hang(*_: Any) -> None:
+        calls.append(1)
+        if len(calls) == 3:
+            cancelled.set()
+            late.wait(20)
+
+    handle = talker.model.register_forward_pre_hook(hang)
+    before = threading.active_count()
+    began = time.monotonic()
+    settings = Sampling(temperature=0, max_tokens=12)
+    pieces = list(talker.stream(IDS, settings, cancelled=cancelled, conversation=conversation))
+    assert time.monotonic() - began < 15
+    assert pieces[-1].finish == "cancelled"
+    assert conversation.length == 0
+    handle.remove()
+    assert spoken(talker, IDS, conversation)[0] == right
+    held = conversation.length
+    late.set()
+    while threading.active_count() > before:
+        time.sleep(0.01)
+    assert conversation.length == held
+    assert spoken(talker, [*IDS, *right], conversation)[0] == spoken(talker, [*IDS, *right])[0]
 
 
 def test_a_conversation_holds_one_answer_at_a_time() -> None:

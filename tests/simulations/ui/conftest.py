@@ -81,21 +81,29 @@ def serve(folder: Path, *, password: str | None = None) -> Iterator[Served]:
     thread.join(10)
 
 
+@pytest.fixture(scope="module")
+def light(browser: Any) -> Iterator[Any]:
+    """A browser's profile, so that what was fetched for one test need not be for the next."""
+    context = browser.new_context(viewport={"width": 1280, "height": 860})
+    yield context
+    context.close()
+
+
 @pytest.fixture
-def tab(browser: Any, served: Served) -> Iterator[Any]:
-    yield from open_tab(browser, served)
+def tab(light: Any, served: Served) -> Iterator[Any]:
+    yield from open_tab(light, served)
 
 
-def open_tab(browser: Any, served: Served, **how: Any) -> Iterator[Any]:
-    served.speaker.__dict__.update(vars(FakeSpeaker()))
-    context = browser.new_context(viewport={"width": 1280, "height": 860}, **how)
-    context.set_default_timeout(20_000)
+def open_tab(context: Any, served: Served) -> Iterator[Any]:
+    """A page on what is served; fails if it asks anybody else for anything."""
+    vars(served.speaker).update(vars(FakeSpeaker()))
+    context.set_default_timeout(30_000)
     page = context.new_page()
     page.on("request", lambda request: served.outside.append(request.url))
     page.goto(served.address)
     page.wait_for_selector("#box textarea, input[type=password]")
     yield page
-    context.close()
+    page.close()
     own = (served.address, "data:", "blob:")
     assert [url for url in served.outside if not url.startswith(own)] == []
 
