@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.graft-installed
+LM_EVAL := $(VENV)/lm-eval
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 SHOWN  := sed -unE 's/^Collecting ([^ ]+).*/  \1/p; s/^Installing .*/  unpacking all of them .../p'
 SHELL  := /bin/bash -o pipefail
@@ -12,7 +13,7 @@ export FLWR_TELEMETRY_ENABLED = 0
 export FLWR_DISABLE_UPDATE_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo deployment-demo test test-all test-trackers check lint bench parity proto clean
+.PHONY: help setup demo deployment-demo test test-all test-trackers test-eval check lint bench parity proto clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) \
@@ -49,6 +50,14 @@ test-all: $(STAMP)  ## every test, the slow ones too
 test-trackers: $(STAMP)  ## install Trackio, W&B and MLflow, and test their sinks with them
 	$(PIP) install --quiet -c constraints.txt -c constraints-trackers.txt -e '.[trackio,wandb,mlflow]'
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/flower_app/runs/sinks/test_trackers.py
+
+test-eval: $(LM_EVAL)/bin/lm_eval  ## lm-evaluation-harness, in an environment of its own, measures through graft api
+	$(BIN)/python -m pytest -m slow tests/simulations/api/test_lm_eval.py
+
+$(LM_EVAL)/bin/lm_eval: $(STAMP) constraints-eval.txt
+	$(PYTHON) -m venv $(LM_EVAL)
+	$(LM_EVAL)/bin/python -m pip --disable-pip-version-check install --quiet -c constraints-eval.txt 'lm-eval[api]'
+	@touch $@
 
 check: $(STAMP)  ## format, lint and type-check (changes files)
 	$(BIN)/ruff format .

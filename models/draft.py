@@ -9,6 +9,7 @@ Legend: B rows, T new positions, D hidden size.
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -91,6 +92,27 @@ def _all_real(inputs_BT: Tensor, generation_config: Any, model_kwargs: Any) -> T
     `transformers` would guess one from the ids, and take a padding token within a text for padding.
     """
     return torch.ones(inputs_BT.shape[:2], dtype=torch.long, device=inputs_BT.device)
+
+
+def go_on_from_caches(model: PreTrainedModel) -> None:
+    """Have assisted generation go on from a cache that it is given, as all other generation does.
+
+    `transformers` 5.24 hands the model the whole text once more there, and the model says something
+    else. Prompts must be given whole, what is cached included.
+    """
+    if "prepare_inputs_for_generation" in vars(model):
+        return
+    prepare = model.prepare_inputs_for_generation
+
+    @functools.wraps(prepare)
+    def rest(input_ids: Tensor, next_sequence_length: int | None = None, **how: Any) -> Any:
+        cache = how.get("cache")
+        if how.get("is_first_iteration") and next_sequence_length is None and cache is not None:
+            past = cache.get_seq_length()
+            next_sequence_length = input_ids.shape[1] - past if past else None
+        return prepare(input_ids, next_sequence_length=next_sequence_length, **how)
+
+    model.prepare_inputs_for_generation = rest
 
 
 def refuse_assisting(model: PreTrainedModel) -> None:

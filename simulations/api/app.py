@@ -149,14 +149,20 @@ class _Endpoints:
         text, special = body.get("prompt"), body.get("add_special_tokens", True)
         if not isinstance(text, str):
             raise ApiError("prompt: is to be a string", param="prompt", code="invalid_type")
-        tokenizer, prompts = self._speaker.tokenizer, self._speaker.prompts
-        bare = list(tokenizer(text, add_special_tokens=False)["input_ids"])
-        tokens = prompts.text(text) if special else bare
+        tokens = self._tokens(text, bool(special))
         return {
             "tokens": tokens,
             "count": len(tokens),
             "max_model_len": self._speaker.context,
         }
+
+    def _tokens(self, text: str, special: bool) -> list[int]:
+        tokenizer = self._speaker.tokenizer
+        if text in tokenizer.all_special_tokens:  # so lm-eval learns the id of the end of a text
+            return [int(tokenizer.convert_tokens_to_ids(text))]
+        if special:
+            return self._speaker.prompts.text(text)
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
     async def detokenize(self, request: Request) -> dict[str, Any]:
         """Return tokens' text, as vLLM does."""

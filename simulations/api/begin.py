@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from flower_app.serving.source import find_served, load_tokenizer, load_whole_model
-from models import Cut
 from simulations.api.keys import find_key, is_loopback
-from simulations.talk.speaker import Speaker
+from simulations.talk.opening import Asked, opened
 
 MISSING = (
     "graft api needs FastAPI and uvicorn, and {name} is not installed: pip install 'graft[api]' "
@@ -20,11 +17,9 @@ MISSING = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
-    """What the command line asks for."""
+class How:
+    """How the command line asks for it to be served."""
 
-    source: str
-    cut: Cut | None = None
     bind: str = "127.0.0.1:8000"
     key: str = ""
     key_file: Path | None = None
@@ -35,7 +30,7 @@ class Asked:
     private_key: Path | None = None
 
 
-def begin(asked: Asked, say: Callable[[str], None]) -> None:
+def begin(asked: Asked, how: How, say: Callable[[str], None]) -> None:
     """Serve until Ctrl-C or SIGTERM; what is wrong with the settings is said before a model loads.
 
     Raises
@@ -50,20 +45,20 @@ def begin(asked: Asked, say: Callable[[str], None]) -> None:
         if error.name not in ("fastapi", "starlette", "uvicorn"):
             raise
         raise ValueError(MISSING.format(name=error.name)) from error
-    host, port = address(asked.bind)
+    host, port = address(how.bind)
     settings = Settings(
         host=host,
         port=port,
-        parallel=asked.parallel,
-        queue=asked.queue,
-        access=Access(key=find_key(asked.key, asked.key_file, os.environ), origins=asked.origins),
-        certificate=asked.certificate,
-        private_key=asked.private_key,
+        parallel=how.parallel,
+        queue=how.queue,
+        access=Access(key=find_key(how.key, how.key_file, os.environ), origins=how.origins),
+        certificate=how.certificate,
+        private_key=how.private_key,
     )
-    with listen(host, port) as listening, _speaker(asked) as speaker:
+    with listen(host, port) as listening, opened(asked) as speaker:
         server = Server(speaker, settings, listening)
         say(f"{speaker.name} answers at {server.url} ({_who(settings.access.key, host)})")
-        if not is_loopback(host) and not asked.certificate:
+        if not is_loopback(host) and not how.certificate:
             say("warning: keys and texts cross the network in the clear; see --tls-certificate")
         say(f"try:  {server.curl()}")
         say("Ctrl-C ends it")
@@ -75,9 +70,3 @@ def _who(key: str, host: str) -> str:
         return "for whoever has the API key"
     assert is_loopback(host), host
     return "on this machine only"
-
-
-@contextmanager
-def _speaker(asked: Asked) -> Iterator[Speaker]:
-    served = find_served(asked.source, asked.cut)
-    yield Speaker(load_whole_model(served), load_tokenizer(served), served.name)

@@ -47,9 +47,10 @@ def score_text(model: PreTrainedModel, ids: Sequence[int], top: int) -> list[Sco
     """Judge every token of a text by what stands before it, a stretch at a time."""
     found = [Scored(token=ids[0])]
     known, ids_T = None, torch.tensor(ids, device=model.device)
+    stretches = len(ids) - 1 > AT_ONCE
     for start in range(0, len(ids) - 1, AT_ONCE):
         last = min(start + AT_ONCE, len(ids) - 1)
-        out = model(ids_T[None, start:last], cache=known, use_cache=last < len(ids) - 1)
+        out = model(ids_T[None, start:last], cache=known, use_cache=stretches)
         known = out.cache
         found += _judge(ids_T[start + 1 : last + 1], out.logits[0], top)
     return found

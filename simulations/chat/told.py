@@ -23,7 +23,7 @@ def told(figures: Figures) -> list[str]:
         lines += [
             f"ms a token: {shares}, drawing and text {rest:,.1f}",
             f"bytes for each token through the trunk: {up:,.0f} up, {down:,.0f} down "
-            f"({_counted(figures.trips, 'round trip')})",
+            f"({_counted(figures.trips, 'round trip')}, {figures.each_trip:.1f} tokens in each)",
         ]
     return lines
 

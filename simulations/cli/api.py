@@ -15,10 +15,18 @@ def api(
     source: Annotated[
         str,
         typer.Argument(
-            help="A run (folder, name, last:demo), or a model with --cut.", metavar="RUN_OR_MODEL"
+            help="A run (folder, name, last:demo), or a model with --cut.",
+            metavar="[RUN_OR_MODEL]",
         ),
-    ],
+    ] = "",
     cut: Annotated[str, typer.Option(help="Blocks below and above the trunk: 2,1")] = "",
+    access: Annotated[
+        Path | None, typer.Option(help="What `graft serve` wrote; else, a trunk of one's own.")
+    ] = None,
+    ends: Annotated[
+        str, typer.Option(help="Bottom and top for --access, if not RUN_OR_MODEL's.")
+    ] = "",
+    model: Annotated[str, typer.Option(help="With --access: which of the models served.")] = "",
     bind: Annotated[
         str, typer.Option(help="Address and port; beyond this machine it needs a key.")
     ] = "127.0.0.1:8000",
@@ -45,12 +53,13 @@ def api(
     Any program with a base URL for OpenAI talks to the model so. Texts stay with this process;
     the trunk sees hidden vectors.
     """
-    from simulations.api.begin import Asked, begin
+    from simulations.api.begin import How, begin
     from simulations.plan import units
+    from simulations.talk.opening import Asked
 
-    asked = Asked(
-        source=source,
-        cut=units.cut(cut) if cut else None,
+    where = units.cut(cut) if cut else None
+    asked = Asked(source=source, cut=where, access=access, ends=ends, model=model)
+    how = How(
         bind=bind,
         key=api_key,
         key_file=api_key_file,
@@ -60,4 +69,4 @@ def api(
         certificate=tls_certificate,
         private_key=tls_key,
     )
-    begin(asked, typer.echo)
+    begin(asked, how, typer.echo)

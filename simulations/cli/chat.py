@@ -8,7 +8,12 @@ from typing import Annotated
 
 import typer
 
+from simulations.cli.show import DraftTokens, Speculate
+
 commands = typer.Typer()
+
+Own = Annotated[float | None, typer.Option(help="By default, the model's own.")]
+Stops = Annotated[list[str] | None, typer.Option(help="An answer ends before it; may be repeated.")]
 
 
 @commands.command(rich_help_panel="Use")
@@ -32,13 +37,13 @@ def chat(
     greedy: Annotated[
         bool, typer.Option("--greedy", help="Always the likeliest token: temperature 0.")
     ] = False,
-    temperature: Annotated[float | None, typer.Option(help="By default, the model's own.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="By default, the model's own.")] = None,
+    temperature: Own = None,
+    top_p: Own = None,
     max_tokens: Annotated[int | None, typer.Option(help="Of an answer, at most.")] = None,
     seed: Annotated[int | None, typer.Option(help="The same answers each time.")] = None,
-    stop: Annotated[
-        list[str] | None, typer.Option(help="An answer ends before it; may be repeated.")
-    ] = None,
+    stop: Stops = None,
+    speculate: Speculate = "",
+    draft_tokens: DraftTokens = 0,
     load: Annotated[Path | None, typer.Option(help="Go on with what /save wrote.")] = None,
 ) -> None:
     """Talk with a model: at the terminal, or with each line of the input as a message.
@@ -47,7 +52,6 @@ def chat(
     """
     if greedy and temperature:
         raise ValueError(f"--greedy is temperature 0, and --temperature {temperature:g} was given")
-
     if sys.stdin.isatty() and sys.stdout.isatty():
         typer.secho("loading ...", dim=True)  # torch alone takes seconds
 
@@ -68,6 +72,8 @@ def chat(
         access=access,
         ends=ends,
         model=model,
+        speculate=speculate,
+        draft_tokens=draft_tokens,
     )
     if not begin(asked, chosen, system=system, load=load):
         raise typer.Exit(1)

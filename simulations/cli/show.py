@@ -15,6 +15,15 @@ Overrides = Annotated[
     ),
 ]
 
+Speculate = Annotated[
+    str,
+    typer.Option(
+        help="Several tokens for one trip to the trunk: auto, bridge, lookup or off; by default "
+        "auto with --access."
+    ),
+]
+DraftTokens = Annotated[int, typer.Option(help="Guessed at a time; 0: as suits.", min=0)]
+
 
 def joined(overrides: list[str] | None) -> str:
     """Return overrides as one string that `conf.load` splits as a shell does."""

@@ -24,6 +24,7 @@ from typing import Any
 import psutil
 import torch
 
+from simulations.disturb.generation import TARGET, Generations
 from simulations.disturb.inputs import DTYPES, LIMIT, Inputs
 from simulations.disturb.sessions import OFTEN, Sessions, Wrong, check_words
 from strategies.errors import TrunkError
@@ -46,6 +47,9 @@ MOST_MEMORY = 64 * LIMIT
 
 MOST_CRASHES = 20
 """After so many the rest is not tried."""
+
+GENERATIONS = 4
+"""How often sessions generate, as one kind of training session does."""
 
 HIDDEN = 8
 _MIB = 2**20
@@ -148,8 +152,8 @@ def _sequence(seed: int, first: int, count: int, report: Report, watch: _Watch) 
     chance = random.Random(f"{seed}-{first}")
     try:
         if first // SEQUENCE % 2:
-            kind = chance.choice(OFTEN)
-            sessions = Sessions(kind, chance)
+            kind = chance.choice([*OFTEN, *[TARGET] * GENERATIONS])
+            sessions = Generations(chance) if kind == TARGET else Sessions(kind, chance)
             draw, put, end = sessions.draw, sessions.put, sessions.end
         else:
             kind, decoder = "decoder", Decoder(chance)

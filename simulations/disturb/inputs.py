@@ -33,6 +33,8 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 """Of the codecs that ship with Graft."""
 POISON = (float("nan"), float("inf"), float("-inf"), 3.4e38, -3.4e38, 1e-45, 1e20)
 
+_ANSWERS = ("opened", "activations", "gradients", "applied", "closed", "failure", "generated")
+
 
 class Inputs:
     """Draws inputs for a trunk of hidden size D whose wire has this dtype."""
@@ -96,6 +98,17 @@ class Inputs:
             )
         )
 
+    def generate(self, number: int, shape: tuple[int, int], **fields: Any) -> bytes:
+        """New positions (B, T) that an honest client could send, some of them padding."""
+        chance, (B, T) = self._chance, shape
+        frame = pb.Generate(number=number, activations=self.honest((B, T, self._hidden)), **fields)
+        if chance.random() < 0.3:
+            mask = [[chance.random() < 0.8 for _ in range(T)] for _ in range(B)]
+            frame.mask.CopyFrom(encode_mask(torch.tensor(mask)))
+        if chance.random() < 0.3:
+            frame.positions.extend(chance.randrange(64) for _ in range(B * T))
+        return client_frame(generate=frame)
+
     def apply(
         self, step: int, tokens: int, shapes: dict[str, tuple[int, ...]], square: float = 0.5
     ) -> bytes:
@@ -121,7 +134,8 @@ class Inputs:
     def hostile(self, step: int, micro: int) -> bytes:
         """A whole client frame that no client of ours would send."""
         frame = pb.ClientFrame(version=self._mostly(WIRE_VERSION, COUNTS))
-        make = self._chance.choice((self._compute, self._backward, self._again, self._apply))
+        makes = (self._compute, self._backward, self._again, self._apply, self._generate)
+        make = self._chance.choice(makes)
         if self._chance.random() < 0.07:
             frame.close.early = self._chance.random() < 0.5
         else:
@@ -132,7 +146,7 @@ class Inputs:
         """A whole trunk frame that no trunk of ours would send."""
         chance, any_count = self._chance, self._chance.choice
         frame = pb.ServerFrame(version=self._mostly(WIRE_VERSION, COUNTS))
-        body = chance.choice(("opened", "activations", "gradients", "applied", "closed", "failure"))
+        body = chance.choice(_ANSWERS)
         part: Any = getattr(frame, body)
         part.SetInParent()
         if body == "opened":
@@ -141,6 +155,9 @@ class Inputs:
             part.steps, part.tokens = any_count(COUNTS), any_count(TOKENS)
         elif body == "failure":
             part.kind, part.message = self._name(), self._name()
+        elif body == "generated":
+            part.number, part.seconds = any_count(TOKENS), any_count(NUMBERS)
+            part.activations.CopyFrom(self.tensor())
         else:
             part.step, part.seconds = any_count(COUNTS), any_count(NUMBERS)
             if body == "applied":
@@ -188,6 +205,20 @@ class Inputs:
         frame.backward.gradient.CopyFrom(self.tensor())
         frame.backward.last = self._chance.random() < 0.5
         frame.backward.tokens = self._chance.choice(TOKENS)
+
+    def _generate(self, frame: pb.ClientFrame, number: int, length: int) -> None:
+        chance, some = self._chance, lambda: self._chance.choice(COUNTS)
+        frame.generate.number, frame.generate.length = self._mostly(number + 1, TOKENS), length
+        frame.generate.activations.CopyFrom(self.tensor())
+        if chance.random() < 0.3:
+            frame.generate.mask.CopyFrom(self.tensor([2, 3]))
+        if chance.random() < 0.3:
+            frame.generate.rows.extend(some() for _ in range(chance.choice((1, 2, 3, 3000))))
+        if chance.random() < 0.3:
+            frame.generate.positions.extend(some() for _ in range(chance.choice((1, 6, 3000))))
+        if chance.random() < 0.2:
+            frame.generate.fork = chance.choice(("one/0", "two/0", self._name()))
+        frame.generate.drop = chance.random() < 0.2
 
     def _again(self, frame: pb.ClientFrame, step: int, micro: int) -> None:
         frame.get_gradients.step, frame.get_gradients.micro = step, micro

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import secrets
 import threading
+from contextvars import ContextVar
 from types import TracebackType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LogitsProcessor, StoppingCriteria
 
 _DRAWING = threading.Lock()
 """Held while a token is drawn: torch's generator is one for all threads."""
+
+_CURRENT: ContextVar[Chance | None] = ContextVar("graft_chance", default=None)
 
 
 class Chance:
@@ -20,7 +23,8 @@ class Chance:
 
     `generate` calls the logits processors, draws, and calls the stopping criteria. What it draws
     under a seed is what it draws after `torch.manual_seed` alone, though other answers draw in
-    between.
+    between. Assisted generation drafts, too, and calls no criteria between the draft and the model:
+    a model that was told to `let_others_draw` keeps nobody waiting while it runs.
     """
 
     def __init__(self, seed: int | None, device: torch.device) -> None:
@@ -32,6 +36,7 @@ class Chance:
         self.before, self.after = _Before(self), _After(self)
 
     def __enter__(self) -> Chance:
+        self._token = _CURRENT.set(self)
         return self
 
     def __exit__(
@@ -41,6 +46,7 @@ class Chance:
         trace: TracebackType | None,
     ) -> None:
         self.leave()
+        _CURRENT.reset(self._token)
 
     def enter(self) -> None:
         """Put the answer's state in place, if it is not."""
@@ -67,6 +73,17 @@ class Chance:
             torch.cuda.set_rng_state(state, self._device)
         else:
             torch.set_rng_state(state)
+
+
+def let_others_draw(model: nn.Module) -> None:
+    """Have a model let go of an answer's random numbers whenever it runs."""
+    if not any(hook is _let_go for hook in model._forward_pre_hooks.values()):
+        model.register_forward_pre_hook(_let_go)
+
+
+def _let_go(module: nn.Module, args: Any) -> None:
+    if (chance := _CURRENT.get()) is not None:
+        chance.leave()
 
 
 class _Before(LogitsProcessor):

@@ -12,6 +12,7 @@ from flower_app.serving.local import open_local
 from flower_app.serving.source import find_served
 from models import Cut
 from simulations.talk.speaker import Speaker
+from simulations.talk.speculate import bridge_folders, speculation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +29,11 @@ class Asked:
     """Where bottom and top are, if not in `source`."""
     model: str = ""
     """Which of the models that are served; empty: the first."""
+    speculate: str = ""
+    """Of `simulations.talk.speculate.MODES`; empty: auto where the trunk is another's, else off:
+    trips on one machine are cheaper than guesses."""
+    draft_tokens: int = 0
+    """Guessed at a time; 0: as suits."""
 
     def __post_init__(self) -> None:
         if self.access is None and (self.ends or self.model):
@@ -56,12 +62,17 @@ def opened(asked: Asked) -> Iterator[Speaker]:
     """
     if asked.access is not None:
         with connect(asked.access, asked.ends or asked.source, model=asked.model) as joined:
-            yield _speaker(joined)
+            yield _speaker(joined, asked)
         return
     find_served(asked.source, asked.cut)  # what is wrong with it is said before a process starts
     with open_local(asked.source, cut=asked.cut) as joined:
-        yield _speaker(joined)
+        yield _speaker(joined, asked)
 
 
-def _speaker(joined: Joined) -> Speaker:
-    return Speaker(joined.model, joined.tokenizer, joined.name)
+def _speaker(joined: Joined, asked: Asked) -> Speaker:
+    mode = asked.speculate or ("off" if asked.access is None else "auto")
+    ends = find_served(asked.ends or asked.source, joined.model.graft_ends[0].cut)
+    options = speculation(
+        joined.model, mode, folders=bridge_folders(ends), tokens=asked.draft_tokens
+    )
+    return Speaker(joined.model, joined.tokenizer, joined.name, options=options)

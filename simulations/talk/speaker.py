@@ -17,7 +17,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from simulations.talk.chance import Chance
+from simulations.talk.chance import Chance, let_others_draw
 from simulations.talk.conversation import Conversation
 from simulations.talk.listen import PATIENCE, Listener
 from simulations.talk.prompt import Messages, Prompts
@@ -53,7 +53,8 @@ class Speaker:
     name : str
         What it is called.
     options : mapping
-        Given to `generate` as they are.
+        Given to `generate` as they are, for answers without logits processors of their own: those
+        of `simulations.talk.speculate`, for instance.
     """
 
     def __init__(
@@ -73,6 +74,8 @@ class Speaker:
         """Tokens of prompt and answer at most; None: no limit is known."""
         self._vocabulary = int(text.vocab_size)
         self._options = dict(options or {})
+        if self._options:
+            let_others_draw(self.model)
         self._eos = _eos(model, tokenizer) | self.prompts.turn_ends()
 
     def prompt(self, messages: Messages) -> list[int]:
@@ -188,9 +191,17 @@ class Speaker:
                 logits_processor=[*processors, chance.before],
                 stopping_criteria=StoppingCriteriaList([chance.after, listener]),
                 **({} if cache is None else {"cache": cache}),
-                **self._options,
+                **self._fitting(len(ids) + sampling.max_tokens, processors),
             )
         listener.made = getattr(made, "cache", None), made.sequences[0].tolist()
+
+    def _fitting(self, longest: int, processors: Sequence[LogitsProcessor]) -> dict[str, Any]:
+        """The options, unless they do not suit an answer that may make the text so long."""
+        ahead = self._options.get("prompt_lookup_num_tokens", 0)
+        if ahead and self.context is not None and longest + ahead > self.context:
+            return {}  # what is looked up may lie beyond the end of the text
+        # A draft would be asked, too, by processors that see or change each step.
+        return {} if processors else self._options
 
     @property
     def _pad(self) -> int:

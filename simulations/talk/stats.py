@@ -61,6 +61,11 @@ class Figures:
         return {name: each * seconds for name, seconds in zip(PARTS, self.parts, strict=False)}
 
     @property
+    def each_trip(self) -> float:
+        """New tokens for each trip to the trunk; 0 if the model is not split."""
+        return self.tokens / self.trips if self.trips else 0.0
+
+    @property
     def bytes_each(self) -> tuple[float, float]:
         """Bytes up and down for each position that crossed the cut."""
         count = max(self.positions, 1)

@@ -72,13 +72,13 @@ def check_shapes(
         raise TrunkError(f"mask has shape {mask_shape}, activations {shape}", kind="shape")
 
 
-def check_finite(tensor: Tensor, what: str) -> None:
+def check_finite(
+    tensor: Tensor,
+    what: str,
+    advice: str = "lower train.lr, set train.clip, or use train.precision=fp32",
+) -> None:
     if not torch.isfinite(tensor).all():
-        raise TrunkError(
-            f"{what} holds values that are not finite; lower train.lr, set train.clip, or use "
-            "train.precision=fp32",
-            kind="not-finite",
-        )
+        raise TrunkError(f"{what} holds values that are not finite; {advice}", kind="not-finite")
 
 
 def check_bounded(tensor: Tensor, what: str) -> None:

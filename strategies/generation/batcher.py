@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -39,6 +40,9 @@ class Job:
     single: bool
     """A single token of a single text without padding."""
     done: Future[Tensor] = field(default_factory=Future)
+    asked: float = field(default_factory=time.perf_counter)
+    queued: float = 0.0
+    """Seconds before the trunk had time for it."""
 
 
 class Batcher:
@@ -112,6 +116,9 @@ class Batcher:
         if len(jobs) > 1:
             run = lambda: self._all(jobs)  # noqa: E731
         tokens = sum(job.h_BTD.shape[0] * job.h_BTD.shape[1] for job in jobs)
+        now = time.perf_counter()
+        for job in jobs:
+            job.queued = now - job.asked
         try:
             with torch.no_grad(), self._meter.work("forward", tokens):
                 output = run()

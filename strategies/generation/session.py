@@ -21,6 +21,12 @@ from strategies.generation.memory import Limits, Memory
 GONE = "gone"
 """The kind of error of a session whose cache is not there: its client sends it again."""
 
+OVERFLOW = (
+    "this model overflows in the type it is computed in or travels in: serve it with --dtype fp32 "
+    "and --trunk-dtype fp32"
+)
+"""About numbers that are not finite."""
+
 
 class GenerationSession:
     """What one cache of a client is on the trunk.
@@ -61,6 +67,8 @@ class GenerationSession:
         self._mask_BL: Tensor | None = None
         """None: no padding anywhere."""
         self._gone = ""
+        self.queued = 0.0
+        """Seconds that the last forward waited for the trunk."""
         self._busy = threading.Lock()
 
     @property
@@ -99,10 +107,10 @@ class GenerationSession:
         with self._busy:
             self.used = time.monotonic()
             self._check(h_BTD, mask_BT, positions_BT, rows, length, keep)
-            check_finite(h_BTD, "h1")
+            check_finite(h_BTD, "h1", advice=OVERFLOW)
             if not keep:
                 mask = None if mask_BT is None else mask_BT.long()
-                return self._batcher.run(Job(h_BTD, mask, positions_BT, None, False)).cpu()
+                return self._run(Job(h_BTD, mask, positions_BT, None, False))
             return self._go_on(h_BTD, mask_BT, positions_BT, rows, length)
 
     def _go_on(
@@ -121,12 +129,17 @@ class GenerationSession:
             single = (B, T) == (1, 1) and length > 0 and self._mask_BL is None
             single = single and positions_BT is None
             job = Job(h_BTD, mask, positions_BT, self._cache, single)
-            output_BTD = self._batcher.run(job).cpu()
+            output_BTD = self._run(job)
         except BaseException:  # half done: nobody can go on from here
             self._drop("what it had cached was lost by an error")
             raise
         self._memory.take(self, self._cache.bytes)
         self.used = time.monotonic()
+        return output_BTD
+
+    def _run(self, job: Job) -> Tensor:
+        output_BTD = self._batcher.run(job).cpu()
+        self.queued = job.queued
         return output_BTD
 
     def _set_back(self, rows: Sequence[int], length: int) -> None:

@@ -17,7 +17,7 @@ from strategies.engine.checks import check_finite
 from strategies.engine.meter import Meter
 from strategies.errors import TrunkError
 from strategies.generation.memory import Limits
-from strategies.generation.session import GONE
+from strategies.generation.session import GONE, OVERFLOW
 from strategies.transport import trunk_pb2 as pb
 from strategies.transport.codec.registry import crossings
 from strategies.transport.codec.tensors import decode, shape_of
@@ -28,6 +28,8 @@ ADVICE = "send fewer positions at once"
 
 class Cached(Protocol):
     """A session of the engine's; see `GenerationSession`."""
+
+    queued: float
 
     @property
     def bytes(self) -> int: ...
@@ -155,12 +157,13 @@ class Generating(Talk):
             keep=not frame.drop,
         )
         seconds = time.perf_counter() - started
-        check_finite(output_BTD, "the trunk's output")
+        check_finite(output_BTD, "the trunk's output", advice=OVERFLOW)
         self.tokens += B * T
         return pb.Generated(
             number=frame.number,
             activations=self._codecs.h2.encode(output_BTD, frame.number, 0),
-            seconds=seconds,
+            seconds=max(0.0, seconds - cache.queued),
+            queued=cache.queued,
             cache_bytes=cache.bytes,
         )
 

@@ -47,6 +47,7 @@ def test_a_wrong_trunk_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(7200)
 @pytest.mark.usefixtures("one_thread")
 def test_every_tested_family_generates(project: Path) -> None:
     only = [name for name in os.environ.get("GRAFT_FAMILIES", "").split(",") if name]

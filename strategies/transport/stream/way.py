@@ -17,6 +17,7 @@ from conf.schema import LinkConfig
 from models.elsewhere import Crossed
 from strategies.engine.checks import check_finite
 from strategies.errors import TrunkError
+from strategies.generation.session import OVERFLOW
 from strategies.transport import trunk_pb2 as pb
 from strategies.transport.codec.registry import crossings, find_codec
 from strategies.transport.codec.tensors import encode_mask, shape_of
@@ -157,6 +158,6 @@ class Way(Asking):
             if (came := shape_of(reply.activations, what)) != shape:
                 raise TrunkError(f"{what} came with shape {came}, sent was {shape}", kind="shape")
             h_BTD = self._codecs.h2.decode(reply.activations, what)
-            check_finite(h_BTD, what)
+            check_finite(h_BTD, what, advice=OVERFLOW)
             self.cache_bytes, self.queued = reply.cache_bytes, reply.queued
             return h_BTD

@@ -25,7 +25,7 @@ def speaker() -> Speaker:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    config = byte_llama(32, 2, CONTEXT)
+    config = byte_llama(32, 3, CONTEXT)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
     tokenizer = ByT5Tokenizer(extra_ids=0, split_special_tokens=True)
     ids = torch.tensor([tokenizer(TEXT)["input_ids"]])

@@ -88,6 +88,19 @@ def test_what_is_wrong_is_said_in_one_line_and_in_the_exit_code(model: Path) -> 
     assert result.stdout.endswith("\n"), "what came after was answered"
 
 
+@pytest.mark.usefixtures("near")
+def test_speculation_says_the_same_or_what_it_lacks(model: Path) -> None:
+    how = ("--cut", "1,0", "--greedy", "--max-tokens", "30")
+    plain = _graft(str(model), *how, given="aabaab\n")
+    quick = _graft(str(model), *how, "--speculate", "lookup", given="aabaab\n")
+    assert quick.exit_code == 0, quick.output
+    assert quick.stdout == plain.stdout
+    assert "(30 round trips" in plain.stderr
+    assert "(30 round trips" not in quick.stderr
+    result = _graft(str(model), *how, "--speculate", "bridge")
+    assert (result.exit_code, "train.bridge=256" in result.stderr) == (2, True)
+
+
 @pytest.mark.slow
 def test_a_trunk_in_another_process_says_the_same(model: Path) -> None:
     how = ("--cut", "1,0", "--greedy", "--max-tokens", "8")

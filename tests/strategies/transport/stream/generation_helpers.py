@@ -54,7 +54,7 @@ class SumSession:
 
     def __init__(self, engine: SumEngine, name: str, held_BLD: Tensor) -> None:
         self.engine, self.name, self.held_BLD = engine, name, held_BLD
-        self.used = time.monotonic()
+        self.used, self.queued = time.monotonic(), 0.0
 
     @property
     def bytes(self) -> int:
