@@ -51,7 +51,14 @@ class Asked:
 
 @contextmanager
 def opened(asked: Asked) -> Iterator[Speaker]:
-    """Join what the user named with its trunk, ready to talk.
+    """Join what the user named with its trunk, ready to talk; raises as `joined` does."""
+    with joined(asked) as found:
+        yield speaker_of(found, asked)
+
+
+@contextmanager
+def joined(asked: Asked) -> Iterator[Joined]:
+    """Join what the user named with its trunk.
 
     Raises
     ------
@@ -61,15 +68,16 @@ def opened(asked: Asked) -> Iterator[Speaker]:
         If the server cannot be reached, or refuses.
     """
     if asked.access is not None:
-        with connect(asked.access, asked.ends or asked.source, model=asked.model) as joined:
-            yield _speaker(joined, asked)
+        with connect(asked.access, asked.ends or asked.source, model=asked.model) as found:
+            yield found
         return
     find_served(asked.source, asked.cut)  # what is wrong with it is said before a process starts
-    with open_local(asked.source, cut=asked.cut) as joined:
-        yield _speaker(joined, asked)
+    with open_local(asked.source, cut=asked.cut) as found:
+        yield found
 
 
-def _speaker(joined: Joined, asked: Asked) -> Speaker:
+def speaker_of(joined: Joined, asked: Asked) -> Speaker:
+    """Let what is joined answer, with the speculation that was asked for or that suits."""
     mode = asked.speculate or ("off" if asked.access is None else "auto")
     ends = find_served(asked.ends or asked.source, joined.model.graft_ends[0].cut)
     options = speculation(

@@ -11,11 +11,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from flower_app.runs.folders import FINISHED, model_of, read_summaries
-from flower_app.serving.client import Joined, connect
-from flower_app.serving.local import open_local
-from flower_app.serving.source import Served, find_served
+from flower_app.serving.client import Joined
+from flower_app.serving.source import find_served
 from models import Cut
-from simulations.talk.speaker import Speaker
+from simulations.talk.opening import Asked, joined, speaker_of
 from simulations.ui.bind import listen, password_for, read_bind
 from simulations.ui.chats import Chats
 from simulations.ui.shelf import Shelf
@@ -82,30 +81,22 @@ def newest() -> str:
 def opened(what: What) -> Iterator[Talked | None]:
     """Open what the page talks to; None if there is nothing yet."""
     source = what.source or ("" if what.access or what.ends else newest())
-    if what.access is not None:
-        ends = what.ends or source
-        if not ends:
-            raise ValueError(
-                "--access tells where the trunk is; name the model's ends, too: the run or model "
-                "itself, or --ends DIR with what `graft export --format parts` wrote"
-            )
-        with connect(what.access, ends) as joined:
-            yield _split(joined, find_served(ends, what.cut))
-    elif source:
-        served = find_served(source, what.cut)
-        with open_local(source, cut=what.cut) as joined:
-            yield _split(joined, served)
-    else:
+    if not (source or what.access or what.ends):
         yield None
+        return
+    asked = Asked(source=source, cut=what.cut, access=what.access, ends=what.ends)
+    with joined(asked) as found:
+        yield _split(found, asked)
 
 
-def _split(joined: Joined, served: Served) -> Talked:
+def _split(joined: Joined, asked: Asked) -> Talked:
     def load() -> Load:
         sessions, taken, queued = joined.trunk.load()
         return Load(sessions=sessions, kv_mib=taken / 2**20, queued=queued)
 
+    served = find_served(asked.ends or asked.source, joined.model.graft_ends[0].cut)
     return Talked(
-        speaker=Speaker(joined.model, joined.tokenizer, joined.name),
+        speaker=speaker_of(joined, asked),
         description=f"{served.description}; cut {served.cut.bottom} + {served.cut.top}",
         trunk=joined.trunk.address,
         load=load,

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from models import Cut
 from simulations.ui.begin import Door, What, begin, check_installed, newest, opened
 
 
@@ -18,7 +20,20 @@ def test_a_missing_package_is_told_with_the_command_that_installs_it() -> None:
 def test_an_access_file_without_ends_is_refused(tmp_path: Path) -> None:
     what = What(access=tmp_path / "client-1.json")
 
-    with pytest.raises(ValueError, match="name the model's ends"), opened(what):
+    with pytest.raises(ValueError, match="nothing to talk with"), opened(what):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        ({"ends": "parts"}, "--ends belongs to a trunk that is served"),
+        ({"source": "a", "ends": "b", "access": Path("c")}, "give one of RUN_OR_MODEL and --ends"),
+        ({"source": "a", "access": Path("c"), "cut": Cut(1, 1)}, "leave out --cut"),
+    ],
+)
+def test_what_would_be_passed_over_is_refused(what: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words), opened(What(**what)):
         pass
 
 
