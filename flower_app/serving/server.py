@@ -26,6 +26,7 @@ from models import Cut
 from strategies.engine.meter import SILENT, Meter
 from strategies.generation.engine import GenerationEngine
 from strategies.generation.memory import Limits, Memory
+from strategies.transport.codec.registry import find_codec
 from strategies.transport.stream.bind import host_of, is_secure
 from strategies.transport.stream.generation import GenerationService, Offer, Policy
 
@@ -75,6 +76,7 @@ class Server:
     """
 
     def __init__(self, serving: Serving, meter: Meter = SILENT) -> None:
+        find_codec(serving.link.dtype)  # before anything is loaded
         self.serving = serving
         self.models = _named(serving)
         limits = Limits(total_mb=serving.kv_mb, session_mb=serving.session_kv_mb)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import socket
 import threading
 import time
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,7 +22,7 @@ from transformers import ByT5Tokenizer, PreTrainedModel
 from conf.schema import LinkConfig
 from flower_app.serving.access import Access, read_access
 from flower_app.serving.client import Joined, connect
-from flower_app.serving.server import Server, Serving, serve, sources_of
+from flower_app.serving.server import Server, Serving, running, serve, sources_of
 from models import Cut
 from strategies.errors import TrunkError
 from strategies.transport.tickets import new_key
@@ -230,6 +232,36 @@ def test_health_is_told_without_a_token(folder: Path, tmp_path: Path) -> None:
         )
         with pytest.raises(grpc.RpcError, match="NOT_FOUND"):
             check(health_pb2.HealthCheckRequest(service="other"))
+
+
+def test_prometheus_is_told_what_sessions_hold(folder: Path, tmp_path: Path) -> None:
+    with socket.socket() as trial:
+        trial.bind(("127.0.0.1", 0))
+        port = int(trial.getsockname()[1])
+    lines: list[str] = []
+    wanted = serving(folder, tmp_path, metrics=("127.0.0.1", port))
+    with running(wanted, lines.append) as server, joined(tmp_path, folder) as client:
+        session = client.trunk.open()
+        session.forward(torch.zeros(1, 5, 32))
+        session.forward(torch.zeros(1, 1, 32), length=5)
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+            told = dict(
+                line.rsplit(" ", 1)
+                for line in answer.read().decode().splitlines()
+                if not line.startswith("#")
+            )
+        held = server.memory.bytes
+        server.stop()
+    found = {name: float(value) for name, value in told.items()}
+    assert lines == [f"metrics  http://127.0.0.1:{port}/metrics"]
+    assert found["graft_trunk_sessions"] == 1
+    assert found["graft_trunk_tokens_total"] == 6
+    assert found["graft_trunk_kv_bytes"] == held > 0
+    assert found["graft_trunk_kv_limit_bytes"] == 2**30
+    assert found["graft_trunk_queue"] == 0
+    assert found['graft_trunk_frame_seconds_count{frame="generate"}'] == 2
+    assert found["process_resident_memory_bytes"] > 0
+    assert found["process_cpu_seconds_total"] > 0
 
 
 @pytest.mark.parametrize("patient", [True, False])
