@@ -169,6 +169,9 @@ class _Passage:
             self._tally.seconds_top += time.perf_counter() - call.crossed
         assert call.token is not None
         _CALL.reset(call.token)
+        # Threads that the trunk started meanwhile (gRPC's) keep a copy of the context: without this
+        # they would keep the cache, which keeps its session, which keeps them.
+        call.cache = call.mask = call.positions = call.token = None
 
     def cross(self, h_BTD: Tensor) -> Tensor:
         """Hand the bottom's output to the trunk."""

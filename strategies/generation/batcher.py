@@ -23,6 +23,7 @@ from models.cached import PartCache
 from models.parts import Part
 from models.ragged import Ragged
 from strategies.engine.meter import Meter
+from strategies.errors import TrunkError
 
 MOST_TOGETHER = 64
 """Texts of one forward."""
@@ -64,6 +65,7 @@ class Batcher:
         self._part, self._ragged, self._meter, self._threads = part, ragged, meter, threads
         self._device = next(part.parameters()).device
         self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._ending, self._ended = threading.Lock(), False
         self.forwards = self.texts = 0
         """How many there were, and texts of all of them."""
         self._thread = threading.Thread(target=self._work, daemon=True, name="graft-generation")
@@ -76,26 +78,31 @@ class Batcher:
 
     def run(self, job: Job) -> Tensor:
         """Wait for a forward; whatever it raises is raised here."""
-        self._jobs.put(job)
+        with self._ending:
+            if self._ended:
+                raise TrunkError("the server has stopped", kind="closed")
+            self._jobs.put(job)
         return job.done.result()
 
     def stop(self) -> None:
         """End the thread; what still waits is done before."""
-        self._jobs.put(None)
+        with self._ending:
+            self._ended = True
+            self._jobs.put(None)
         self._thread.join()
 
     def _work(self) -> None:
         if self._threads:
             torch.set_num_threads(self._threads)
         others: list[Job] = []
-        while True:
-            singles, over = self._gather(others)
+        over = False
+        while others or not over:
+            singles, last = self._gather(others)
+            over = over or last
             if singles:
                 self._forward(singles)
             if others:
                 self._forward([others.pop(0)])
-            if over and not others:
-                return
 
     def _gather(self, others: list[Job]) -> tuple[list[Job], bool]:
         """What waits now: single tokens, and the others behind those that waited before."""

@@ -110,6 +110,7 @@ class GenerationEngine:
         session = self._new(name) if other is None else other.fork(name)
         with self._lock:
             if name in self._sessions:
+                self.memory.leave(session)
                 raise TrunkError(f"session {name} is open already", kind="order")
             self._sessions[name] = session
         self._meter.opened()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import copy
 from collections.abc import Iterator
 from typing import Any
@@ -111,6 +112,21 @@ def test_each_token_crosses_once() -> None:
     split = remote(whole("llama"))
     split.generate(**prompt(tokens=9), do_sample=False, **FEW)
     assert split.tally.positions == 9 + FEW["max_new_tokens"] - 1
+
+
+def test_a_context_that_is_kept_keeps_no_session(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Streams are opened in the middle of a forward, and gRPC keeps the context it finds there."""
+    split, kept = remote(whole("llama")), []
+    opened = split.engine.open
+
+    def keeping(name: str, **how: Any) -> Any:
+        kept.append(contextvars.copy_context())
+        return opened(name, **how)
+
+    monkeypatch.setattr(split.engine, "open", keeping)
+    split.generate(**prompt(), do_sample=False, **FEW)
+    assert len(kept) == 1
+    assert split.engine.sessions == 0
 
 
 def test_set_back_costs_only_the_new_tokens() -> None:

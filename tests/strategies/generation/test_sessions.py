@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -209,3 +210,24 @@ def test_sessions_that_are_idle_expire() -> None:
     assert served.memory.bytes == 0
     with pytest.raises(TrunkError, match="closed"):
         session.forward(noise(1, 1, seed=1), length=4)
+
+
+def test_what_waits_is_done_before_the_end() -> None:
+    served = engine("llama")
+    sessions = [served.open(str(i)) for i in range(4)]
+    go, run = threading.Event(), served._batcher._alone
+
+    def slow(job: Any) -> Tensor:
+        go.wait(10)
+        return run(job)
+
+    served._batcher._alone = slow  # type: ignore[method-assign]
+    with ThreadPoolExecutor(5) as pool:
+        waiting = [pool.submit(each.forward, noise(1, 3, seed=1)) for each in sessions]
+        time.sleep(0.3)  # one is at work, the others wait
+        end = pool.submit(served._batcher.stop)
+        go.set()
+        end.result(timeout=20)
+        assert all(each.result(timeout=20).shape == (1, 3, D) for each in waiting)
+    with pytest.raises(TrunkError, match="has stopped"):
+        sessions[0].forward(noise(1, 1, seed=1), length=3)
