@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
 from models.anatomy import set_module, share_copy
 from models.cached import TRACED, new_cache, rows_of, stand_in
@@ -119,16 +119,18 @@ class _Call:
 class _Held:
     """The session that a cache belongs to, and how it stood after the last forward."""
 
-    def __init__(self, session: RemoteSession) -> None:
-        self.session = session
+    def __init__(self, session: RemoteSession, trunk: RemoteTrunk) -> None:
+        self.session, self.trunk = session, trunk
+        self.whole = False
+        """Whether the last forward went through all layers."""
         self.length = 0
         self.mask_BL = torch.ones(0, 0, dtype=torch.bool)
         self._finalizer = weakref.finalize(self, session.close)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Held:
         """A copied cache goes on by itself."""
-        fork = _Held(self.session.fork())
-        fork.length, fork.mask_BL = self.length, self.mask_BL
+        fork = _Held(self.session.fork(), self.trunk)
+        fork.length, fork.mask_BL, fork.whole = self.length, self.mask_BL, self.whole
         return fork
 
 
@@ -160,6 +162,8 @@ class _Passage:
             cache=cache,
         )
         call.token = _CALL.set(call)
+        if cache is not None:
+            self._check_whole(cache)
         return args, kwargs
 
     def leave(self, model: nn.Module, args: Any, output: Any) -> None:
@@ -167,6 +171,9 @@ class _Passage:
         call = _CALL.get()
         if call.crossed:
             self._tally.seconds_top += time.perf_counter() - call.crossed
+        held = getattr(call.cache, _HELD, None)
+        if held is not None and output is not None:
+            held.whole = True
         assert call.token is not None
         _CALL.reset(call.token)
         # Threads that the trunk started meanwhile (gRPC's) keep a copy of the context: without this
@@ -209,6 +216,21 @@ class _Passage:
             held = self._held(call.cache)
         return self._go_on(call, held, h_BTD)
 
+    def _check_whole(self, cache: Cache) -> None:
+        """Refuse a cache of which this model's layers hold different texts, or not all of them."""
+        held = getattr(cache, _HELD, None)
+        if held is not None and held.trunk is not self._trunk:
+            raise ValueError("this cache is another model's: each model needs one of its own")
+        if held.whole if held is not None else not _is_begun(cache):
+            # An error in the bottom leaves it half done, which nothing but success takes back.
+            if held is not None:
+                held.whole = False
+            return
+        raise ValueError(
+            "this cache was left half done by an error, or was begun by another model: start with "
+            "a new cache"
+        )
+
     def _held(self, cache: Cache) -> _Held:
         """Open a session for a new cache."""
         if not isinstance(cache, DynamicCache) or not cache.layers:
@@ -216,7 +238,7 @@ class _Passage:
                 f"a {type(cache).__name__} cannot be shared with a trunk that is elsewhere: leave "
                 "cache_implementation unset, or pass a DynamicCache(config=model.config)"
             )
-        held = _Held(self._trunk.open())
+        held = _Held(self._trunk.open(), self._trunk)
         setattr(cache, _HELD, held)
         return held
 
@@ -261,6 +283,12 @@ class _Passage:
             if length and isinstance(cache.layers[i], TRACED):
                 return rows_of(cache, i).tolist()
         return []
+
+
+def _is_begun(cache: Cache) -> bool:
+    """Whether any layer of a cache holds something."""
+    attending = (each for each in getattr(cache, "layers", ()) if isinstance(each, DynamicLayer))
+    return any(layer.get_seq_length() for layer in attending)
 
 
 def _masked(call: _Call, h_BTD: Tensor, length: int) -> Tensor | None:

@@ -182,10 +182,45 @@ def test_what_cannot_be_is_refused_in_words() -> None:
     split(ids_BT, cache=cache)
     with pytest.raises(ValueError, match="attention_mask must be"):
         split(ids_BT, attention_mask=torch.ones_like(ids_BT), cache=cache)
+    cache = DynamicCache(config=model.config)
+    split(ids_BT, cache=cache)
     masked_BT = torch.ones(1, 18, dtype=torch.long)
     masked_BT[0, 2] = 0
-    with pytest.raises(ValueError, match="start with a new cache"):
+    with pytest.raises(ValueError, match="another one for cached positions"):
         split(ids_BT, attention_mask=masked_BT, cache=cache)
     parts, others = split_unchecked(model, Cut(1, 1)), split_unchecked(model, Cut(2, 1))
     with pytest.raises(ValueError, match="of one cut"):
         join_remote(parts.bottom, others.top, LocalTrunk(split.engine))
+
+
+def test_a_cache_that_an_error_left_half_done_does_not_go_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The bottom has the token, the trunk has not: what would come next is wrong without a sign."""
+    split, ids_BT = remote(whole("llama")), prompt()["input_ids"]
+    cache = DynamicCache(config=split.config)
+    split(ids_BT, cache=cache)
+
+    def lost(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("lost")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache.graft_held.session, "forward", lost)
+        with pytest.raises(RuntimeError, match="lost"):
+            split(ids_BT[:, :1], cache=cache)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="left half done"):
+            split(ids_BT[:, :1], cache=cache)
+
+
+def test_a_cache_is_of_one_model() -> None:
+    model = whole("llama")
+    split, other, ids_BT = remote(model), remote(model), prompt()["input_ids"]
+    cache, unsplit = DynamicCache(config=model.config), DynamicCache(config=model.config)
+    split(ids_BT, cache=cache)
+    with pytest.raises(ValueError, match="another model's"):
+        other(ids_BT, cache=cache)
+    split(ids_BT, cache=cache)
+    model(ids_BT, cache=unsplit)
+    with pytest.raises(ValueError, match="begun by another model"):
+        split(ids_BT, cache=unsplit)
