@@ -35,16 +35,23 @@ NEW = 24
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("model")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, PreTrainedModel]:
+    """A model and the folder that it is saved in."""
+    path = tmp_path_factory.mktemp("model")
+    model = saved(path)
+    ByT5Tokenizer().save_pretrained(path)
+    return path, model
 
 
 @pytest.fixture(scope="module")
-def whole(folder: Path) -> PreTrainedModel:
-    """The model unsplit, which is saved in `folder`."""
-    model = saved(folder)
-    ByT5Tokenizer().save_pretrained(folder)
-    return model
+def folder(made: tuple[Path, PreTrainedModel]) -> Path:
+    return made[0]
+
+
+@pytest.fixture(scope="module")
+def whole(made: tuple[Path, PreTrainedModel]) -> PreTrainedModel:
+    """The model unsplit."""
+    return made[1]
 
 
 def serving(folder: Path, access: Path, **changes: object) -> Serving:
