@@ -14,7 +14,16 @@ from flower_app.exports.origin import Origin
 from flower_app.serving.source import Served
 
 ADAPTER, MERGED, PARTS = "adapter", "merged", "parts"
+CARD = "README.md"
 _CACHED = re.compile(r"models--([\w.-]+?)--([\w.-]+)/snapshots/")
+
+
+def is_card(file: Path) -> bool:
+    """Return whether a file is a card that `model_card` wrote, so its folder is an export."""
+    if not file.is_file():
+        return False
+    head = file.read_text(encoding="utf-8", errors="replace").split("\n---\n")[0]
+    return head.startswith("---\n") and "\ngraft:\n  form: " in head
 
 
 def model_card(origin: Origin, form: str, *, license: str = "unknown", part: str = "") -> str:

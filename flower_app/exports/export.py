@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from safetensors import SafetensorError
 from transformers import PretrainedConfig
 
 from flower_app.build import cut_of
-from flower_app.exports.card import ADAPTER, MERGED, PARTS, model_card
+from flower_app.exports.card import ADAPTER, CARD, MERGED, PARTS, is_card, model_card
 from flower_app.exports.origin import Origin, find_origin
 from flower_app.serving.source import (
     Served,
@@ -24,14 +26,12 @@ from flower_app.serving.source import (
 from models import Cut, outline
 from models.bridge import BRIDGE_FILE, bridge_state, load_bridge, save_bridge
 from models.fingerprint import fingerprint
-from models.pieces import ENDS, LABEL, TRUNK, Label, save_pieces
-from models.source import ADAPTER_CONFIG
+from models.pieces import ENDS, TRUNK, Label, save_pieces
 from models.whole import read_config
 
 FORMS = (ADAPTER, MERGED, PARTS)
 EXPORTS = "exports"
 """Where exports of a run go by default, in its folder."""
-_OURS = ("config.json", ADAPTER_CONFIG, LABEL, f"{TRUNK}/{LABEL}", f"{ENDS}/{LABEL}")
 
 
 def export(
@@ -166,7 +166,7 @@ def _write_bridge(origin: Origin, folder: Path, of: str) -> None:
 
 def _write_card(origin: Origin, folder: Path, form: str, license: str, part: str = "") -> None:
     card = model_card(origin, form, license=license, part=part)
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    (folder / CARD).write_text(card, encoding="utf-8")
 
 
 def _config(served: Served) -> PretrainedConfig:
@@ -200,15 +200,43 @@ def _replaced(folder: Path, *, force: bool) -> Iterator[Path]:
     taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
     if taken and not force:
         raise ValueError(f"{folder} is there and not empty: take another --to, or --force")
-    if taken and not any((folder / name).is_file() for name in _OURS):
+    if taken and not is_card(folder / CARD):
         raise ValueError(
-            f"{folder} is no model, so --force does not remove it: take another --to, or remove it"
+            f"{folder} is no export of Graft's, so --force does not remove it: take another --to, "
+            "or remove it"
         )
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as parent:
+    with _beside(folder) as parent:
         draft = Path(parent) / folder.name
         draft.mkdir()
         yield draft
         if folder.exists():
             folder.rename(Path(parent) / "before")
         draft.rename(folder)
+
+
+@contextlib.contextmanager
+def _beside(folder: Path) -> Iterator[str]:
+    """A folder for drafts on the same disk; what cannot be written is said of `folder`."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        drafts = tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent)
+    except OSError as error:
+        raise OSError(f"{folder} cannot be written: {error.strerror}. Take another --to") from error
+    with drafts as parent:
+        try:
+            yield parent
+        except (OSError, SafetensorError) as error:
+            if not _is_full(error):
+                raise
+            raise OSError(
+                f"{folder} cannot be written: the disk is full ({error}). What was there before is "
+                "as it was. Make room, or take another --to"
+            ) from error
+
+
+def _is_full(error: Exception) -> bool:
+    """Safetensors says the system's error in words alone."""
+    full = (errno.ENOSPC, errno.EDQUOT)
+    if isinstance(error, OSError):
+        return error.errno in full
+    return any(f"(os error {number})" in str(error) for number in full)

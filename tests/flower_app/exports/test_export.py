@@ -12,6 +12,7 @@ import torch
 from flwr.supercore.task_identity import TaskIdentity
 from huggingface_hub import ModelCard
 from peft import PeftModel
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import (
@@ -230,7 +231,7 @@ def test_a_folder_in_use_is_left_alone(tmp_path: Path) -> None:
     (to / "mine.txt").write_text("mine")
     with pytest.raises(ValueError, match="is there and not empty: take another --to, or --force"):
         export(base, "parts", to, cut=cut)
-    with pytest.raises(ValueError, match="is no model, so --force does not remove it"):
+    with pytest.raises(ValueError, match="is no export of Graft's, so --force does not remove"):
         export(base, "parts", to, cut=cut, force=True)
     assert (to / "mine.txt").read_text() == "mine"
     (to / "mine.txt").unlink()
@@ -245,3 +246,36 @@ def test_a_folder_in_use_is_left_alone(tmp_path: Path) -> None:
     assert sorted(file.name for file in tmp_path.iterdir()) == ["base", "to"]
     with pytest.raises(ValueError, match="--format is 'peft', must be one of adapter, merged"):
         export(base, "peft", to)
+
+
+def test_force_removes_no_folder_that_merely_looks_like_a_model(tmp_path: Path) -> None:
+    saved(tmp_path / "base")
+    ByT5Tokenizer(extra_ids=0).save_pretrained(tmp_path / "base")
+    before = sorted(file.name for file in (tmp_path / "base").iterdir())
+
+    with pytest.raises(ValueError, match="is no export of Graft's, so --force does not remove"):
+        export(str(tmp_path / "base"), "merged", tmp_path / "base", cut=Cut(1, 1), force=True)
+
+    assert sorted(file.name for file in (tmp_path / "base").iterdir()) == before
+
+
+def test_a_full_disk_is_said_in_words_and_leaves_what_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved(tmp_path / "base")
+    ByT5Tokenizer(extra_ids=0).save_pretrained(tmp_path / "base")
+    base, to, cut = str(tmp_path / "base"), tmp_path / "to", Cut(1, 1)
+    export(base, "merged", to, cut=cut)
+    weights = (to / "model.safetensors").read_bytes()
+
+    def full(*_: object, **__: object) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    with pytest.raises(OSError, match="x cannot be written: Not a directory. Take another --to"):
+        export(base, "merged", to / "config.json" / "in" / "x", cut=cut)
+    monkeypatch.setattr("transformers.modeling_utils.safe_save_file", full)
+    with pytest.raises(OSError, match="to cannot be written: .*No space left on device"):
+        export(base, "merged", to, cut=cut, force=True)
+
+    assert (to / "model.safetensors").read_bytes() == weights
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["base", "to"]
