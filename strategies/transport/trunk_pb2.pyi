@@ -146,7 +146,7 @@ class Close(_message.Message):
     def __init__(self, early: _Optional[bool] = ...) -> None: ...
 
 class ClientFrame(_message.Message):
-    __slots__ = ("version", "compute", "backward", "get_gradients", "apply", "close", "generate")
+    __slots__ = ("version", "compute", "backward", "get_gradients", "apply", "close", "generate", "number")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     COMPUTE_FIELD_NUMBER: _ClassVar[int]
     BACKWARD_FIELD_NUMBER: _ClassVar[int]
@@ -154,6 +154,7 @@ class ClientFrame(_message.Message):
     APPLY_FIELD_NUMBER: _ClassVar[int]
     CLOSE_FIELD_NUMBER: _ClassVar[int]
     GENERATE_FIELD_NUMBER: _ClassVar[int]
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
     version: int
     compute: Compute
     backward: Backward
@@ -161,7 +162,8 @@ class ClientFrame(_message.Message):
     apply: Apply
     close: Close
     generate: Generate
-    def __init__(self, version: _Optional[int] = ..., compute: _Optional[_Union[Compute, _Mapping]] = ..., backward: _Optional[_Union[Backward, _Mapping]] = ..., get_gradients: _Optional[_Union[GetGradients, _Mapping]] = ..., apply: _Optional[_Union[Apply, _Mapping]] = ..., close: _Optional[_Union[Close, _Mapping]] = ..., generate: _Optional[_Union[Generate, _Mapping]] = ...) -> None: ...
+    number: int
+    def __init__(self, version: _Optional[int] = ..., compute: _Optional[_Union[Compute, _Mapping]] = ..., backward: _Optional[_Union[Backward, _Mapping]] = ..., get_gradients: _Optional[_Union[GetGradients, _Mapping]] = ..., apply: _Optional[_Union[Apply, _Mapping]] = ..., close: _Optional[_Union[Close, _Mapping]] = ..., generate: _Optional[_Union[Generate, _Mapping]] = ..., number: _Optional[int] = ...) -> None: ...
 
 class Opened(_message.Message):
     __slots__ = ("hidden_size", "steps", "codec", "limit", "chunk")
@@ -252,7 +254,7 @@ class Failure(_message.Message):
     def __init__(self, kind: _Optional[str] = ..., message: _Optional[str] = ..., step: _Optional[int] = ..., micro: _Optional[int] = ...) -> None: ...
 
 class ServerFrame(_message.Message):
-    __slots__ = ("version", "opened", "activations", "gradients", "applied", "closed", "failure", "generated")
+    __slots__ = ("version", "opened", "activations", "gradients", "applied", "closed", "failure", "generated", "number")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     OPENED_FIELD_NUMBER: _ClassVar[int]
     ACTIVATIONS_FIELD_NUMBER: _ClassVar[int]
@@ -261,6 +263,7 @@ class ServerFrame(_message.Message):
     CLOSED_FIELD_NUMBER: _ClassVar[int]
     FAILURE_FIELD_NUMBER: _ClassVar[int]
     GENERATED_FIELD_NUMBER: _ClassVar[int]
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
     version: int
     opened: Opened
     activations: Activations
@@ -269,4 +272,5 @@ class ServerFrame(_message.Message):
     closed: Closed
     failure: Failure
     generated: Generated
-    def __init__(self, version: _Optional[int] = ..., opened: _Optional[_Union[Opened, _Mapping]] = ..., activations: _Optional[_Union[Activations, _Mapping]] = ..., gradients: _Optional[_Union[Gradients, _Mapping]] = ..., applied: _Optional[_Union[Applied, _Mapping]] = ..., closed: _Optional[_Union[Closed, _Mapping]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ..., generated: _Optional[_Union[Generated, _Mapping]] = ...) -> None: ...
+    number: int
+    def __init__(self, version: _Optional[int] = ..., opened: _Optional[_Union[Opened, _Mapping]] = ..., activations: _Optional[_Union[Activations, _Mapping]] = ..., gradients: _Optional[_Union[Gradients, _Mapping]] = ..., applied: _Optional[_Union[Applied, _Mapping]] = ..., closed: _Optional[_Union[Closed, _Mapping]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ..., generated: _Optional[_Union[Generated, _Mapping]] = ..., number: _Optional[int] = ...) -> None: ...
