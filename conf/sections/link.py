@@ -30,6 +30,9 @@ class LinkConfig(Section):
     key: str = ""
     dtype: str = setting("fp32", rules.NAME)
     """How activations and gradients are written on the wire: fp32, fp16 or bf16."""
+    window: int = setting(4, rules.WINDOW)
+    """Micro-batches of a step that may be under way at once over the stream; 1: one at a time, and
+    no step begins before the answer to the last one."""
     timeout: float = setting(120.0, rules.POSITIVE)
     """Seconds that a client waits for a reply, and the trunk for a client's next frame."""
     max_frame_mb: float = setting(64.0, rules.POSITIVE)

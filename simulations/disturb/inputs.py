@@ -43,6 +43,8 @@ class Inputs:
         self, chance: random.Random, *, hidden: int, dtype: torch.dtype, ends: Sequence[str] = ()
     ) -> None:
         self._chance, self._hidden, self._dtype, self._ends = chance, hidden, dtype, ends
+        self.number = 1
+        """Of the frame that is due in the session that is sent to."""
 
     def noise(self) -> bytes:
         """Bytes without a meaning."""
@@ -85,14 +87,14 @@ class Inputs:
         if self._chance.random() < 0.5:
             mask = [[self._chance.random() < 0.8 for _ in range(T)] for _ in range(B)]
             frame.mask.CopyFrom(encode_mask(torch.tensor(mask)))
-        return client_frame(compute=frame)
+        return self._numbered(compute=frame)
 
     def backward(
         self, step: int, micro: int, shape: Sequence[int], *, last: bool, tokens: int
     ) -> bytes:
         """A gradient that an honest client could send."""
         gradient = self.honest(shape)
-        return client_frame(
+        return self._numbered(
             backward=pb.Backward(
                 step=step, micro=micro, gradient=gradient, last=last, tokens=tokens
             )
@@ -117,7 +119,14 @@ class Inputs:
         for name, shape in shapes.items():
             tensor = encode(self._values(shape), torch.float32)
             frame.gradients.append(pb.NamedTensor(name=name, tensor=tensor))
-        return client_frame(apply=frame)
+        return self._numbered(apply=frame)
+
+    def _numbered(self, **body: object) -> bytes:
+        """The frame that is due, now and then another; some answers were not seen."""
+        number = max(0, self.number + self._chance.choice((0,) * 40 + (1, -1)))
+        return client_frame(
+            **body, number=number, seen=max(0, number - self._chance.choice((1, 1, 2, 4)))
+        )
 
     def honest(self, shape: Sequence[int]) -> pb.Tensor:
         """A tensor as an honest side encodes it; now and then of poisonous values."""
@@ -140,6 +149,10 @@ class Inputs:
             frame.close.early = self._chance.random() < 0.5
         else:
             make(frame, self._mostly(step, COUNTS), self._mostly(micro, COUNTS))
+            frame.number = self.number
+            if self._chance.random() < 0.1:
+                frame.number = self._chance.choice((0, self.number - 1, *TOKENS))
+            frame.seen = self._mostly(self.number - 1, TOKENS)
         return self._sealed(frame)
 
     def hostile_answer(self) -> bytes:

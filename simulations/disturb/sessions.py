@@ -156,6 +156,7 @@ class Sessions:
         self._session = self.engine.open(key, client=key, steps=steps)
         self._talk = Conversation(key, self._session, self.kind.dtype, lambda report: None, LIMIT)
         self._at, self._dead = Position(), False
+        self._inputs.number = 1
 
     def draw(self) -> bytes:
         """The next input: half of them right, so that the session comes somewhere."""
@@ -229,6 +230,7 @@ class Sessions:
                 raise Wrong(f"a step was taken for a frame that failed: {answer.failure.kind}")
             return answer.failure.kind
         self._judge(read_client_frame(raw), answer, body, before)
+        self._inputs.number += answer.number == self._inputs.number
         return body
 
     def _judge(self, frame: pb.ClientFrame, answer: pb.ServerFrame, body: str, before: int) -> None:

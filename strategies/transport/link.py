@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -60,8 +60,9 @@ class Link(Sender, Protocol):
     """The trunk as a client sees it.
 
     `computed`, `gradients` and `applied` wait for the answer to the first `compute`, `backward` or
-    `apply` whose answer has not been taken. So several micro-batches can be under way, and both
-    sides take their optimizer steps at the same time.
+    `apply` whose answer has not been taken; answers are taken in the order of the questions. So
+    several micro-batches can be under way, and both sides take their optimizer steps at the same
+    time.
     """
 
     bytes_up: int
@@ -84,12 +85,12 @@ class Request:
     It is encoded once: whoever sends it again sends the same bytes, whatever the codec.
     """
 
-    raw: bytes
+    raw: bytes = field(repr=False)
     answer: str
     step: int = 0
     micro: int = 0
     number: int = 0
-    """Of a session that generates, in place of step and micro-batch."""
+    """In its session, from 1; 0 of what may come at any time."""
     shape: tuple[int, ...] = ()
     """Of the tensor that was sent, which the answer's must have."""
     reply: Any = None
@@ -105,7 +106,8 @@ class Request:
             return True
         if kind == "generated":
             return bool(body.number == self.number)
-        return body.step == self.step and getattr(body, "micro", 0) == self.micro
+        place = body.step, getattr(body, "micro", 0)
+        return bool(frame.number == self.number) and place == (self.step, self.micro)
 
 
 class Framed:
@@ -121,10 +123,20 @@ class Framed:
 
     def __init__(self, config: LinkConfig, session: str) -> None:
         self._codecs = crossings(config.dtype, session)
+        self.number = self.taken = 0
+        """Frames that were sent, and answers to them that were taken, which are in their order."""
 
     def send(self, request: Request) -> None:
         """Let a frame go."""
         raise NotImplementedError
+
+    def _send(
+        self, answer: str, step: int, micro: int = 0, shape: tuple[int, ...] = (), **body: object
+    ) -> None:
+        """Give a frame its number, and let it go."""
+        self.number += 1
+        raw = client_frame(**body, number=self.number, seen=self.taken)
+        self.send(Request(raw, answer, step, micro, self.number, shape))
 
     def compute(self, step: int, micro: int, h_BTD: Tensor, mask_BT: Tensor | None) -> None:
         """Send activations (B, T, D) through the trunk; see `Session.compute`."""
@@ -132,8 +144,7 @@ class Framed:
         frame = pb.Compute(step=step, micro=micro, activations=activations)
         if mask_BT is not None:
             frame.mask.CopyFrom(encode_mask(mask_BT))
-        raw = client_frame(compute=frame)
-        self.send(Request(raw, "activations", step, micro, shape=tuple(h_BTD.shape)))
+        self._send("activations", step, micro, tuple(h_BTD.shape), compute=frame)
 
     def backward(
         self, step: int, micro: int, grad_BTD: Tensor, *, last: bool, tokens: int = 0
@@ -141,8 +152,7 @@ class Framed:
         """Send dL/dh2 back through the trunk; see `Session.backward`."""
         gradient = self._codecs.grad_h2.encode(grad_BTD, step, micro)
         frame = pb.Backward(step=step, micro=micro, gradient=gradient, last=last, tokens=tokens)
-        raw = client_frame(backward=frame)
-        self.send(Request(raw, "gradients", step, micro, shape=tuple(grad_BTD.shape)))
+        self._send("gradients", step, micro, tuple(grad_BTD.shape), backward=frame)
 
     def apply(
         self, step: int, counters: StepCounters, gradients: Mapping[str, Tensor] | None = None
@@ -150,7 +160,7 @@ class Framed:
         """Ask for the optimizer step; see `Session.apply`."""
         frame = pb.Apply(step=step, **vars(counters))
         frame.gradients.extend(encode_named(gradients or {}))
-        self.send(Request(client_frame(apply=frame), "applied", step))
+        self._send("applied", step, apply=frame)
 
     def read_activations(self, reply: pb.Activations, shape: tuple[int, ...]) -> Tensor:
         """h2 (B, T, D), of the wire's dtype; `TrunkError` for another shape, or if not finite."""

@@ -124,7 +124,8 @@ class Talk:
             if reply is None:
                 body = frame.WhichOneof("body") or ""
                 with self._meter.frame(body):
-                    reply = server_frame(**self._serve(body, frame, started))
+                    answer = self._serve(body, frame, started)
+                    reply = server_frame(**answer, number=frame.number)
                 self._keep(frame, raw, reply)
             return reply
         except TrunkError as error:
@@ -134,7 +135,7 @@ class Talk:
             self._damaged += error.kind == "damaged"
             if self._damaged > MAX_DAMAGED:
                 raise TrunkError(f"{MAX_DAMAGED} frames in a row: {error}", kind="order") from error
-            return server_frame(failure=self._failure(error, frame))
+            return server_frame(failure=self._failure(error, frame), number=frame.number)
 
     def _count_sent(self, raw: bytes) -> None:
         self._bytes_down += len(raw)

@@ -134,10 +134,9 @@ def back(
     return link.gradients()
 
 
-def get_gradients(link: GrpcLink, step: int, micro: int) -> pb.Gradients:
-    """What the trunk answers to a question for a gradient whose reply was lost."""
-    question = pb.GetGradients(step=step, micro=micro)
-    link._connection.send(client_frame(get_gradients=question))
+def get_gradients(link: GrpcLink, number: int) -> pb.Gradients:
+    """What the trunk answers to a question for the gradient that a frame should have brought."""
+    link._connection.send(client_frame(get_gradients=pb.GetGradients(), number=number))
     raw = link._connection.receive(10.0)
     assert raw is not None
     return refuse_failure(read_server_frame(raw)).gradients

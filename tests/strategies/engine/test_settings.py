@@ -159,7 +159,7 @@ def test_limits_are_checked_before_anything_is_unpacked(monkeypatch: pytest.Monk
             frame = pb.Compute(activations=encode(tensor, torch.float32))
             frame.mask.CopyFrom(encode_mask(torch.ones(1, 2**16)))
             with pytest.raises(TrunkError, match=word):
-                link.send(Request(client_frame(compute=frame), "activations"))
+                link.send(Request(client_frame(compute=frame, number=1), "activations"))
                 link.computed()
 
 

@@ -149,7 +149,7 @@ def test_no_tensor_hides_behind_another_of_its_name() -> None:
         pb.NamedTensor(name="top.w", tensor=encode(torch.ones(3, 2), torch.float32)),
     ]
     with pytest.raises(TrunkError, match="twice"):
-        talk.answer(client_frame(apply=pb.Apply(gradients=named)))
+        talk.answer(client_frame(apply=pb.Apply(gradients=named), number=1))
 
 
 @pytest.mark.parametrize("value", [1.0, 1e12])

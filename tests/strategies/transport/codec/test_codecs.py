@@ -185,11 +185,11 @@ def test_a_lost_reply_is_sent_again_as_it_was() -> None:
     engine = open_engine()
     talk = Conversation("a", engine.open("a", steps=1), "ternary", lambda report: None, 2**20)
     mine = crossings("ternary", "a")
-    compute = client_frame(compute=pb.Compute(activations=mine.h1.encode(H, 0, 0)))
+    compute = client_frame(compute=pb.Compute(activations=mine.h1.encode(H, 0, 0)), number=1)
     gradient = mine.grad_h2.encode(H, 0, 0)
-    backward = client_frame(backward=pb.Backward(gradient=gradient, last=True))
-    question = client_frame(get_gradients=pb.GetGradients())
-    apply = client_frame(apply=pb.Apply(tokens=4))
+    backward = client_frame(backward=pb.Backward(gradient=gradient, last=True), number=2, seen=1)
+    question = client_frame(get_gradients=pb.GetGradients(), number=2)
+    apply = client_frame(apply=pb.Apply(tokens=4), number=3, seen=2)
 
     first = talk.answer(compute)
     assert talk.answer(compute) == talk.answer(compute) == first
@@ -215,9 +215,9 @@ def test_what_comes_after_its_reply_was_dropped_is_not_decoded_again(
     engine = open_engine(accumulate=2)
     talk = Conversation("a", engine.open("a", steps=2), "fp32", lambda report: None, 2**20)
     tensor = encode(H, torch.float32)
-    compute = client_frame(compute=pb.Compute(activations=tensor))
-    backward = client_frame(backward=pb.Backward(gradient=tensor, last=True))
-    apply = client_frame(apply=pb.Apply(tokens=4))
+    compute = client_frame(compute=pb.Compute(activations=tensor), number=1)
+    backward = client_frame(backward=pb.Backward(gradient=tensor, last=True), number=2, seen=1)
+    apply = client_frame(apply=pb.Apply(tokens=4), number=3, seen=2)
 
     replies = [talk.answer(raw) for raw in (compute, backward, compute, apply, compute, backward)]
 
@@ -233,16 +233,22 @@ def test_kept_replies_are_bounded_by_what_may_be_in_flight() -> None:
     engine.bench.in_flight.limit = room
     talk = Conversation("a", engine.open("a", steps=1), "fp32", lambda report: None, 2**20)
     with pytest.raises(TrunkError, match="exceed link.max_in_flight_mb") as busy:
-        talk.answer(client_frame(compute=pb.Compute(activations=encode(H, torch.float32))))
+        talk.answer(
+            client_frame(compute=pb.Compute(activations=encode(H, torch.float32)), number=1)
+        )
     assert busy.value.kind == "busy"
 
 
-def test_the_same_place_with_other_numbers_is_no_repetition() -> None:
+def test_a_frame_comes_again_as_it_was_or_not_at_all() -> None:
     engine = open_engine()
     talk = Conversation("a", engine.open("a", steps=1), "fp32", lambda report: None, 2**20)
-    for tensor, body in ((H, "activations"), (H + 1, "failure")):
-        frame = client_frame(compute=pb.Compute(activations=encode(tensor, torch.float32)))
-        assert read_server_frame(talk.answer(frame)).WhichOneof("body") == body
+    frames = [
+        client_frame(compute=pb.Compute(activations=encode(tensor, torch.float32)), number=1)
+        for tensor in (H, H + 1)
+    ]
+    talk.answer(frames[0])
+    with pytest.raises(TrunkError, match="frame 1 came again with other bytes"):
+        talk.answer(frames[1])
 
 
 @pytest.mark.usefixtures("stranger")

@@ -196,10 +196,10 @@ def test_a_session_cannot_reach_anothers_gradients() -> None:
         forward(mine, 0, 0, H, None)
         back(mine, 0, 0, torch.ones_like(H), last=True)
 
-        with pytest.raises(TrunkError, match="no gradient of step 0"):
-            get_gradients(other, 0, 0)
+        with pytest.raises(TrunkError, match="no gradient is kept of frame 2"):
+            get_gradients(other, 2)
 
-        assert get_gradients(mine, 0, 0).square_norm > 0
+        assert get_gradients(mine, 2).square_norm > 0
         mine.apply(0, ONE)
         mine.applied()
         mine.close()
@@ -212,29 +212,34 @@ def test_a_session_cannot_reach_anothers_gradients() -> None:
         (_seal(b"\xff\xff\xff\xff"), "is not a Graft frame"),
         (_seal(pb.ClientFrame(version=7, close=pb.Close()).SerializeToString()), "version 7 came"),
         (_seal(pb.ClientFrame(version=WIRE_VERSION).SerializeToString()), "without a body"),
-        (client_frame(compute=pb.Compute()), "activations: 0 dimensions"),
+        (client_frame(compute=pb.Compute(), number=1), "activations: 0 dimensions"),
         (
-            client_frame(compute=pb.Compute(activations=encode(torch.ones(2, 3, 9), FP32))),
+            client_frame(
+                compute=pb.Compute(activations=encode(torch.ones(2, 3, 9), FP32)), number=1
+            ),
             r"\(2, 3, 9\); the trunk takes \(B, T, 32\)",
         ),
         (
-            client_frame(compute=pb.Compute(activations=encode(H, torch.bfloat16))),
+            client_frame(compute=pb.Compute(activations=encode(H, torch.bfloat16)), number=1),
             "came in torch.bfloat16, torch.float32 was agreed",
         ),
         (
-            client_frame(backward=pb.Backward(gradient=encode(torch.ones(2, 3, 9), FP32))),
+            client_frame(
+                backward=pb.Backward(gradient=encode(torch.ones(2, 3, 9), FP32)), number=1
+            ),
             r"\(2, 3, 9\); the trunk takes",
         ),
         (
             client_frame(
                 apply=pb.Apply(
                     gradients=[pb.NamedTensor(name="x", tensor=encode(torch.ones(9), FP32))]
-                )
+                ),
+                number=1,
             ),
             "without train.sync=step they stay with their client",
         ),
         (
-            client_frame(compute=pb.Compute(activations=encode(H * float("nan"), FP32))),
+            client_frame(compute=pb.Compute(activations=encode(H * float("nan"), FP32)), number=1),
             "not finite",
         ),
     ],
@@ -385,9 +390,9 @@ def test_ports_are_reported_and_steps_counted_once() -> None:
         for step in range(2):
             forward(link, step, 0, H, None)
             back(link, step, 0, torch.ones_like(H), last=True)
-            for _ in range(2):  # its reply was lost, say
-                link.apply(step, StepCounters(client_square_norm=0.0, tokens=7, loss=1.5))
-                link.applied()
+            link.apply(step, StepCounters(client_square_norm=0.0, tokens=7, loss=1.5))
+            link._put(link._asked[0].raw)  # its reply was lost, say
+            link.applied()
         link.close()
 
     assert [(r.client, r.step, r.tokens, r.loss) for r in reports] == [
@@ -473,7 +478,17 @@ def test_no_frame_carries_ids_or_labels(monkeypatch: pytest.MonkeyPatch) -> None
     leaked = [*frames, b"x" + batches[0].labels.numpy().tobytes()]
     assert secrets_found(leaked, batches), "the check itself sees nothing"
 
-    counters = {"version", "step", "micro", "last", "tokens", "loss", "client_square_norm"}
+    counters = {
+        "version",
+        "number",
+        "seen",
+        "step",
+        "micro",
+        "last",
+        "tokens",
+        "loss",
+        "client_square_norm",
+    }
     counters |= {"seconds_bottom", "seconds_network", "seconds_top"}
     tensor = {"version", "dtype", "shape", "codec", "scale", "data"}
     for raw in wire.sent:
