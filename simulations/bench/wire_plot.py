@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ PARTS = {
     "trunk": ("#3a8f5c", "trunk"),
     "network": ("#c43c39", "network, frames, codec"),
 }
+DASHES = ("-", "--", ":", "-.")
+"""A codec each."""
 MOST_BARS = 40
 """Of a picture that is still read."""
 
@@ -72,9 +75,18 @@ def _draw_bars(rows: list[dict[str, Any]], path: Path) -> Path:
         axes.barh(places, width, left=before, color=colour, label=label, height=0.72)
         before = [start + own for start, own in zip(before, width, strict=True)]
     for place, row in zip(places, rows, strict=True):
-        text = f" {row['ratio']:.2f}"
-        axes.text(row["ratio"], place, text, va="center", fontsize=9)
-    axes.axvline(1.0, color="#222222", linewidth=1.2, linestyle=(0, (3, 2)))
+        box = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
+        spot = (row["ratio"], place)
+        axes.annotate(
+            f"{row['ratio']:.2f}",
+            spot,
+            xytext=(5, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=9,
+            bbox=box,
+        )
+    axes.axvline(1.0, color="#222222", linewidth=1.2, linestyle=(0, (3, 2)), zorder=2)
     axes.set_yticks(places, [f"{row['network']}: {_way(row)}" for row in rows], fontsize=9)
     axes.invert_yaxis()
     axes.set_xlim(0, 1.08 * max(max(row["ratio"] for row in rows), 1.0))
@@ -96,12 +108,17 @@ def _draw_lines(rows: list[dict[str, Any]], path: Path) -> Path:
     bandwidths = sorted({row["bandwidth"] for row in rows if row["bandwidth"]})
     figure = _figure(1.2 + 3.6 * len(bandwidths), 4.4)
     panels = figure.subplots(1, len(bandwidths), sharey=True, squeeze=False)[0]
-    ways = list(dict.fromkeys(_way(row) for row in rows))
+    codecs = list(dict.fromkeys(row["codec"] for row in rows))
+    orders = sorted({(row["micros"], row["window"]) for row in rows})
     for axes, bandwidth in zip(panels, bandwidths, strict=True):
-        for number, way in enumerate(ways):
-            mine = [row for row in rows if row["bandwidth"] == bandwidth and _way(row) == way]
+        for (number, order), (dash, codec) in itertools.product(
+            enumerate(orders), zip(itertools.cycle(DASHES), codecs)
+        ):
+            mine = [row for row in rows if row["bandwidth"] == bandwidth]
+            mine = [row for row in mine if (row["codec"], _order(row)) == (codec, order)]
             x, y = [1000 * row["rtt"] for row in mine], [row["ratio"] for row in mine]
-            axes.plot(x, y, marker="o", markersize=3.5, color=f"C{number % 10}", label=way)
+            look = {"color": f"C{number % 10}", "linestyle": dash, "marker": "o", "markersize": 3.5}
+            axes.plot(x, y, label=_way(mine[0]) if mine else "", **look)
         axes.axhline(1.0, color="#222222", linewidth=1.2, linestyle=(0, (3, 2)))
         axes.set_title(f"{bandwidth / 1e6:g} Mbit/s each way")
         axes.set_xlabel("round trip, ms")
@@ -111,13 +128,18 @@ def _draw_lines(rows: list[dict[str, Any]], path: Path) -> Path:
     panels[0].set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     panels[0].minorticks_off()
     panels[0].set_ylabel("split step / unsplit step")
-    panels[-1].legend(fontsize=8, frameon=False)
+    lines, labels = panels[0].get_legend_handles_labels()
+    figure.legend(lines, labels, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
     figure.savefig(path, dpi=110)
     return path
 
 
 def _most(rows: list[dict[str, Any]]) -> float:
     return max(row["ratio"] for row in rows)
+
+
+def _order(row: dict[str, Any]) -> tuple[int, int]:
+    return row["micros"], row["window"]
 
 
 def _way(row: dict[str, Any]) -> str:
