@@ -129,8 +129,8 @@ def forward(
 def back(
     link: Link, step: int, micro: int, grad_BTD: torch.Tensor, *, last: bool, tokens: int = 0
 ) -> tuple[torch.Tensor, float]:
-    """Both halves of a backward."""
-    link.backward(step, micro, grad_BTD, last=last, tokens=tokens)
+    """Both halves of a backward of a micro-batch without padding."""
+    link.backward(step, micro, grad_BTD, None, last=last, tokens=tokens)
     return link.gradients()
 
 
