@@ -23,6 +23,14 @@ class Batch:
     labels: torch.Tensor
     """The token's own id, or -100 for padding and what is not learned. Not shifted."""
 
+    def __post_init__(self) -> None:
+        counted = self.labels[:, 1:] != IGNORED
+        if bool((counted & (self.attention_mask[:, :-1] == 0)).any()):
+            raise ValueError(
+                "a token is learned that padding comes before, from which it cannot be predicted: "
+                f"give such labels as {IGNORED}, or pad on the right"
+            )
+
     @cached_property
     def tokens(self) -> int:
         """Number of labels that count after the shift: the denominator of the mean loss."""

@@ -244,7 +244,7 @@ def tensors(frame: pb.ClientFrame | pb.ServerFrame) -> Iterator[pb.Tensor]:
     stack: list[Any] = [frame]
     while stack:
         for described, value in stack.pop().ListFields():
-            if described.message_type is None:
+            if described.message_type is None or described.message_type.GetOptions().map_entry:
                 continue
             for each in value if described.is_repeated else (value,):
                 if isinstance(each, pb.Tensor):
@@ -255,7 +255,8 @@ def tensors(frame: pb.ClientFrame | pb.ServerFrame) -> Iterator[pb.Tensor]:
 
 def masks(frame: pb.ClientFrame | pb.ServerFrame) -> bytes:
     """The mask in a frame, if it may have one."""
-    return getattr(getattr(frame, frame.WhichOneof("body") or "", None), "mask", b"")
+    body = frame.WhichOneof("body")
+    return getattr(getattr(frame, body), "mask", b"") if body else b""
 
 
 @contextmanager
