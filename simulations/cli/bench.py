@@ -1,4 +1,4 @@
-"""Commands that measure: what splitting costs and saves, and how well it learns."""
+"""Commands that measure what splitting costs and saves."""
 
 from __future__ import annotations
 
@@ -159,19 +159,3 @@ def bench_plan(
         figures({key: result[key] for key in ("resident", "worst", "bounds", "within")}, False)
     if not result["within"]:
         raise typer.Exit(1)
-
-
-@commands.command(rich_help_panel="Check and measure")
-def study(
-    quick: Annotated[bool, typer.Option("--quick", help="The same in small, in a minute.")] = False,
-    out: Annotated[str, typer.Option(help="Folder for the results; empty: a new one.")] = "",
-) -> None:
-    """Compare how six ways of training learn: table and plot of held-out loss over tokens."""
-    from flower_app.runs.folders import new_folder, runs_folder
-    from simulations.study.settings import QUICK, Study
-    from simulations.study.study import run_study
-
-    name = "quick" if quick else "full"
-    folder = Path(out) if out else new_folder(runs_folder().parent / "studies", name)
-    run_study(QUICK if quick else Study(), folder, say=typer.echo)
-    typer.echo(f"in {folder.absolute()}")

@@ -1,6 +1,6 @@
 """How well does each way of training learn? Six methods, two divisions of the text, a few seeds.
 
-``graft study`` runs it without Flower, in as many processes as there are cores, and leaves
+``graft study ways`` runs it without Flower, in as many processes as there are cores, and leaves
 `study.json`, `study.md` and `study.png`. Every method sees the same tokens: the same micro-batches
 in the same order per client, from the same random weights.
 """

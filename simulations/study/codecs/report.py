@@ -1,0 +1,201 @@
+"""The table and the picture of the study of codecs, made of the runs that are there.
+
+The gap of a run is what its held-out loss has more than that of the base with the same seed, as a
+share of it.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from simulations.study.codecs.settings import BASE, CROSSINGS, Condition
+
+Table = tuple[str, list[str], list[list[str]]]
+"""Title, columns and rows."""
+
+LABELS = {"h1": "h1", "h2": "h2", "grad_h2": "dL/dh2", "grad_h1": "dL/dh1"}
+FP32_BITS = 4 * 32
+"""Of an element of each of four crossings."""
+TARGET = 0.005
+"""More held-out loss than this is not what the figure to reach allows."""
+COLOURS = ("#c43c39", "#4a90c4", "#3a8f5c", "#8e5bb5", "#e8a33d", "#222222", "#8c6d46", "#d672b0")
+
+
+def summary(runs: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """What the runs come to: by condition's title and codec, over the seeds that have a base.
+
+    Parameters
+    ----------
+    runs : iterable of mappings
+        The lines of `runs.jsonl`.
+    """
+    found: dict[str, dict[str, dict[int, Mapping[str, Any]]]] = {}
+    for run in runs:
+        title = Condition(**run["condition"]).title
+        found.setdefault(title, {}).setdefault(run["codec"], {})[run["seed"]] = run
+    result = {}
+    for title, by_codec in found.items():
+        base = by_codec.get(BASE, {})
+        rows = {codec: _codec(by_seed, base) for codec, by_seed in by_codec.items()}
+        kept = {codec: row for codec, row in rows.items() if row["seeds"]}
+        if kept:
+            result[title] = {
+                "condition": next(iter(base.values()))["condition"],
+                "loss_start": _spread([run["loss_start"] for run in base.values()]),
+                "loss": _spread([run["loss_without"] for run in base.values()]),
+                "heldout_tokens": next(iter(base.values()))["heldout_tokens"],
+                "codecs": dict(sorted(kept.items(), key=lambda each: each[1]["factor"])),
+            }
+    return result
+
+
+def _codec(
+    runs: Mapping[int, Mapping[str, Any]], base: Mapping[int, Mapping[str, Any]]
+) -> dict[str, Any]:
+    """One codec of one condition: means over seeds, and the range of the gaps."""
+    seeds = sorted(runs.keys() & base.keys())
+    if not seeds:
+        return {"seeds": []}
+    crossings = {
+        name: {
+            key: statistics.mean(runs[seed]["crossings"][name][key] for seed in seeds)
+            for key in ("bits", "error", "encode_ms_per_mb", "decode_ms_per_mb")
+        }
+        for name in CROSSINGS
+    }
+    used = [each for each in crossings.values() if each["bits"]]
+    return {
+        "seeds": seeds,
+        "crossings": crossings,
+        "factor": FP32_BITS / sum(each["bits"] for each in used),
+        "bytes_per_token": statistics.mean(runs[seed]["bytes_per_token"] for seed in seeds),
+        "encode_ms_per_mb": statistics.mean(each["encode_ms_per_mb"] for each in used),
+        "decode_ms_per_mb": statistics.mean(each["decode_ms_per_mb"] for each in used),
+        **{
+            f"gap_{way}": _spread(
+                [runs[seed][f"loss_{way}"] / base[seed]["loss_without"] - 1.0 for seed in seeds]
+            )
+            for way in ("without", "with")
+        },
+    }
+
+
+def _spread(values: Sequence[float]) -> dict[str, float]:
+    return {"mean": statistics.mean(values), "low": min(values), "high": max(values)}
+
+
+def tables(result: Mapping[str, Any]) -> list[Table]:
+    """A table for each condition: what it weighs, what it loses, what it takes."""
+    columns = [
+        "codec", "fewer bytes", *(f"bits {LABELS[name]}" for name in CROSSINGS),
+        *(f"error {LABELS[name]}" for name in CROSSINGS), "encode, ms/MB", "decode, ms/MB",
+        "gap without codec", "gap with codec", "seeds",
+    ]  # fmt: skip
+    return [
+        (title, columns, [_row(name, row) for name, row in each["codecs"].items()])
+        for title, each in result.items()
+    ]
+
+
+def _row(name: str, row: Mapping[str, Any]) -> list[str]:
+    crossings = [row["crossings"][crossing] for crossing in CROSSINGS]
+    return [
+        name,
+        f"{row['factor']:.1f}x",
+        *(f"{each['bits']:.2f}" if each["bits"] else "-" for each in crossings),
+        *(f"{each['error']:.1%}" if each["bits"] else "-" for each in crossings),
+        f"{row['encode_ms_per_mb']:.1f}",
+        f"{row['decode_ms_per_mb']:.1f}",
+        _percent(row["gap_without"]),
+        _percent(row["gap_with"]),
+        str(len(row["seeds"])),
+    ]
+
+
+def _percent(spread: Mapping[str, float]) -> str:
+    mean, low, high = (f"{100 * spread[key]:+.2f}" for key in ("mean", "low", "high"))
+    return f"{mean} %" if low == high else f"{mean} % ({low} to {high})"
+
+
+def note(title: str, each: Mapping[str, Any]) -> str:
+    """What a condition is, in a sentence."""
+    own = Condition(**each["condition"])
+    examples = f"{own.examples} examples, {own.epochs} epochs, " if own.epochs else ""
+    return (
+        f"{title}: {examples}{own.steps} steps of {own.batch_size} x 128 tokens at most, learning "
+        f"rate {own.lr:g}; held-out loss over {each['heldout_tokens']:,} tokens "
+        f"{each['loss_start']['mean']:.3f} -> {each['loss']['mean']:.3f} in {BASE}. "
+        "A gap is what the held-out loss has more than the base's of the same seed; mean and range "
+        "over the seeds."
+    )
+
+
+def markdown(result: Mapping[str, Any]) -> str:
+    """The tables and notes as Markdown."""
+    lines = []
+    for title, columns, rows in tables(result):
+        lines += [note(title, result[title]), "", _line(columns), _line(["---"] * len(columns))]
+        lines += [*(_line(row) for row in rows), ""]
+    return "\n".join(lines)
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def plot(result: Mapping[str, Any], path: Path) -> None:
+    """Draw the loss gap against how many times fewer bytes there are, a panel per condition.
+
+    Parameters
+    ----------
+    result : mapping
+        What `summary` returns.
+    path : Path
+        The picture; its ending says the kind.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    if not result:
+        return
+    figure = Figure(figsize=(1 + 4.2 * len(result), 4.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, len(result), squeeze=False)[0]
+    for axes, (title, each) in zip(panels, result.items(), strict=True):
+        _panel(axes, title, each["codecs"])
+    panels[0].set_ylabel("more held-out loss than fp32, %")
+    figure.savefig(path, dpi=110)
+
+
+def _panel(axes: Any, title: str, codecs: Mapping[str, Any]) -> None:
+    axes.axhline(100 * TARGET, color="#888888", linewidth=0.8, linestyle="--")
+    for colour, (name, row) in zip(COLOURS * 4, codecs.items(), strict=False):
+        without, with_ = row["gap_without"], row["gap_with"]
+        for shift, spread, face in ((0.985, without, colour), (1.015, with_, "white")):
+            axes.errorbar(
+                [row["factor"] * shift],
+                [100 * spread["mean"]],
+                yerr=[
+                    [100 * (spread["mean"] - spread["low"])],
+                    [100 * (spread["high"] - spread["mean"])],
+                ],
+                color=colour,
+                marker="o",
+                markersize=6,
+                markerfacecolor=face,
+                linewidth=1,
+            )
+        axes.annotate(
+            name,
+            (row["factor"] * 1.04, 100 * max(without["mean"], with_["mean"])),
+            fontsize=8,
+            color=colour,
+            va="bottom",
+        )
+    axes.set_xscale("log")
+    axes.set_title(title)
+    axes.set_xlabel("times fewer bytes than four crossings in fp32")
+    axes.grid(alpha=0.25)

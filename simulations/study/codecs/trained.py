@@ -1,0 +1,147 @@
+"""One training run over a watched link, and its held-out loss with the codec and without."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from conf.load import from_json, to_json
+from conf.schema import Config
+from flower_app.build import build_whole, cut_of, start
+from flower_app.client import streamed
+from flower_app.client.place import Place
+from flower_app.client.plan import Plan, padding_id
+from flower_app.data.client import Batch, Example, batches, load_client_data, load_tokenizer
+from models import Parts, split
+from simulations.equality.fold import fold
+from simulations.study.codecs.settings import BASE, Condition, Mix, parse_mix
+from simulations.study.codecs.watched import WatchedLink
+from strategies.engine.engine import TrunkEngine
+
+CLIENT = "client-0"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What a line of `runs.jsonl` holds."""
+
+    condition: Mapping[str, Any]
+    codec: str
+    seed: int
+    crossings: Mapping[str, Mapping[str, float]]
+    """`Crossing.summary` of the training session."""
+    bytes_per_token: float
+    """Of whole frames, both ways."""
+    tokens: int
+    """That crossed in training; padding does not count."""
+    loss_start: float | None
+    """Held-out, before training; of the base alone."""
+    loss_without: float
+    """Held-out, after training, evaluated in fp32."""
+    loss_with: float
+    """The same, evaluated through the codec."""
+    heldout_tokens: int
+    seconds: float
+
+
+def train(condition: Condition, mix: Mix, seed: int) -> Run:
+    """Train and evaluate once; the same arguments give the same losses.
+
+    Parameters
+    ----------
+    condition : Condition
+        What is trained.
+    mix : Mix
+        The codecs; the start, the data and their order do not depend on them.
+    seed : int
+        Of the run's configuration.
+    """
+    started, config = time.perf_counter(), condition.config(seed)
+    examples, heldout = _data(config, condition.examples, condition.heldout)
+    parts = _parts(config)
+    engine = TrunkEngine(
+        parts.trunk,
+        hidden_size=parts.trunk.hidden_size,
+        train=config.train,
+        seed=config.seed,
+        max_in_flight=2**62,
+    )
+    pad_id = padding_id(parts.bottom, load_tokenizer(config.model))
+    held = list(batches(heldout, 8, pad_id=pad_id))
+    base = parse_mix(BASE)
+    before = _loss(engine, parts, base, held, config) if mix == base else None
+    plan = Plan(examples, config, _place(config), pad_id=pad_id)
+    link = _train(engine, parts, mix, plan, config)
+    without = _loss(engine, parts, base, held, config)
+    crossed = link.watch.crossings["h1"].elements // parts.trunk.hidden_size
+    return Run(
+        condition=asdict(condition),
+        codec=mix.name,
+        seed=seed,
+        crossings=link.summary(),
+        bytes_per_token=(link.bytes_up + link.bytes_down) / crossed,
+        tokens=crossed,
+        loss_start=before,
+        loss_without=without,
+        loss_with=without if mix == base else _loss(engine, parts, mix, held, config),
+        heldout_tokens=sum(batch.tokens for batch in held),
+        seconds=round(time.perf_counter() - started, 1),
+    )
+
+
+def _train(engine: TrunkEngine, parts: Parts, mix: Mix, plan: Plan, config: Config) -> WatchedLink:
+    """Train all three parts for a round of one client; returns the link for what crossed it."""
+    engine.open_round(1, 1, training=True)
+    session = engine.open("train", client=CLIENT, steps=plan.count)
+    link = WatchedLink(config.link, mix, "train", session)
+    streamed.train(parts.bottom, parts.top, link, plan, plan.count, config.train, _place(config))
+    fold(engine, {"train": 1.0})
+    return link
+
+
+def _loss(
+    engine: TrunkEngine, parts: Parts, mix: Mix, held: Sequence[Batch], config: Config
+) -> float:
+    """Held-out loss, nats per token, through a session with these codecs."""
+    engine.open_round(1, 1, training=False)
+    link = WatchedLink(config.link, mix, "evaluate", engine.open("evaluate", client=CLIENT))
+    outcome = streamed.evaluate(parts.bottom, parts.top, link, held, config.train)
+    engine.close_round()
+    return outcome.loss
+
+
+def _place(config: Config) -> Place:
+    return Place(seed=config.seed, client=CLIENT, round=1, rounds=1)
+
+
+def _data(config: Config, most: int, heldout: int) -> tuple[list[Example], list[Example]]:
+    """Training examples, `most` of them (0: all), and held-out ones."""
+    data = load_client_data(
+        config.data,
+        load_tokenizer(config.model),
+        partition=0,
+        partitions=1,
+        seed=config.seed,
+    )
+    return data.train[: most or None], data.heldout[:heldout]
+
+
+def _parts(config: Config) -> Parts:
+    """The configured parts at their start."""
+    # Pretrained weights do not depend on the seed.
+    base = config if config.model.scratch else replace(config, seed=0)
+    parts = split(copy.deepcopy(_whole(to_json(base))), cut_of(config))
+    start([parts.bottom, parts.trunk, parts.top], config)
+    return parts
+
+
+@lru_cache(maxsize=1)
+def _whole(config: str) -> PreTrainedModel:
+    """The base, which takes half a minute to read out of a .gguf file."""
+    return build_whole(from_json(config))

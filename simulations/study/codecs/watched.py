@@ -1,0 +1,168 @@
+"""A session's codecs, watched: what each crossing weighs, loses and takes.
+
+Shapes: B sequences, T tokens, D hidden size, N tokens that are not padding.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from conf.schema import LinkConfig
+from simulations.plan.frames import FramedLink
+from simulations.study.codecs.settings import CROSSINGS, Mix
+from strategies.engine.session import Session
+from strategies.optim import derive_seed
+from strategies.transport import trunk_pb2 as pb
+from strategies.transport.codec.codec import Codec
+from strategies.transport.codec.registry import Crossings, find_codec
+from strategies.transport.conversation import Conversation
+
+
+@dataclass
+class Crossing:
+    """What crossed a cut one way, over all tensors; padding does not count as elements."""
+
+    elements: int = 0
+    payload: int = 0
+    """Bytes of the tensors in the frames, with whatever a codec adds to decode them."""
+    energy: float = 0.0
+    """Sum of squares before."""
+    error: float = 0.0
+    """Sum of squares of what was lost."""
+    encoding: list[float] = field(default_factory=list)
+    decoding: list[float] = field(default_factory=list)
+    """Seconds for a byte of fp32, of each tensor."""
+
+    def summary(self) -> dict[str, float | int]:
+        """Bits of an element, relative error, and milliseconds for a million bytes of fp32."""
+        return {
+            "elements": self.elements,
+            "payload": self.payload,
+            "bits": 8 * self.payload / self.elements if self.elements else 0.0,
+            "error": (self.error / self.energy) ** 0.5 if self.energy else 0.0,
+            "encode_ms_per_mb": 1e9 * statistics.median(self.encoding or [0.0]),
+            "decode_ms_per_mb": 1e9 * statistics.median(self.decoding or [0.0]),
+        }
+
+
+Sent = tuple[Tensor, Tensor | None]
+"""What was encoded (B, T, D), and its mask (B, T)."""
+
+
+class Watch:
+    """Watches the codecs of both sides of a session in this process."""
+
+    def __init__(self) -> None:
+        self.crossings = {name: Crossing() for name in CROSSINGS}
+        self.masks: dict[tuple[int, int], Tensor | None] = {}
+        """(B, T) of each step and micro-batch."""
+        self.sent: dict[str, deque[Sent]] = {name: deque() for name in CROSSINGS}
+
+    def codecs(self, mix: Mix, session: str) -> Crossings:
+        """The codecs of one side, seeded as `crossings` of the registry does it."""
+        return Crossings(
+            **{
+                crossing: Watched(self, crossing, find_codec(name)(_seed(session, crossing)))
+                for crossing, name in mix.codecs.items()
+            }
+        )
+
+
+class Watched(Codec):
+    """A codec that tells what it did.
+
+    Parameters
+    ----------
+    watch : Watch
+        Is told.
+    crossing : str
+        Which way.
+    codec : Codec
+        Does the work.
+    """
+
+    def __init__(self, watch: Watch, crossing: str, codec: Codec) -> None:
+        super().__init__(codec.seed)
+        self._watch, self._codec = watch, codec
+        self._crossing, self._sent = watch.crossings[crossing], watch.sent[crossing]
+
+    def encode(self, tensor: Tensor, step: int, micro: int) -> pb.Tensor:
+        """See `Codec.encode`."""
+        started = time.perf_counter()
+        message = self._codec.encode(tensor, step, micro)
+        seconds = time.perf_counter() - started
+        own, mask_BT = self._crossing, self._watch.masks[step, micro]
+        own.elements += tokens_of(tensor, mask_BT).numel()
+        own.payload += len(message.data)
+        own.encoding.append(seconds / (4 * tensor.numel()))
+        self._sent.append((tensor.detach().clone(), mask_BT))
+        return message
+
+    def decode(self, message: pb.Tensor, what: str) -> Tensor:
+        """See `Codec.decode`."""
+        started = time.perf_counter()
+        tensor = self._codec.decode(message, what)
+        seconds = time.perf_counter() - started
+        own, (sent, mask_BT) = self._crossing, self._sent.popleft()
+        before, after = (tokens_of(each, mask_BT).double() for each in (sent, tensor))
+        own.energy += float(before.square().sum())
+        own.error += float((after - before).square().sum())
+        own.decoding.append(seconds / (4 * sent.numel()))
+        return tensor
+
+
+class WatchedLink(FramedLink):
+    """A link to a session in this process, over frames, with a codec for each crossing.
+
+    Parameters
+    ----------
+    config : LinkConfig
+        The run's.
+    mix : Mix
+        The codecs.
+    key : str
+        The session's name, which seeds them.
+    session : Session
+        Answers.
+    """
+
+    def __init__(self, config: LinkConfig, mix: Mix, key: str, session: Session) -> None:
+        self.watch = Watch()
+        super().__init__(config, WatchedTalk(config, mix, key, session, self.watch))
+        self._codecs = self.watch.codecs(mix, key)
+
+    def compute(self, step: int, micro: int, h_BTD: Tensor, mask_BT: Tensor | None) -> None:
+        """Send activations, and note which of them are tokens."""
+        self.watch.masks[step, micro] = mask_BT
+        super().compute(step, micro, h_BTD, mask_BT)
+
+    def summary(self) -> Mapping[str, dict[str, float | int]]:
+        """What each crossing came to."""
+        return {name: each.summary() for name, each in self.watch.crossings.items()}
+
+
+class WatchedTalk(Conversation):
+    """The trunk's side of a `WatchedLink`."""
+
+    def __init__(
+        self, config: LinkConfig, mix: Mix, key: str, session: Session, watch: Watch
+    ) -> None:
+        super().__init__(key, session, config.dtype, lambda report: None, 2**62)
+        self._codecs = watch.codecs(mix, key)
+
+
+def tokens_of(tensor_BTD: Tensor, mask_BT: Tensor | None) -> Tensor:
+    """The rows (N, D) that are not padding."""
+    if mask_BT is None:
+        return tensor_BTD.reshape(-1, tensor_BTD.shape[-1])
+    return tensor_BTD[mask_BT.bool()]
+
+
+def _seed(session: str, crossing: str) -> int:
+    return derive_seed(session, crossing.replace("_", "-"))
