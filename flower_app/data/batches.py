@@ -21,15 +21,9 @@ class Batch:
     attention_mask: torch.Tensor
     """1 for a token, 0 for padding."""
     labels: torch.Tensor
-    """The token's own id, or -100 for padding and what is not learned. Not shifted."""
-
-    def __post_init__(self) -> None:
-        counted = self.labels[:, 1:] != IGNORED
-        if bool((counted & (self.attention_mask[:, :-1] == 0)).any()):
-            raise ValueError(
-                "a token is learned that padding comes before, from which it cannot be predicted: "
-                f"give such labels as {IGNORED}, or pad on the right"
-            )
+    """The token's own id, or -100 for padding, for what is not learned, and for a token that padding
+    comes before: activations of padding do not travel, so nothing is predicted from them. Not
+    shifted."""
 
     @cached_property
     def tokens(self) -> int:
