@@ -214,7 +214,7 @@ class Inputs:
         shape = shape or [chance.randint(1, 3), chance.randint(1, 6), self._hidden]
         if chance.random() < 0.25:  # it holds together, and does not fit
             return self.honest(
-                [chance.choice((1, 2, 4, 9, 17)) for _ in range(chance.randint(1, 4))]
+                [chance.choice((1, 2, 4, 9, 17)) for _ in range(chance.choice((1, 2, 3, 3, 3, 4)))]
             )
         message = self.honest(shape)
         if chance.random() < 0.2:

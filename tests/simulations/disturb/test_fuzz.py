@@ -9,6 +9,9 @@ import torch
 
 from simulations.disturb.fuzz import fuzz
 from strategies.transport import conversation
+from strategies.transport import trunk_pb2 as pb
+from strategies.transport.codec.codec import Codec
+from strategies.transport.payload import Payload
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -39,9 +42,12 @@ def test_a_hundred_thousand_inputs() -> None:
     assert fuzz(100_000, seed=1)["crashes"] == []
 
 
-def _trusting(data: memoryview, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+def _trusting(
+    codec: Codec, message: pb.Tensor, mask_BT: object, payload: Payload, what: str
+) -> torch.Tensor:
     """A decoder that believes what it is told."""
-    return torch.frombuffer(bytearray(data), dtype=dtype).reshape(shape)
+    data = bytearray(payload.of(message, what))
+    return torch.frombuffer(data, dtype=torch.float32).reshape(tuple(message.shape))
 
 
 SABOTAGE = {
@@ -58,7 +64,7 @@ SABOTAGE = {
         lambda *shapes: None,
         "Error",
     ),
-    "a decoder believes": ("strategies.transport.codec.tensors.from_bytes", _trusting, "Error"),
+    "a decoder believes": ("strategies.transport.codec.codec.Codec.decode", _trusting, "Error"),
     "steps are not checked": (
         "strategies.engine.session.Session._check_step", lambda self, step: None, "was due"
     ),
