@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import zlib
-
 from strategies.engine.engine import MAX_GRAPHS
 from strategies.engine.session import Session
 from strategies.errors import TrunkError
 from strategies.transport import trunk_pb2 as pb
+from strategies.transport.frames import checksum_of
 
 UNSEEN = 2
 """Replies that a client may not have seen, for each micro-batch that may be under way: its
@@ -29,7 +28,7 @@ class KeptReplies:
     def __init__(self, session: Session) -> None:
         self._session = session
         self._due = 1
-        self._kept: dict[int, tuple[int, bytes]] = {}
+        self._kept: dict[int, tuple[bytes, bytes]] = {}
 
     def again(self, frame: pb.ClientFrame, raw: bytes) -> bytes | None:
         """The reply to a frame that came before, byte for byte; None if it is the one due.
@@ -64,7 +63,7 @@ class KeptReplies:
                 f"frame {number} came again, and its answer was seen; frame {self._due} is due",
                 kind="stale",
             )
-        if kept[0] != zlib.crc32(raw):
+        if kept[0] != checksum_of(raw):
             raise TrunkError(
                 f"frame {number} came again with other bytes: a client sends again what it has "
                 "sent before",
@@ -84,7 +83,7 @@ class KeptReplies:
                 kind="order",
             )
         self._session.hold(len(reply))
-        self._kept[self._due] = zlib.crc32(raw), reply
+        self._kept[self._due] = checksum_of(raw), reply
         self._due += 1
 
     def _forget(self, seen: int) -> None:

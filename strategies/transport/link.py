@@ -27,7 +27,8 @@ from strategies.transport.codec.tensors import (
     encode_named,
     shape_of,
 )
-from strategies.transport.frames import client_frame
+from strategies.transport.frames import Frame, client_frame
+from strategies.transport.payload import Parcel, Payload
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +49,14 @@ class Sender(Protocol):
     def compute(self, step: int, micro: int, h_BTD: Tensor, mask_BT: Tensor | None) -> None: ...
 
     def backward(
-        self, step: int, micro: int, grad_BTD: Tensor, *, last: bool, tokens: int = 0
+        self,
+        step: int,
+        micro: int,
+        grad_BTD: Tensor,
+        mask_BT: Tensor | None,
+        *,
+        last: bool,
+        tokens: int = 0,
     ) -> None: ...
 
     def apply(
@@ -93,21 +101,28 @@ class Request:
     """In its session, from 1; 0 of what may come at any time."""
     shape: tuple[int, ...] = ()
     """Of the tensor that was sent, which the answer's must have."""
+    mask_BT: Tensor | None = None
+    """Its positions that are no padding; the answer has the same."""
     reply: Any = None
     """The answer's body, once it has come."""
+    payload: Payload = field(default_factory=Payload)
+    """With it."""
 
-    def fits(self, frame: pb.ServerFrame) -> bool:
+    def fits(self, frame: Frame[pb.ServerFrame]) -> bool:
         """Whether a frame is the answer."""
-        kind = frame.WhichOneof("body")
-        if kind != self.answer:
+        if frame.kind != self.answer:
             return False
-        body = getattr(frame, kind)
-        if kind in ("opened", "closed"):
+        body = getattr(frame.head, frame.kind)
+        if frame.kind in ("opened", "closed"):
             return True
-        if kind == "generated":
+        if frame.kind == "generated":
             return bool(body.number == self.number)
         place = body.step, getattr(body, "micro", 0)
-        return bool(frame.number == self.number) and place == (self.step, self.micro)
+        return bool(frame.head.number == self.number) and place == (self.step, self.micro)
+
+    def take(self, frame: Frame[pb.ServerFrame]) -> None:
+        """Keep the answer."""
+        self.reply, self.payload = getattr(frame.head, frame.kind), frame.payload
 
 
 class Framed:
@@ -116,13 +131,13 @@ class Framed:
     Parameters
     ----------
     config : LinkConfig
-        Names the codec of activations and gradients.
-    session : str
-        Its name on the server.
+        Names the codecs of activations and gradients.
+    seed : int
+        Of the session's codecs.
     """
 
-    def __init__(self, config: LinkConfig, session: str) -> None:
-        self._codecs = crossings(config.dtype, session)
+    def __init__(self, config: LinkConfig, seed: int) -> None:
+        self._codecs = crossings(config.codec, seed)
         self.number = self.taken = 0
         """Frames that were sent, and answers to them that were taken, which are in their order."""
 
@@ -130,53 +145,68 @@ class Framed:
         """Let a frame go."""
         raise NotImplementedError
 
-    def _send(
-        self, answer: str, step: int, micro: int = 0, shape: tuple[int, ...] = (), **body: object
-    ) -> None:
+    def _send(self, request: Request, parcel: Parcel, **body: object) -> None:
         """Give a frame its number, and let it go."""
         self.number += 1
-        raw = client_frame(**body, number=self.number, seen=self.taken)
-        self.send(Request(raw, answer, step, micro, self.number, shape))
+        request.number = self.number
+        request.raw = client_frame(parcel, number=self.number, seen=self.taken, **body)
+        self.send(request)
 
     def compute(self, step: int, micro: int, h_BTD: Tensor, mask_BT: Tensor | None) -> None:
         """Send activations (B, T, D) through the trunk; see `Session.compute`."""
-        activations = self._codecs.h1.encode(h_BTD, step, micro)
-        frame = pb.Compute(step=step, micro=micro, activations=activations)
-        if mask_BT is not None:
-            frame.mask.CopyFrom(encode_mask(mask_BT))
-        self._send("activations", step, micro, tuple(h_BTD.shape), compute=frame)
+        parcel, shape = Parcel(), tuple(h_BTD.shape)
+        frame = pb.Compute(
+            step=step,
+            micro=micro,
+            activations=self._codecs.h1.encode(h_BTD, mask_BT, step, micro, parcel),
+            mask=encode_mask(mask_BT),
+        )
+        request = Request(b"", "activations", step, micro, shape=shape, mask_BT=mask_BT)
+        self._send(request, parcel, compute=frame)
 
     def backward(
-        self, step: int, micro: int, grad_BTD: Tensor, *, last: bool, tokens: int = 0
+        self,
+        step: int,
+        micro: int,
+        grad_BTD: Tensor,
+        mask_BT: Tensor | None,
+        *,
+        last: bool,
+        tokens: int = 0,
     ) -> None:
         """Send dL/dh2 back through the trunk; see `Session.backward`."""
-        gradient = self._codecs.grad_h2.encode(grad_BTD, step, micro)
+        parcel, shape = Parcel(), tuple(grad_BTD.shape)
+        gradient = self._codecs.grad_h2.encode(grad_BTD, mask_BT, step, micro, parcel)
         frame = pb.Backward(step=step, micro=micro, gradient=gradient, last=last, tokens=tokens)
-        self._send("gradients", step, micro, tuple(grad_BTD.shape), backward=frame)
+        request = Request(b"", "gradients", step, micro, shape=shape, mask_BT=mask_BT)
+        self._send(request, parcel, backward=frame)
 
     def apply(
         self, step: int, counters: StepCounters, gradients: Mapping[str, Tensor] | None = None
     ) -> None:
         """Ask for the optimizer step; see `Session.apply`."""
-        frame = pb.Apply(step=step, **vars(counters))
-        frame.gradients.extend(encode_named(gradients or {}))
-        self._send("applied", step, apply=frame)
+        parcel, frame = Parcel(), pb.Apply(step=step, **vars(counters))
+        frame.gradients.extend(encode_named(gradients or {}, parcel))
+        self._send(Request(b"", "applied", step), parcel, apply=frame)
 
-    def read_activations(self, reply: pb.Activations, shape: tuple[int, ...]) -> Tensor:
+    def read_activations(self, answered: Request) -> Tensor:
         """h2 (B, T, D), of the wire's dtype; `TrunkError` for another shape, or if not finite."""
+        reply = answered.reply
         what = f"the trunk's output of step {reply.step}"
-        return _read(self._codecs.h2, reply.activations, what, shape)
+        return _read(self._codecs.h2, reply.activations, what, answered)
 
-    def read_gradients(self, reply: pb.Gradients, shape: tuple[int, ...]) -> tuple[Tensor, float]:
+    def read_gradients(self, answered: Request) -> tuple[Tensor, float]:
         """dL/dh1, checked like h2, and the squared norm of the trunk's gradient."""
+        reply = answered.reply
         what = f"the trunk's gradient of step {reply.step}"
         if reply.square_norm < 0:
             raise TrunkError(f"{what} came with a square norm of {reply.square_norm:g}")
-        return _read(self._codecs.grad_h1, reply.gradient, what, shape), reply.square_norm
+        return _read(self._codecs.grad_h1, reply.gradient, what, answered), reply.square_norm
 
-    def read_applied(self, reply: pb.Applied) -> StepResult:
+    def read_applied(self, answered: Request) -> StepResult:
         """The trunk's step, with the ends' tensors after it under `train.sync=step`."""
-        state = decode_named(reply.state)
+        reply = answered.reply
+        state = decode_named(reply.state, answered.payload)
         for name, tensor in state.items():
             check_finite(tensor, f"'{name}' after step {reply.step}")
         if not math.isfinite(reply.grad_norm):
@@ -184,9 +214,9 @@ class Framed:
         return StepResult(step=reply.step, grad_norm=reply.grad_norm, lr=reply.lr, state=state)
 
 
-def _read(codec: Codec, message: pb.Tensor, what: str, shape: tuple[int, ...]) -> Tensor:
-    if (came := shape_of(message, what)) != shape:
-        raise TrunkError(f"{what} came with shape {came}, sent was {shape}", kind="shape")
-    tensor = codec.decode(message, what)
+def _read(codec: Codec, message: pb.Tensor, what: str, answered: Request) -> Tensor:
+    if (came := shape_of(message, what)) != answered.shape:
+        raise TrunkError(f"{what} came with shape {came}, sent was {answered.shape}", kind="shape")
+    tensor = codec.decode(message, answered.mask_BT, answered.payload, what)
     check_finite(tensor, what)
     return tensor

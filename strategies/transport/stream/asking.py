@@ -5,12 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from strategies.deadlines import repeat
 from strategies.errors import TrunkError
 from strategies.transport import trunk_pb2 as pb
-from strategies.transport.frames import client_frame, read_server_frame
+from strategies.transport.frames import Frame, client_frame, read_server_frame
 from strategies.transport.link import Request
 from strategies.transport.stream.channel import BROKEN, FULL
 from strategies.transport.stream.connection import Connection
@@ -90,8 +89,8 @@ class Asking:
         self._asked.append(request)
         self._put(request.raw)
 
-    def answer(self, kind: str) -> tuple[Any, tuple[int, ...]]:
-        """The next answer, which must be of this kind, whatever it takes; and the shape asked."""
+    def answer(self, kind: str) -> Request:
+        """The next request, which must be of this kind, answered, whatever that takes."""
         request = self._asked[0] if self._asked else None
         if request is None or request.answer != kind:
             raise RuntimeError(f"'{kind}' would not answer what was asked next: {request}")
@@ -99,7 +98,7 @@ class Asking:
             self._wait_for(request)
         self._asked.pop(0)
         self.trunk_seconds += getattr(request.reply, "seconds", 0.0)
-        return request.reply, request.shape
+        return request
 
     def _put(self, raw: bytes) -> None:
         self.bytes_up += len(raw)
@@ -136,15 +135,14 @@ class Asking:
             elif self._take(frame):
                 breaks, deadline = 0, time.monotonic() + timeout
 
-    def _take(self, frame: pb.ServerFrame) -> bool:
+    def _take(self, frame: Frame[pb.ServerFrame]) -> bool:
         """Give a frame to the request that it answers; one that came twice answers none."""
-        kind = frame.WhichOneof("body")
-        if kind == "failure":
-            self._take_failure(frame)
+        if frame.kind == "failure":
+            self._take_failure(frame.head)
             return False
         for request in self._unanswered():
             if request.fits(frame):
-                request.reply = getattr(frame, kind)
+                request.take(frame)
                 return True
         return False
 
@@ -177,7 +175,7 @@ class Asking:
         if error.kind in ("damaged", "gap", "missing"):
             self._repeat(frame.number if error.kind == "gap" else 0)
 
-    def _receive(self, timeout: float) -> pb.ServerFrame | None:
+    def _receive(self, timeout: float) -> Frame[pb.ServerFrame] | None:
         raw = self._connection.receive(timeout)
         if raw is None:
             return None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import grpc
 from torch import Tensor
@@ -11,6 +10,7 @@ from torch import Tensor
 from conf.schema import LinkConfig
 from strategies.engine.lane import StepResult
 from strategies.transport import trunk_pb2 as pb
+from strategies.transport.codec.registry import check_codecs
 from strategies.transport.frames import client_frame
 from strategies.transport.link import Framed, Request
 from strategies.transport.stream.asking import Asking
@@ -58,7 +58,7 @@ class GrpcLink(Asking, Framed):
         connection = Connection(
             ticket, node_key, steps=steps, config=config, interceptors=interceptors
         )
-        Framed.__init__(self, config, ticket.session)
+        Framed.__init__(self, config, ticket.seed)
         Asking.__init__(
             self,
             connection,
@@ -69,26 +69,28 @@ class GrpcLink(Asking, Framed):
         )
         opened = self.open(min(FIRST_CONNECTION_SECONDS, config.timeout))
         self.hidden_size = opened.hidden_size
+        with self._ending_in_words():
+            check_codecs(config.codec, opened.codecs)
 
     def computed(self) -> Tensor:
         """Wait for the trunk's output h2, on the CPU."""
         answer = self._next("activations")
         with self._ending_in_words():
-            return self.read_activations(*answer)
+            return self.read_activations(answer)
 
     def gradients(self) -> tuple[Tensor, float]:
         """Wait for dL/dh1, on the CPU, and the squared norm of the trunk's gradient."""
         answer = self._next("gradients")
         with self._ending_in_words():
-            return self.read_gradients(*answer)
+            return self.read_gradients(answer)
 
     def applied(self) -> StepResult:
         """Wait for the result of the optimizer step."""
         answer = self._next("applied")
         with self._ending_in_words():
-            return self.read_applied(answer[0])
+            return self.read_applied(answer)
 
-    def _next(self, kind: str) -> tuple[Any, tuple[int, ...]]:
+    def _next(self, kind: str) -> Request:
         answer = self.answer(kind)
         self.taken += 1
         return answer

@@ -151,7 +151,7 @@ def order(window: int, pause: float, monkeypatch: pytest.MonkeyPatch) -> list[tu
     send, answer = Stream.send, GrpcLink.answer
 
     def noted(self: Stream, raw: bytes) -> None:
-        frame = read_client_frame(raw)
+        frame = read_client_frame(raw).head
         body = frame.WhichOneof("body") or ""
         asked = getattr(frame, body)
         if body != "close":

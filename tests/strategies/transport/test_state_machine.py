@@ -31,9 +31,9 @@ from strategies.engine.engine import TrunkEngine
 from strategies.engine.session import Session
 from strategies.errors import PASSING, TrunkError
 from strategies.transport import trunk_pb2 as pb
-from strategies.transport.codec.tensors import encode, encode_mask
 from strategies.transport.conversation import Conversation
 from strategies.transport.frames import client_frame, read_server_frame
+from tests.strategies.helpers import all_in, apply_frame, backward_frame, compute_frame
 
 HIDDEN, STEPS, MICROS, GRAPHS, LIMIT = 4, 3, 3, 2, 2**16
 POLICIES = ("splitfed-v1", "splitfed-v2", "merged")
@@ -55,6 +55,7 @@ class Forward:
 
     shape: tuple[int, int]
     tokens: int
+    mask_BT: torch.Tensor | None = None
     gone_back: bool = False
 
 
@@ -87,7 +88,7 @@ class SessionMachine(RuleBasedStateMachine):
         )
         self.engine.open_round(1, 1, training=True, cohort=1)
         self.session: Session = self.engine.open("a", client="a", steps=STEPS)
-        self.talk = Conversation("a", self.session, "fp32", lambda report: None, LIMIT)
+        self.talk = Conversation("a", self.session, all_in("fp32"), lambda report: None, LIMIT)
         self.forwards: dict[int, Forward] = {}
         self.applied, self.ready, self.declared, self.over = 0, False, 0, False
         self.reply = b""
@@ -96,10 +97,13 @@ class SessionMachine(RuleBasedStateMachine):
     def read_weights(self) -> list[torch.Tensor]:
         return [p.detach().clone() for p in self.session._lane.parameters]
 
-    def send(self, **body: object) -> pb.ServerFrame | None:
-        """The answer to the frame that is due, or None: the session is over."""
+    def next(self) -> dict[str, int]:
+        """Of the frame that is due."""
         self.seen = max(self.seen, self.due - 1 - self.lag)
-        raw = client_frame(**body, number=self.due, seen=self.seen)
+        return {"number": self.due, "seen": self.seen}
+
+    def send(self, raw: bytes) -> pb.ServerFrame | None:
+        """The answer to the frame that is due, or None: the session is over."""
         answer = self.give(raw)
         if answer is not None:
             assert answer.number == self.due
@@ -114,7 +118,7 @@ class SessionMachine(RuleBasedStateMachine):
         self.reply = b""
         try:
             self.reply = self.talk.answer(raw)
-            answer = read_server_frame(self.reply)
+            answer = read_server_frame(self.reply).head
         except TrunkError as refused:
             self.end()
             check_words(str(refused))
@@ -218,10 +222,8 @@ class SessionMachine(RuleBasedStateMachine):
         h_BTD[0, 0, 0] = value
         mask_BT = torch.ones(shape, dtype=torch.long)
         mask_BT[0, 1:] = 0
-        frame = pb.Compute(step=step, micro=micro, activations=encode(h_BTD, torch.float32))
-        if masked:
-            frame.mask.CopyFrom(encode_mask(mask_BT))
-        answer = self.send(compute=frame)
+        mask = mask_BT if masked else None
+        answer = self.send(compute_frame(h_BTD, mask, step=step, micro=micro, **self.next()))
         if (
             step != self.applied or step >= STEPS or micro >= MICROS or micro in self.forwards
             or not math.isfinite(value) or self.ready or len(self.waiting()) >= GRAPHS
@@ -232,7 +234,7 @@ class SessionMachine(RuleBasedStateMachine):
             assert answer is not None
             assert answer.activations.activations.shape == [*shape, HIDDEN]
             tokens = int(mask_BT.sum()) if masked else mask_BT.numel()
-            self.forwards[micro] = Forward(shape, tokens)
+            self.forwards[micro] = Forward(shape, tokens, mask)
 
     @precondition(lambda self: self.at_war())
     @rule(step=steps, micro=micros, value=usually_fine, last=st.booleans(), tokens=small)
@@ -250,10 +252,10 @@ class SessionMachine(RuleBasedStateMachine):
     ) -> None:
         known, waiting = self.forwards.get(micro), self.waiting()
         grad_BTD = torch.full((*shape, HIDDEN), 0.5)
-        grad_BTD[-1, -1, -1] = value
-        gradient = encode(grad_BTD, torch.float32)
-        frame = pb.Backward(step=step, micro=micro, gradient=gradient, last=last, tokens=tokens)
-        answer = self.send(backward=frame)
+        grad_BTD[0, 0, 0] = value
+        mask = known.mask_BT if known and known.shape == shape else None
+        place = {"step": step, "micro": micro, "last": last, "tokens": tokens}
+        answer = self.send(backward_frame(grad_BTD, mask, **place, **self.next()))
         if (
             step != self.applied or not known or known.gone_back
             or known.shape != shape or not math.isfinite(value)
@@ -290,8 +292,8 @@ class SessionMachine(RuleBasedStateMachine):
         self.send_apply(self.applied, square, 0)
 
     def send_apply(self, step: int, square: float, tokens: int) -> None:
-        frame = pb.Apply(step=step, client_square_norm=square, tokens=tokens)
-        answer = self.send(apply=frame)
+        place = {"step": step, "client_square_norm": square, "tokens": tokens}
+        answer = self.send(apply_frame(**place, **self.next()))
         most = sum(each.tokens for each in self.forwards.values())
         empty = self.merged and not tokens and not self.forwards
         fine = math.isfinite(square) and square >= 0
@@ -321,7 +323,7 @@ class SessionMachine(RuleBasedStateMachine):
     @rule(raw=st.binary(max_size=64))
     def noise(self, raw: bytes) -> None:
         try:
-            answer = read_server_frame(self.talk.answer(raw))
+            answer = read_server_frame(self.talk.answer(raw)).head
             assert answer.failure.kind == "damaged"
         except TrunkError:
             self.end()
@@ -338,8 +340,8 @@ class SessionMachine(RuleBasedStateMachine):
     @rule(step=steps)
     def after_the_end(self, step: int) -> None:
         with pytest.raises(TrunkError):
-            self.talk.answer(client_frame(apply=pb.Apply(step=step, tokens=1), number=self.due))
-        assert read_server_frame(self.talk.answer(client_frame(close=pb.Close()))).closed
+            self.talk.answer(apply_frame(step=step, tokens=1, number=self.due))
+        assert read_server_frame(self.talk.answer(client_frame(close=pb.Close()))).kind == "closed"
 
     @invariant()
     def steps_are_counted_once(self) -> None:

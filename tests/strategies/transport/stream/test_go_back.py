@@ -126,7 +126,7 @@ def test_a_gap_is_filled_once_and_no_storm_follows(
 
     again = len(sent) - FRAMES - 1  # and the good-bye
     assert least <= again <= most
-    numbers = [read_client_frame(raw).number for raw in sent]
+    numbers = [read_client_frame(raw).head.number for raw in sent]
     assert max(len(list(group)) for _, group in groupby(numbers)) == 1
     by_number: dict[int, set[bytes]] = {}
     for number, raw in zip(numbers, sent, strict=True):
