@@ -90,7 +90,7 @@ def condition(model: str, **changes: object) -> Condition:
     check_known("--model", model, tuple(MODELS))
     own = Condition(model=model)
     if model == "smollm2":
-        own = replace(own, steps=40, batch_size=2, lr=1e-3, heldout=40, path=_installed())
+        own = replace(own, steps=40, batch_size=1, lr=1e-3, heldout=16, path=_installed())
     return replace(own, **{key: value for key, value in changes.items() if value})  # type: ignore[arg-type]
 
 

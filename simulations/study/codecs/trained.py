@@ -73,7 +73,7 @@ def train(condition: Condition, mix: Mix, seed: int) -> Run:
         max_in_flight=2**62,
     )
     pad_id = padding_id(parts.bottom, load_tokenizer(config.model))
-    held = list(batches(heldout, 8, pad_id=pad_id))
+    held = list(batches(heldout, condition.batch_size, pad_id=pad_id))
     base = parse_mix(BASE)
     before = _loss(engine, parts, base, held, config) if mix == base else None
     plan = Plan(examples, config, _place(config), pad_id=pad_id)
