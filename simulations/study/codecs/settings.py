@@ -107,7 +107,7 @@ class Mix:
     """A codec for each crossing."""
 
     name: str
-    """What it is called in tables."""
+    """What it is called in tables: its codecs in the order of `CROSSINGS`, or one for all."""
     codecs: Mapping[str, str]
     """By crossing."""
 
@@ -141,4 +141,5 @@ def parse_mix(text: str) -> Mix:
         )
     for name in chosen.values():
         find_codec(name)
-    return Mix(text, {crossing: chosen[crossing] for crossing in CROSSINGS})
+    codecs = {crossing: chosen[crossing] for crossing in CROSSINGS}
+    return Mix(text if text in MIXES else "/".join(codecs.values()), codecs)

@@ -106,7 +106,7 @@ def test_training_lowers_the_loss_that_gaps_are_shares_of(result: dict[str, Any]
 
 
 def test_each_crossing_has_its_own_codec(result: dict[str, Any]) -> None:
-    crossings = result["tiny"]["codecs"][MIXED]["crossings"]
+    crossings = result["tiny"]["codecs"]["bf16/fp32/fp16/fp32"]["crossings"]
 
     assert {name: each["bits"] for name, each in crossings.items()} == {
         "h1": 16.0, "h2": 32.0, "grad_h2": 16.0, "grad_h1": 32.0,
