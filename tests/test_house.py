@@ -33,6 +33,7 @@ ROOMS = (
     "simulations/report",
     "simulations/deploy",
     "simulations/equality",
+    "simulations/network",
     "simulations/disturb",
     "simulations/plan",
     "simulations/talk",

@@ -91,7 +91,7 @@ def _measure(steps: int, warmup: int) -> tuple[dict[str, list[float]], float]:
     with _trunks(train, link) as (pipe, told):
         batch = make_batch()
         clients = {
-            kind: SplitStep(train, link, batch, ticket, key, total)
+            kind: SplitStep(train, link, [batch], ticket, key, total)
             for kind, (ticket, key) in told.items()
         }
         for index in range(total):

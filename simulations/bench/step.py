@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from typing import Any
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from conf.schema import LinkConfig, TrainConfig
+from conf.sections.link import read_codecs
 from flower_app.client import streamed
 from flower_app.client.place import Place
 from flower_app.data.client import Batch
@@ -22,12 +23,14 @@ from simulations.bench.worker import worker
 from strategies.engine.engine import TrunkEngine
 from strategies.optim import Progress, clipped_step, learning_rate, square_norm, trainable
 from strategies.transport import tickets
-from strategies.transport.codec.registry import find_codec
+from strategies.transport.codec.registry import crossings
 from strategies.transport.stream.link import GrpcLink
 from strategies.transport.stream.service import TrunkService
 from strategies.transport.tickets import Guest, Ticket
 
-SIZES = {"blocks": 12, "hidden": 256, "vocabulary": 1024, "batch": 4, "tokens": 64}
+Sizes = Mapping[str, int]
+
+SIZES: Sizes = {"blocks": 12, "hidden": 256, "vocabulary": 1024, "batch": 4, "tokens": 64}
 CUT = Cut(bottom=2, top=1)
 
 
@@ -44,7 +47,7 @@ def bench_step(steps: int = 40, warmup: int = 5, wire: str = "fp32") -> dict[str
     warmup : int
         Steps of each kind before the clock starts.
     wire : str
-        Type on the wire: fp32, fp16 or bf16.
+        Codec on the wire, as `link.codec`.
 
     Returns
     -------
@@ -54,12 +57,12 @@ def bench_step(steps: int = 40, warmup: int = 5, wire: str = "fp32") -> dict[str
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     total = steps + warmup
-    train, link = TrainConfig(lr=1e-4), LinkConfig(dtype=wire)
+    train, link = TrainConfig(lr=1e-4), LinkConfig(codec=read_codecs(wire))
     batch = make_batch()
     try:
         with _trunk_process(train, link, total) as (ticket, node_key):
-            client = SplitStep(train, link, batch, ticket, node_key, total)
-            whole = _WholeStep(train, batch, total)
+            client = SplitStep(train, link, [batch], ticket, node_key, total)
+            whole = WholeStep(train, [batch], total)
             times: dict[str, list[float]] = {"split": [], "unsplit": []}
             for index in range(total):
                 for name, step in (("unsplit", whole), ("split", client)):
@@ -88,16 +91,14 @@ def bench_step(steps: int = 40, warmup: int = 5, wire: str = "fp32") -> dict[str
     }
 
 
-class _WholeStep:
+class WholeStep:
     """The unsplit step, with the same optimizer code as the split one."""
 
-    def __init__(self, train: TrainConfig, batch: Batch, total: int) -> None:
-        self._model, self._train, self._batch, self._total = (
-            make_model().train(),
-            train,
-            batch,
-            total,
-        )
+    def __init__(
+        self, train: TrainConfig, batches: Sequence[Batch], total: int, sizes: Sizes = SIZES
+    ) -> None:
+        self._model, self._train, self._total = make_model(sizes).train(), train, total
+        self._batches, self._tokens = batches, sum(batch.tokens for batch in batches)
         self._parameters = trainable(self._model)
         self._optimizer = torch.optim.AdamW(
             self._parameters, lr=train.lr, weight_decay=train.weight_decay
@@ -105,15 +106,18 @@ class _WholeStep:
         self.loss = 0.0
 
     def __call__(self, index: int) -> None:
-        batch = self._batch
-        logits = self._model(batch.input_ids, use_cache=False).logits
-        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), batch.labels[:, 1:].flatten())
-        loss.backward()
+        self.loss = 0.0
+        for batch in self._batches:
+            logits = self._model(batch.input_ids, use_cache=False).logits
+            targets = batch.labels[:, 1:].flatten()
+            total = F.cross_entropy(logits[:, :-1].flatten(0, 1), targets, reduction="sum")
+            loss = total / self._tokens
+            loss.backward()
+            self.loss += float(loss.detach())
         progress = Progress(round=1, rounds=1, step=index, steps=self._total)
         norm = square_norm(self._parameters) ** 0.5
         rate = learning_rate(self._train, progress)
         clipped_step(self._optimizer, lr=rate, norm=norm, clip=self._train.clip)
-        self.loss = float(loss.detach())
 
 
 class SplitStep:
@@ -123,43 +127,45 @@ class SplitStep:
         self,
         train: TrainConfig,
         link: LinkConfig,
-        batch: Batch,
+        batches: Sequence[Batch],
         ticket: Ticket,
         node_key: bytes,
         total: int,
+        sizes: Sizes = SIZES,
+        cut: Cut = CUT,
     ) -> None:
-        parts = split(make_model(), CUT)
+        parts = split(make_model(sizes), cut)
         self.link = GrpcLink(ticket, node_key, steps=total, config=link)
         place = Place(seed=0, client="bench", round=1, rounds=1)
-        self._trainer = streamed.Trainer(parts.bottom, parts.top, self.link, total, train, place)
-        self._batch = batch
+        self.trainer = streamed.Trainer(parts.bottom, parts.top, self.link, total, train, place)
+        self._batches = batches
         self.loss = 0.0
 
     def __call__(self, index: int) -> None:
-        self.loss, _ = self._trainer.step(index, [self._batch])
+        self.loss, _ = self.trainer.step(index, self._batches)
 
 
-def make_model() -> PreTrainedModel:
+def make_model(sizes: Sizes = SIZES) -> PreTrainedModel:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return LlamaForCausalLM(
             LlamaConfig(
-                vocab_size=SIZES["vocabulary"],
-                hidden_size=SIZES["hidden"],
-                intermediate_size=SIZES["hidden"] * 8 // 3 // 32 * 32,
-                num_hidden_layers=SIZES["blocks"],
+                vocab_size=sizes["vocabulary"],
+                hidden_size=sizes["hidden"],
+                intermediate_size=sizes["hidden"] * 8 // 3 // 32 * 32,
+                num_hidden_layers=sizes["blocks"],
                 num_attention_heads=4,
                 num_key_value_heads=4,
-                max_position_embeddings=SIZES["tokens"],
+                max_position_embeddings=sizes["tokens"],
                 tie_word_embeddings=False,
             )
         )
 
 
-def make_batch() -> Batch:
-    generator = torch.Generator().manual_seed(0)
-    shape = (SIZES["batch"], SIZES["tokens"])
-    ids = torch.randint(0, SIZES["vocabulary"], shape, generator=generator)
+def make_batch(sizes: Sizes = SIZES, seed: int = 0) -> Batch:
+    generator = torch.Generator().manual_seed(seed)
+    shape = (sizes["batch"], sizes["tokens"])
+    ids = torch.randint(0, sizes["vocabulary"], shape, generator=generator)
     return Batch(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids)
 
 
@@ -168,7 +174,7 @@ def _trunk_process(
     train: TrainConfig, link: LinkConfig, steps: int
 ) -> Iterator[tuple[Ticket, bytes]]:
     """A process that serves the trunk; yields a ticket to it and the key it is for."""
-    find_codec(link.dtype)  # a name that nobody offers is refused in this process, in words
+    crossings(link.codec, 0)  # a name that nobody offers is refused in this process, in words
     with worker(_serve, train, link) as (pipe, _):
         yield pipe.recv()
 

@@ -25,8 +25,8 @@ from flower_app.client.ends import Clock, Ends
 from flower_app.client.place import Place
 from simulations.bench.compare.fedavg.app import load_model, plain_optimizer, train_steps
 from simulations.bench.compare.flops import full_batch
-from simulations.bench.compare.relay import Relay
 from simulations.bench.worker import worker
+from simulations.network.relay import Network, Relay
 from strategies.engine.engine import TrunkEngine
 from strategies.transport import tickets
 from strategies.transport.link import Link
@@ -156,8 +156,12 @@ class Emulation:
         given: list[Ticket] = self._trunk.recv()
         with ExitStack() as stack:
             if megabits:
-                relay = stack.enter_context(Relay(given[0].address, megabits * 1e6))
-                given = [replace(ticket, address=relay.address) for ticket in given]
+                line = Network(bandwidth=megabits * 1e6)
+                relays = [stack.enter_context(Relay(each.address, line)) for each in given]
+                given = [
+                    replace(ticket, address=relay.address)
+                    for ticket, relay in zip(given, relays, strict=True)
+                ]
             jobs = [
                 Job(slow=slow, steps=self._count, ticket=ticket, node_key=key)
                 for ticket, key in zip(given, keys, strict=True)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import socket
-import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +27,6 @@ from simulations.bench.compare.flops import count_flops, full_batch
 from simulations.bench.compare.memory import Echo
 from simulations.bench.compare.methods import graft_rounds, train_central
 from simulations.bench.compare.publish import FIGURE, PAGE, README, publish
-from simulations.bench.compare.relay import Relay
 from simulations.bench.compare.settings import (
     FEDAVG,
     METHODS,
@@ -186,30 +183,6 @@ def _operations_of_a_block() -> int:
     lora = sum(3 * 2 * TINY.rank * (n + m) for n, m in linears)  # and to the weights
     attention = (2 + 5) * 2 * TINY.context * width  # two products, and five to go back
     return tokens * (frozen + lora + attention)
-
-
-def test_a_relay_forwards_all_and_at_its_pace() -> None:
-    sent = bytes(range(256)) * 400
-    with socket.create_server(("127.0.0.1", 0)) as echo:
-        threading.Thread(target=_echo, args=(echo,), daemon=True).start()
-        with Relay(f"127.0.0.1:{echo.getsockname()[1]}", 8e6) as relay:
-            host, port = relay.address.split(":")
-            began = time.perf_counter()
-            with socket.create_connection((host, int(port))) as line:
-                line.sendall(sent)
-                line.shutdown(socket.SHUT_WR)
-                back = b"".join(iter(lambda: line.recv(2**16), b""))
-            seconds = time.perf_counter() - began
-
-    assert back == sent
-    assert seconds > len(sent) / 1e6  # a megabyte a second: it cannot have been quicker
-
-
-def _echo(server: socket.socket) -> None:
-    line, _ = server.accept()
-    with line:
-        for data in iter(lambda: line.recv(2**16), b""):
-            line.sendall(data)
 
 
 def test_a_slow_client_waits_as_often_as_it_is_slower() -> None:
