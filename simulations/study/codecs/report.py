@@ -11,7 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from simulations.study.codecs.settings import BASE, CROSSINGS, Condition
+from conf.sections.link import CROSSINGS
+from simulations.study.codecs.settings import BASE, Condition
 
 Table = tuple[str, list[str], list[list[str]]]
 """Title, columns and rows."""
@@ -182,7 +183,7 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
         for name, colour in colours.items()
         if name != BASE
     ]
-    plain = {"color": "#555555", "marker": "o", "linewidth": 0}
+    plain: dict[str, Any] = {"color": "#555555", "marker": "o", "linewidth": 0}
     marks += [
         Line2D([], [], label="evaluated in fp32", **plain),
         Line2D([], [], label="through the codec", markerfacecolor="white", **plain),
