@@ -256,7 +256,18 @@ def _apply(merged: Any, item: str, origins: dict[str, str]) -> None:
     except (yaml.YAMLError, OmegaConfBaseException) as error:
         raise ConfigError(f"{source}: the value is not YAML: {_first_line(error)}") from error
     origins[known] = source
+    if inside:
+        _spread(merged, inside)
     OmegaConf.update(merged, key, value, merge=False)
+
+
+def _spread(merged: Any, key: str) -> None:
+    """Write a mapping out where one value stands for all of it, as in `link.codec=int4`."""
+    section, _, name = key.rpartition(".")
+    value = OmegaConf.select(merged, key)
+    if not OmegaConf.is_dict(value) and value is not None:
+        whole = getattr(_SECTIONS[section](**{name: value}), name)
+        OmegaConf.update(merged, key, whole, merge=False)
 
 
 def _build(tree: Mapping[str, Any]) -> Config:

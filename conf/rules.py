@@ -109,6 +109,10 @@ NAME = Rule(
     lambda value: re.fullmatch(r"[A-Za-z0-9][\w-]*", value, re.ASCII) is not None,
 )
 """Of what a registry knows, which `conf` does not; `check_known` refuses the others."""
+NAME_FOR_EACH = Rule(
+    f"{NAME.words}, or such a name for each crossing",
+    lambda value: all(isinstance(name, str) and NAME.holds(name) for name in value.values()),
+)
 NAME_OR_EMPTY = Rule(f"empty or {NAME.words}", lambda value: value == "" or NAME.holds(value))
 NOT_EMPTY = Rule("text that is not empty", lambda value: value != "")
 BETAS = Rule("two numbers in [0, 1)", lambda value: all(0 <= beta < 1 for beta in value))

@@ -24,10 +24,11 @@ def check_names(config: Config) -> None:
         from strategies.engine.policies.registry import find_policy
 
         find_policy(config.train.strategy)
-    if not declares("strategies.transport.codec", config.link.dtype):
-        from strategies.transport.codec.registry import find_codec
+    for way, name in config.link.codec.items():
+        if not declares("strategies.transport.codec", name):
+            from strategies.transport.codec.registry import find_codec
 
-        find_codec(config.link.dtype)
+            find_codec(name, f"link.codec.{way}")
     if not declares("strategies.aggregate", config.aggregation.lora):
         from strategies.aggregate.aggregator import find_aggregator
 

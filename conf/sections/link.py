@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ipaddress
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 from conf import rules
-from conf.rules import ConfigError, one_of, setting, split_address
+from conf.rules import ConfigError, nearest, one_of, setting, split_address
 from conf.sections.base import Section
+
+CROSSINGS = ("h1", "h2", "grad_h2", "grad_h1")
+"""The four ways that tensors cross a cut: activations up and down, their gradients up and down."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,8 +31,13 @@ class LinkConfig(Section):
     certificate: str = ""
     """PEM file of the operator's certificate chain (with `key`), not one made for the run."""
     key: str = ""
-    dtype: str = setting("fp32", rules.NAME)
-    """How activations and gradients are written on the wire: fp32, fp16 or bf16."""
+    codec: dict[str, Any] = field(
+        default_factory=lambda: dict.fromkeys(CROSSINGS, "fp32"),
+        metadata={"rule": rules.NAME_FOR_EACH},
+    )
+    """How activations and gradients are written on the wire: fp32, fp16, bf16, or what
+    strategies/transport/codec holds besides. One name for all, or one for each of h1, h2, grad_h2
+    and grad_h1, as a mapping or in words (h1=int4 h2=int6)."""
     timeout: float = setting(120.0, rules.POSITIVE)
     """Seconds that a client waits for a reply, and the trunk for a client's next frame."""
     max_frame_mb: float = setting(64.0, rules.POSITIVE)
@@ -40,7 +48,13 @@ class LinkConfig(Section):
     """Seconds that a client may be out of reach: so long the trunk keeps a session whose stream
     broke and the client tries to come back, and so long a newcomer's first answer is waited for."""
 
+    def __post_init__(self) -> None:
+        if isinstance(self.codec, str):
+            object.__setattr__(self, "codec", read_codecs(self.codec))
+        super().__post_init__()
+
     def _check_together(self) -> None:
+        self._check_crossings()
         if bool(self.certificate) != bool(self.key):
             missing = "key" if self.certificate else "certificate"
             raise ConfigError(
@@ -64,6 +78,32 @@ class LinkConfig(Section):
             )
         if self.transport == "stream":
             _check_reachable(self)
+
+    @property
+    def codec_words(self) -> str:
+        """The codecs as an override has them: one name, if all four are alike."""
+        names = list(dict.fromkeys(self.codec.values()))
+        return names[0] if len(names) == 1 else " ".join(f"{w}={n}" for w, n in self.codec.items())
+
+    def _check_crossings(self) -> None:
+        """Every crossing has a codec; those that are not named are fp32."""
+        for name in self.codec:
+            if name not in CROSSINGS:
+                raise ConfigError(
+                    f"link.codec has no {name!r}{nearest(name, CROSSINGS)}; it has "
+                    f"{', '.join(CROSSINGS)}",
+                    key="link.codec",
+                )
+        whole = {name: self.codec.get(name, "fp32") for name in CROSSINGS}
+        object.__setattr__(self, "codec", whole)
+
+
+def read_codecs(words: str) -> dict[str, Any]:
+    """Return what `link.codec` is to be, from words such as `int4` or `h1=int4 h2=int6`."""
+    if "=" not in words:
+        return dict.fromkeys(CROSSINGS, words)
+    each = (item.partition("=") for item in words.replace(",", " ").split())
+    return {way: name for way, _, name in each}
 
 
 def _check_reachable(link: LinkConfig) -> None:

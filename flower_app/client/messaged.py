@@ -10,7 +10,6 @@ See `strategies.transport.messages` for the server's side.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from flwr.app import ConfigRecord, Context, MetricRecord, RecordDict
 from torch import Tensor
@@ -24,7 +23,7 @@ from models import Part, client_state, load_client_state
 from strategies.errors import TrunkError
 from strategies.records import ARRAYS, FRAMES, METRICS, from_arrays, to_arrays
 from strategies.transport import trunk_pb2 as pb
-from strategies.transport.frames import read_server_frame, refuse_failure
+from strategies.transport.frames import Frame, read_server_frame, refuse_failure
 from strategies.transport.link import Framed, Request
 
 TENSORS, PROGRESS = "graft-tensors", "graft-progress"
@@ -108,7 +107,7 @@ class Mail(Framed):
     """
 
     def __init__(self, site: Site, parked: Parked) -> None:
-        super().__init__(site.config.link, site.session)
+        super().__init__(site.config.link, site.asked.codec_seed)
         self._numbers = parked.numbers
         self._numbers["bytes-down"] += sum(map(len, site.asked.frames))
         self.frames = [refuse_failure(read_server_frame(raw)) for raw in site.asked.frames]
@@ -119,12 +118,12 @@ class Mail(Framed):
         self._numbers["bytes-up"] += len(request.raw)
         self.out.append(request.raw)
 
-    def take(self, kind: str) -> list[Any]:
+    def take(self, kind: str) -> list[Frame[pb.ServerFrame]]:
         """The frames of one kind that come next."""
         found = []
-        while self.frames and self.frames[0].WhichOneof("body") == kind:
-            found.append(getattr(self.frames.pop(0), kind))
-            self._numbers["all-trunk"] += found[-1].seconds
+        while self.frames and self.frames[0].kind == kind:
+            found.append(self.frames.pop(0))
+            self._numbers["all-trunk"] += getattr(found[-1].head, kind).seconds
         return found
 
 
@@ -151,7 +150,7 @@ class Training:
             elif gradients := mail.take("gradients"):
                 self._down(gradients)
             elif mail.frames:
-                kind = mail.frames[0].WhichOneof("body")
+                kind = mail.frames[0].kind
                 raise TrunkError(f"'{kind}' from the trunk in the middle of a round", kind="order")
         if mail.out:
             self._keep()
@@ -219,27 +218,29 @@ class Training:
         if not step.batches:
             step.apply(0.0)
 
-    def _across(self, replies: Sequence[pb.Activations]) -> None:
+    def _across(self, replies: Sequence[Frame[pb.ServerFrame]]) -> None:
         step = self._due(replies)
         for micro, reply in enumerate(replies):
-            step.computed(micro, self._mail.read_activations(reply, self._shape(step, micro)))
+            answered = _answered(reply, step.batches[micro], self._bottom)
+            step.computed(micro, self._mail.read_activations(answered))
 
-    def _down(self, replies: Sequence[pb.Gradients]) -> None:
+    def _down(self, replies: Sequence[Frame[pb.ServerFrame]]) -> None:
         step, square = self._due(replies), 0.0
         for micro, reply in enumerate(replies):
-            grad_BTD, square = self._mail.read_gradients(reply, self._shape(step, micro))
+            answered = _answered(reply, step.batches[micro], self._bottom)
+            grad_BTD, square = self._mail.read_gradients(answered)
             step.gradients(micro, grad_BTD)
         step.apply(square)
         if not self._common:
             self._next(step)
 
-    def _applied(self, reply: pb.Applied) -> None:
-        result, step = self._mail.read_applied(reply), self._step
-        if step and reply.step == step.number:
+    def _applied(self, reply: Frame[pb.ServerFrame]) -> None:
+        result, step = self._mail.read_applied(_answered(reply)), self._step
+        if step and result.step == step.number:
             step.applied(result)
             self._next(step)
-        elif self._common or reply.step != self._numbers["step"] - 1:
-            raise TrunkError(f"step {reply.step} is applied out of turn", kind="order")
+        elif self._common or result.step != self._numbers["step"] - 1:
+            raise TrunkError(f"step {result.step} is applied out of turn", kind="order")
         # Else one that the ends took when they asked for it.
 
     def _next(self, step: Step) -> None:
@@ -254,18 +255,16 @@ class Training:
         self._step = self._current()
         self._begin()
 
-    def _due(self, replies: Sequence[Any]) -> Step:
+    def _due(self, replies: Sequence[Frame[pb.ServerFrame]]) -> Step:
         """The step under way, to whose micro-batches these must be the answers."""
-        step, came = self._step, [(reply.step, reply.micro) for reply in replies]
+        bodies = [getattr(reply.head, reply.kind) for reply in replies]
+        step, came = self._step, [(body.step, body.micro) for body in bodies]
         due = [(step.number, micro) for micro in range(len(step.batches))] if step else []
         if step is None or came != due:
             raise TrunkError(
                 f"the trunk answered (step, micro-batch) {came}, due is {due}", kind="order"
             )
         return step
-
-    def _shape(self, step: Step, micro: int) -> tuple[int, ...]:
-        return (*step.batches[micro].input_ids.shape, self._bottom.hidden_size)
 
 
 def evaluate(
@@ -283,12 +282,12 @@ def evaluate(
     evaluation = Evaluation(bottom, top, mail, site.config.train, total=total, tokens=tokens)
     replies = mail.take("activations")
     asked = range(done - len(replies), done)
-    if [reply.step for reply in replies] != list(asked) or mail.frames:
+    if [reply.head.activations.step for reply in replies] != list(asked) or mail.frames:
         raise TrunkError("the trunk answered other held-out batches than it was sent", kind="order")
     for reply, position in zip(replies, asked, strict=True):
         batch = held_out[position]
-        shape = (*batch.input_ids.shape, bottom.hidden_size)
-        evaluation.computed(position, batch, mail.read_activations(reply, shape))
+        answered = _answered(reply, batch, bottom)
+        evaluation.computed(position, batch, mail.read_activations(answered))
     following = range(done, min(len(held_out), done + EVALUATED_AT_ONCE))
     for position in following:
         evaluation.compute(position, held_out[position])
@@ -298,6 +297,18 @@ def evaluate(
         return _finish(parked, evaluation.outcome())
     numbers |= {"loss": evaluation.total, "tokens": evaluation.tokens, "step": following.stop}
     return _go_on(parked, mail, 0)
+
+
+def _answered(
+    reply: Frame[pb.ServerFrame], batch: Batch | None = None, bottom: Part | None = None
+) -> Request:
+    """A reply beside what is known of its question, which an earlier process has asked."""
+    request = Request(b"", reply.kind)
+    if batch is not None and bottom is not None:
+        request.shape = (*batch.input_ids.shape, bottom.hidden_size)
+        request.mask_BT = batch.attention_mask
+    request.take(reply)
+    return request
 
 
 def _go_on(parked: Parked, mail: Mail, steps: int) -> RecordDict:

@@ -50,6 +50,11 @@ class Received:
     told: Mapping[str, Any]
     """The ticket, as it came."""
 
+    @property
+    def codec_seed(self) -> int:
+        """What the session's codecs draw from."""
+        return _take(self.told, "seed", int)
+
     def ticket(self) -> Ticket:
         """What a session over the stream is opened with.
 
@@ -63,6 +68,7 @@ class Received:
             address=_take(self.told, "address", str),
             nonce=_take(self.told, "nonce", bytes),
             trunk_key=_take(self.told, "trunk_key", bytes),
+            seed=self.codec_seed,
             certificate=_take(self.told, "certificate", bytes),
         )
         try:

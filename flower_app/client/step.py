@@ -106,7 +106,9 @@ class Step:
         batch, last = self.batches[micro], micro == len(self.batches) - 1
         loss, grad_BTD = self._ends.across(self.number, micro, batch, h2_BTD, self.tokens)
         self.total += loss
-        self._link.backward(self.number, micro, grad_BTD, last=last, tokens=self.tokens)
+        self._link.backward(
+            self.number, micro, grad_BTD, self._ends.mask(batch), last=last, tokens=self.tokens
+        )
         # While the trunk goes back.
         self._ends.teach_bridge(self.number, micro, batch, self._h1_BTD.get(micro), h2_BTD)
 

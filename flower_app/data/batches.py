@@ -21,7 +21,8 @@ class Batch:
     attention_mask: torch.Tensor
     """1 for a token, 0 for padding."""
     labels: torch.Tensor
-    """The token's own id, or -100 for padding and what is not learned. Not shifted."""
+    """The token's own id, or -100 for padding, for what is not learned, and for what comes after
+    padding: its activations do not travel, so nothing is predicted from them. Not shifted."""
 
     @cached_property
     def tokens(self) -> int:

@@ -26,7 +26,7 @@ from flower_app.runs.folders import (
 
 FREE = ("link", "runtime", "output", "federation", "tracking")
 """Sections that do not say what is computed, or whose change is the operator's to answer for."""
-FIXED = ("link.dtype", "link.transport", "output.folder")
+FIXED = ("link.codec", "link.transport", "output.folder")
 """What of them stays as it was."""
 UNTIL = ("train.rounds", "train.patience")
 """How long a run goes on, not what is computed until then."""

@@ -26,7 +26,7 @@ from models import Cut
 from strategies.engine.meter import SILENT, Meter
 from strategies.generation.engine import GenerationEngine
 from strategies.generation.memory import Limits, Memory
-from strategies.transport.codec.registry import find_codec
+from strategies.transport.codec.registry import crossings
 from strategies.transport.stream.bind import host_of, is_secure
 from strategies.transport.stream.generation import GenerationService, Offer, Policy
 
@@ -76,7 +76,7 @@ class Server:
     """
 
     def __init__(self, serving: Serving, meter: Meter = SILENT) -> None:
-        find_codec(serving.link.dtype)  # before anything is loaded
+        crossings(serving.link.codec, 0)  # before anything is loaded
         self.serving = serving
         self.models = _named(serving)
         limits = Limits(total_mb=serving.kv_mb, session_mb=serving.session_kv_mb)
@@ -149,7 +149,7 @@ class Server:
             if engine.one_by_one:
                 yield f"         its tokens go one by one: {engine.one_by_one}"
         secure = "TLS" if self.service.certificate else "no TLS: this machine only"
-        yield f"address  {self.service.address} ({secure}), tensors in {serving.link.dtype}"
+        yield f"address  {self.service.address} ({secure}), tensors in {serving.link.codec_words}"
         written = {path.stem: path for path in self.files}
         for name in self.keys.clients:
             yield f"access   {written.get(name) or f'{name}: its file was handed out'}"

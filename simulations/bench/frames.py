@@ -11,9 +11,12 @@ import torch
 from torch import Tensor
 
 from conf.schema import LinkConfig
+from conf.sections.link import read_codecs
+from strategies.transport import trunk_pb2 as pb
 from strategies.transport.codec.registry import codecs, crossings
 from strategies.transport.frames import read_client_frame
 from strategies.transport.link import Framed, Request
+from strategies.transport.payload import Parcel, Payload
 
 WIDTH = 1024
 _MB = 1e6
@@ -75,27 +78,33 @@ def bench_frames(megabytes: float = 16.8, repeats: int = 7) -> dict[str, Any]:
 
 def _frame(h_BTD: Tensor, repeats: int) -> tuple[float, float]:
     """Milliseconds to build and to read a frame of it."""
-    link = _Kept(LinkConfig(dtype="fp32"), "bench")
-    there = crossings("fp32", "bench").h1
+    link = _Kept(LinkConfig(), 0)
+    there = crossings(read_codecs("fp32"), 0).h1
     build = _ms(lambda number: link.compute(number, 0, h_BTD, None), repeats)
 
     def read(_: int) -> Tensor:
-        return there.decode(read_client_frame(link.raw).compute.activations, "h1")
+        head, payload = read_client_frame(link.raw)
+        return there.decode(head.compute.activations, None, payload, "h1")
 
     return build, _ms(read, repeats)
 
 
-def _codec(name: str, h_BTD: Tensor, repeats: int) -> tuple[float, float, int]:
-    """Milliseconds to encode and to decode it, and the bytes of it."""
-    here, there = crossings(name, "bench").h1, crossings(name, "bench").h1
-    sent: dict[int, Any] = {}
+def _codec(name: str, h_BTD: Tensor, repeats: int) -> tuple[float, float, float]:
+    """Milliseconds to encode and to decode it, and its bytes."""
+    here, there = (crossings(read_codecs(name), 0).h1 for _ in range(2))
+    sent: dict[int, tuple[pb.Tensor, Payload]] = {}
 
     def encode(number: int) -> None:
-        sent[number] = here.encode(h_BTD, number, 0)
+        parcel = Parcel()
+        message = here.encode(h_BTD, None, number, 0, parcel)
+        sent[number] = message, Payload(parcel.parts[0])
 
-    encoding = _ms(encode, repeats)
-    decoding = _ms(lambda number: there.decode(sent[number], "h1"), repeats)
-    return encoding, decoding, len(sent[0].data)
+    def decode(number: int) -> None:
+        message, payload = sent[number]
+        there.decode(message, None, payload, "h1")
+
+    encoding, decoding = _ms(encode, repeats), _ms(decode, repeats)
+    return encoding, decoding, statistics.median(each.size for each, _ in sent.values())
 
 
 def _ms(work: Callable[[int], object], repeats: int) -> float:

@@ -195,6 +195,7 @@ def _unsplit(pipe: Connection, asked: Asked) -> None:
 def _serve(pipe: Connection, asked: Asked, access: Path) -> None:
     """A trunk that is served, until its pipe ends."""
     from conf.schema import LinkConfig
+    from conf.sections.link import read_codecs
     from flower_app.serving.server import Server, Serving
 
     torch.set_num_threads(asked.threads)
@@ -203,7 +204,7 @@ def _serve(pipe: Connection, asked: Asked, access: Path) -> None:
         access=access,
         cut=asked.cut,
         threads=asked.threads,
-        link=LinkConfig(bind="127.0.0.1:0", dtype=asked.wire),
+        link=LinkConfig(bind="127.0.0.1:0", codec=read_codecs(asked.wire)),
     )
     server = Server(serving)
     server.start()

@@ -180,7 +180,7 @@ def _steps(link: GrpcLink, steps: int, hidden: int) -> None:
         link.compute(step, 0, h_BTD, None)
         h_BTD = link.computed()
         count = BATCH * TOKENS
-        link.backward(step, 0, h_BTD / h_BTD.numel(), last=True, tokens=count)
+        link.backward(step, 0, h_BTD / h_BTD.numel(), None, last=True, tokens=count)
         link.gradients()
         link.apply(step, StepCounters(client_square_norm=0.1, tokens=count, loss=1.0))
         link.applied()

@@ -44,7 +44,7 @@ SIZES = ["cut.bottom=2", "cut.top=1", "train.batch_size=4", "data.context=128"]
 CASES: dict[str, tuple[str, int, int, list[str]]] = {
     "llama": ("llama", 256, 6, []),
     "gpt2": ("gpt2", 256, 6, []),
-    "qwen3-bf16-wire": ("qwen3", 256, 5, ["data.context=192", "link.dtype=bf16"]),
+    "qwen3-bf16-wire": ("qwen3", 256, 5, ["data.context=192", "link.codec=bf16"]),
     "gemma2": ("gemma2", 256, 6, []),
     "phi-micro-batches": ("phi", 256, 5, ["train.accumulate=2"]),
     "opt-lora": ("opt", 384, 5, LORA),

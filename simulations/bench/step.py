@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from conf.schema import LinkConfig, TrainConfig
+from conf.sections.link import read_codecs
 from flower_app.client import streamed
 from flower_app.client.place import Place
 from flower_app.data.client import Batch
@@ -22,7 +23,7 @@ from simulations.bench.worker import worker
 from strategies.engine.engine import TrunkEngine
 from strategies.optim import Progress, clipped_step, learning_rate, square_norm, trainable
 from strategies.transport import tickets
-from strategies.transport.codec.registry import find_codec
+from strategies.transport.codec.registry import crossings
 from strategies.transport.stream.link import GrpcLink
 from strategies.transport.stream.service import TrunkService
 from strategies.transport.tickets import Guest, Ticket
@@ -46,7 +47,7 @@ def bench_step(steps: int = 40, warmup: int = 5, wire: str = "fp32") -> dict[str
     warmup : int
         Steps of each kind before the clock starts.
     wire : str
-        Type on the wire: fp32, fp16 or bf16.
+        Codec on the wire, as `link.codec`.
 
     Returns
     -------
@@ -56,7 +57,7 @@ def bench_step(steps: int = 40, warmup: int = 5, wire: str = "fp32") -> dict[str
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     total = steps + warmup
-    train, link = TrainConfig(lr=1e-4), LinkConfig(dtype=wire)
+    train, link = TrainConfig(lr=1e-4), LinkConfig(codec=read_codecs(wire))
     batch = make_batch()
     try:
         with _trunk_process(train, link, total) as (ticket, node_key):
@@ -174,7 +175,7 @@ def _trunk_process(
     train: TrainConfig, link: LinkConfig, steps: int
 ) -> Iterator[tuple[Ticket, bytes]]:
     """A process that serves the trunk; yields a ticket to it and the key it is for."""
-    find_codec(link.dtype)  # a name that nobody offers is refused in this process, in words
+    crossings(link.codec, 0)  # a name that nobody offers is refused in this process, in words
     with worker(_serve, train, link) as (pipe, _):
         yield pipe.recv()
 

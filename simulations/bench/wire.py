@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from conf.schema import LinkConfig, TrainConfig
+from conf.sections.link import read_codecs
 from models import Cut, split
 from simulations.bench.step import SplitStep, WholeStep, make_batch, make_model
 from simulations.bench.worker import worker
@@ -103,7 +104,7 @@ def points_of(
 
 def link_config(point: Point) -> LinkConfig:
     """The link of a point, on both sides."""
-    return LinkConfig(dtype=point.codec, timeout=PATIENCE)
+    return LinkConfig(codec=read_codecs(point.codec), timeout=PATIENCE)
 
 
 def bench_wire(

@@ -49,7 +49,7 @@ def bench_soak(
 def bench_step(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     steps: Annotated[int, typer.Option(help="Timed steps of each kind.", min=1)] = 40,
-    wire: Annotated[str, typer.Option(help="Type on the wire: fp32, fp16 or bf16.")] = "fp32",
+    wire: Annotated[str, typer.Option(help="On the wire, as link.codec.")] = "fp32",
 ) -> None:
     """Compare a split training step, over real gRPC, with the unsplit step."""
     from simulations.bench.step import bench_step as measure
@@ -66,7 +66,7 @@ def bench_generate(
     tokens: Annotated[int, typer.Option(help="New tokens of each text.", min=2)] = 256,
     sessions: Annotated[str, typer.Option(help="Sessions at once, each in turn.")] = "1,4,16",
     rounds: Annotated[int, typer.Option(help="Timed rounds.", min=1)] = 3,
-    wire: Annotated[str, typer.Option(help="Type on the wire: fp32, fp16 or bf16.")] = "fp32",
+    wire: Annotated[str, typer.Option(help="On the wire, as link.codec.")] = "fp32",
     threads: Annotated[int, typer.Option(help="Torch threads of each process.", min=1)] = 1,
 ) -> None:
     """Compare a token of generation, over real gRPC, with the unsplit model's."""

@@ -34,7 +34,7 @@ def plan(
     full: Annotated[bool, typer.Option("--full", help="Train every weight")] = False,
     dtype: Annotated[str, Text(help="Of weights: fp32, bf16, fp16")] = "",
     precision: Annotated[str, Text(help="Of compute: fp32, bf16")] = "",
-    wire: Annotated[str, Text(help="On the wire, as link.dtype: fp32, bf16, fp16")] = "",
+    wire: Annotated[str, Text(help="On the wire, as link.codec: fp32, bf16, int4")] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Predict memory, operations, bytes and seconds of a cut, before anything runs or loads.

@@ -41,7 +41,7 @@ def serve(
     tls: Annotated[str, typer.Option(help="auto (off on loopback), on or off.")] = "auto",
     certificate: Annotated[str, typer.Option(help="PEM of your own certificate.")] = "",
     key: Annotated[str, typer.Option(help="PEM of its key.")] = "",
-    dtype: Annotated[str, typer.Option(help="Of tensors on the wire: fp32, bf16, fp16.")] = "fp32",
+    codec: Annotated[str, typer.Option(help="Of tensors on the wire, as link.codec.")] = "fp32",
     trunk_dtype: Annotated[str, typer.Option(help="The trunk is computed in.")] = "fp32",
     kv_mb: Annotated[float, typer.Option(help="MiB of keys and values, in all.", min=1)] = 1024.0,
     session_kv_mb: Annotated[float, typer.Option(help="MiB of one session's.", min=1)] = 512.0,
@@ -60,12 +60,13 @@ def serve(
     from dataclasses import replace
 
     from conf.schema import LinkConfig
+    from conf.sections.link import read_codecs
     from flower_app.serving.requests import asked_to_stop, parse_cut
     from flower_app.serving.server import Serving, sources_of
     from flower_app.serving.server import serve as run
     from strategies.transport.stream.generation import Policy
 
-    link = LinkConfig(bind=bind, advertise=advertise, tls=tls, dtype=dtype)
+    link = LinkConfig(bind=bind, advertise=advertise, tls=tls, codec=read_codecs(codec))
     serving = Serving(
         sources=sources_of(sources or [], name or []),
         access=access.expanduser(),

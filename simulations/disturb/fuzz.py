@@ -25,12 +25,13 @@ import psutil
 import torch
 
 from simulations.disturb.generation import TARGET, Generations
-from simulations.disturb.inputs import DTYPES, LIMIT, Inputs
+from simulations.disturb.inputs import LIMIT, Inputs
 from simulations.disturb.sessions import OFTEN, Sessions, Wrong, check_words
 from strategies.errors import TrunkError
 from strategies.memory import peak_bytes
 from strategies.transport import trunk_pb2 as pb
-from strategies.transport.codec.tensors import decode
+from strategies.transport.codec.registry import codecs
+from strategies.transport.codec.tensors import decode_mask, shape_of
 from strategies.transport.frames import read_client_frame, read_server_frame, refuse_failure
 
 SEQUENCE = 20
@@ -197,8 +198,7 @@ class Decoder:
 
     def __init__(self, chance: random.Random) -> None:
         self._chance = chance
-        self._dtype = chance.choice(list(DTYPES.values()))
-        self._inputs = Inputs(chance, hidden=HIDDEN, dtype=self._dtype)
+        self._inputs = Inputs(chance, hidden=HIDDEN, codec=chance.choice(list(codecs())))
         self._last = b""
 
     def draw(self) -> bytes:
@@ -227,10 +227,10 @@ class Decoder:
         for read in (read_client_frame, lambda raw: refuse_failure(read_server_frame(raw))):
             try:
                 frame = read(raw)
-                body = frame.WhichOneof("body") or "nothing"
-                agreed = self._chance.choice((None, self._dtype))
-                for tensor in tensors(frame):
-                    decode(tensor, "a tensor", agreed)
+                body = frame.kind or "nothing"
+                for tensor in tensors(frame.head):
+                    mask_BT = decode_mask(masks(frame.head), shape_of(tensor, "a tensor")[:2])
+                    self._inputs.codec.decode(tensor, mask_BT, frame.payload, "a tensor")
             except TrunkError as error:
                 check_words(str(error))
                 refusals.append(error)
@@ -244,13 +244,19 @@ def tensors(frame: pb.ClientFrame | pb.ServerFrame) -> Iterator[pb.Tensor]:
     stack: list[Any] = [frame]
     while stack:
         for described, value in stack.pop().ListFields():
-            if described.message_type is None:
+            if described.message_type is None or described.message_type.GetOptions().map_entry:
                 continue
             for each in value if described.is_repeated else (value,):
                 if isinstance(each, pb.Tensor):
                     yield each
                 else:
                     stack.append(each)
+
+
+def masks(frame: pb.ClientFrame | pb.ServerFrame) -> bytes:
+    """The mask in a frame, if it may have one."""
+    body = frame.WhichOneof("body")
+    return getattr(getattr(frame, body), "mask", b"") if body else b""
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from functools import cache
 import torch
 from transformers import AutoModelForCausalLM
 
+from conf.sections.link import read_codecs
 from models import Cut, split
 from models.tiny import tiny_config
 from simulations.disturb.inputs import LIMIT, Inputs
@@ -20,8 +21,8 @@ from strategies.errors import TrunkError
 from strategies.generation.engine import GenerationEngine
 from strategies.generation.memory import Limits
 from strategies.transport import trunk_pb2 as pb
-from strategies.transport.codec.tensors import decode
-from strategies.transport.frames import read_client_frame, read_server_frame
+from strategies.transport.codec.tensors import decode_mask
+from strategies.transport.frames import Frame, read_client_frame, read_server_frame
 from strategies.transport.generating import Generating
 
 TARGET = "generation"
@@ -50,14 +51,16 @@ class Generations:
     def __init__(self, chance: random.Random) -> None:
         self._chance, self._engine = chance, _engine()
         hidden = self._engine.hidden_size
-        self._inputs = Inputs(chance, hidden=hidden, dtype=torch.float32)
+        self._inputs = Inputs(chance, hidden=hidden, codec="fp32")
         self._talks: list[Generating] = []
         self._last = b""
         self._begin()
 
     def _begin(self) -> None:
         name = f"one/{len(self._talks)}"
-        self._talk = Generating(name, self._engine, codec="fp32", limit=LIMIT, meter=SILENT)
+        self._talk = Generating(
+            name, self._engine, codec=read_codecs("fp32"), limit=LIMIT, meter=SILENT
+        )
         self._talks.append(self._talk)
         self._rows = self._length = self._number = 0
 
@@ -120,20 +123,22 @@ class Generations:
         except TrunkError:
             self._talk.end()  # as the service does
             raise
-        body = answer.WhichOneof("body") or ""
-        if body == "failure":
-            check_words(answer.failure.message)
-            return answer.failure.kind
-        if body == "generated":
-            self._judge(read_client_frame(raw).generate, answer.generated)
-        return body
+        if answer.kind == "failure":
+            check_words(answer.head.failure.message)
+            return answer.head.failure.kind
+        if answer.kind == "generated":
+            self._judge(read_client_frame(raw).head.generate, answer)
+        return answer.kind
 
-    def _judge(self, asked: pb.Generate, got: pb.Generated) -> None:
+    def _judge(self, asked: pb.Generate, answer: Frame[pb.ServerFrame]) -> None:
+        got = answer.head.generated
         if got.number != asked.number or asked.number not in (self._number, self._number + 1):
             raise Wrong(f"frame {asked.number} was answered with {got.number} after {self._number}")
         if list(got.activations.shape) != list(asked.activations.shape):
             raise Wrong(f"{asked.activations.shape} came, {got.activations.shape} went")
-        if not torch.isfinite(decode(got.activations, "it")).all():
+        mask_BT = decode_mask(asked.mask, tuple(got.activations.shape[:2]))
+        h_BTD = self._inputs.codec.decode(got.activations, mask_BT, answer.payload, "it")
+        if not torch.isfinite(h_BTD).all():
             raise Wrong("values that are not finite were sent")
         if asked.number == self._number + 1 and not asked.drop:
             self._rows = asked.activations.shape[0]

@@ -12,11 +12,18 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from google.protobuf.message import DecodeError
+import xxhash
 
 from strategies.transport import trunk_pb2 as pb
-from strategies.transport.codec.tensors import WIRE_VERSION, encode, encode_mask
-from strategies.transport.frames import _seal, client_frame, server_frame
+from strategies.transport.codec.codec import Codec
+from strategies.transport.codec.registry import find_codec
+from strategies.transport.codec.tensors import encode_mask, encode_named
+from strategies.transport.frames import (
+    WIRE_VERSION,
+    client_frame,
+    server_frame,
+)
+from strategies.transport.payload import Parcel
 
 LIMIT = 2**18
 """Largest frame that is sent, bytes; and the limit of the sessions it is sent to."""
@@ -29,20 +36,30 @@ NUMBERS = (
     *(float("nan"), float("inf"), float("-inf")),
 )
 """Also for 32-bit fields, which round what they cannot hold."""
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-"""Of the codecs that ship with Graft."""
+PATTERNS = (b"\x00\x00\xc0\x7f", b"\x00\x00\x80\x7f", b"\xff\xff\x7f\x7f", b"\x00\x7e\x00\x7c")
+"""Of numbers that are none, or the largest, in fp32 and fp16."""
 POISON = (float("nan"), float("inf"), float("-inf"), 3.4e38, -3.4e38, 1e-45, 1e20)
+
+CHECKSUM, LENGTH = 8, 4
+"""Bytes that a frame begins with."""
 
 _ANSWERS = ("opened", "activations", "gradients", "applied", "closed", "failure", "generated")
 
 
+def sealed(rest: bytes) -> bytes:
+    """A frame whose checksum fits."""
+    return xxhash.xxh3_64_intdigest(rest).to_bytes(CHECKSUM, "little") + rest
+
+
 class Inputs:
-    """Draws inputs for a trunk of hidden size D whose wire has this dtype."""
+    """Draws inputs for a trunk of hidden size D whose wire has this codec."""
 
     def __init__(
-        self, chance: random.Random, *, hidden: int, dtype: torch.dtype, ends: Sequence[str] = ()
+        self, chance: random.Random, *, hidden: int, codec: str, ends: Sequence[str] = ()
     ) -> None:
-        self._chance, self._hidden, self._dtype, self._ends = chance, hidden, dtype, ends
+        self._chance, self._hidden, self._ends = chance, hidden, ends
+        self.codec: Codec = find_codec(codec)()
+        self._parcel = Parcel()
 
     def noise(self) -> bytes:
         """Bytes without a meaning."""
@@ -53,13 +70,7 @@ class Inputs:
         """A frame that did not arrive as it was sent; sometimes its checksum fits again."""
         if self._chance.random() < 0.5:
             return self._bent(raw, other)
-        body, rest = pb.Envelope.FromString(raw).body, other
-        if other:
-            try:
-                rest = pb.Envelope.FromString(other).body
-            except DecodeError:
-                rest = other
-        return _seal(self._bent(body, rest))
+        return sealed(self._bent(raw[CHECKSUM:], other[CHECKSUM:]))
 
     def _bent(self, raw: bytes, other: bytes) -> bytes:
         chance, bent = self._chance, bytearray(raw)
@@ -81,51 +92,68 @@ class Inputs:
     def compute(self, step: int, micro: int) -> bytes:
         """A frame that an honest client could send."""
         B, T = self._chance.randint(1, 3), self._chance.randint(1, 6)
-        frame = pb.Compute(step=step, micro=micro, activations=self.honest((B, T, self._hidden)))
-        if self._chance.random() < 0.5:
-            mask = [[self._chance.random() < 0.8 for _ in range(T)] for _ in range(B)]
-            frame.mask.CopyFrom(encode_mask(torch.tensor(mask)))
-        return client_frame(compute=frame)
+        mask_BT = self._mask(B, T) if self._chance.random() < 0.5 else None
+        h1 = self.honest((B, T, self._hidden), mask_BT)
+        frame = pb.Compute(step=step, micro=micro, activations=h1, mask=encode_mask(mask_BT))
+        return client_frame(self._packed(), compute=frame)
+
+    def _mask(self, B: int, T: int) -> torch.Tensor:
+        return torch.tensor([[self._chance.random() < 0.8 for _ in range(T)] for _ in range(B)])
+
+    def _packed(self) -> Parcel:
+        """The data of the tensors that were drawn since the last frame."""
+        parcel, self._parcel = self._parcel, Parcel()
+        return parcel
 
     def backward(
-        self, step: int, micro: int, shape: Sequence[int], *, last: bool, tokens: int
+        self,
+        step: int,
+        micro: int,
+        shape: Sequence[int],
+        mask_BT: torch.Tensor | None,
+        *,
+        last: bool,
+        tokens: int,
     ) -> bytes:
         """A gradient that an honest client could send."""
-        gradient = self.honest(shape)
+        gradient = self.honest(shape, mask_BT)
         return client_frame(
+            self._packed(),
             backward=pb.Backward(
                 step=step, micro=micro, gradient=gradient, last=last, tokens=tokens
-            )
+            ),
         )
 
     def generate(self, number: int, shape: tuple[int, int], **fields: Any) -> bytes:
         """New positions (B, T) that an honest client could send, some of them padding."""
         chance, (B, T) = self._chance, shape
-        frame = pb.Generate(number=number, activations=self.honest((B, T, self._hidden)), **fields)
-        if chance.random() < 0.3:
-            mask = [[chance.random() < 0.8 for _ in range(T)] for _ in range(B)]
-            frame.mask.CopyFrom(encode_mask(torch.tensor(mask)))
+        mask_BT = self._mask(B, T) if chance.random() < 0.3 else None
+        h1, mask = self.honest((B, T, self._hidden), mask_BT), encode_mask(mask_BT)
+        frame = pb.Generate(number=number, activations=h1, mask=mask, **fields)
         if chance.random() < 0.3:
             frame.positions.extend(chance.randrange(64) for _ in range(B * T))
-        return client_frame(generate=frame)
+        return client_frame(self._packed(), generate=frame)
 
     def apply(
         self, step: int, tokens: int, shapes: dict[str, tuple[int, ...]], square: float = 0.5
     ) -> bytes:
         """The end of a step; `shapes` are those of the ends' gradients, if they travel."""
         frame = pb.Apply(step=step, client_square_norm=square, tokens=tokens, loss=1.0)
-        for name, shape in shapes.items():
-            tensor = encode(self._values(shape), torch.float32)
-            frame.gradients.append(pb.NamedTensor(name=name, tensor=tensor))
-        return client_frame(apply=frame)
+        gradients = {name: self._values(shape) for name, shape in shapes.items()}
+        frame.gradients.extend(encode_named(gradients, self._parcel))
+        return client_frame(self._packed(), apply=frame)
 
-    def honest(self, shape: Sequence[int]) -> pb.Tensor:
+    def honest(self, shape: Sequence[int], mask_BT: torch.Tensor | None = None) -> pb.Tensor:
         """A tensor as an honest side encodes it; now and then of poisonous values."""
         values = self._values(shape)
         if self._chance.random() < 0.1:
             flat = values.view(-1)
             flat[self._chance.randrange(flat.numel())] = self._chance.choice(POISON)
-        return encode(values, self._dtype)
+        if len(shape) != 3:
+            return encode_named({"it": values}, self._parcel)[0].tensor
+        if mask_BT is not None and not mask_BT.any():
+            mask_BT = None
+        return self.codec.encode(values, mask_BT, 0, 0, self._parcel)
 
     def _values(self, shape: Sequence[int]) -> torch.Tensor:
         generator = torch.Generator().manual_seed(self._chance.getrandbits(32))
@@ -171,15 +199,14 @@ class Inputs:
     def honest_answer(self) -> bytes:
         """A trunk frame as the trunk sends it."""
         tensor = self.honest((2, 3, self._hidden))
-        return self._chance.choice(
-            (
-                server_frame(opened=pb.Opened(hidden_size=self._hidden, steps=4)),
-                server_frame(activations=pb.Activations(step=1, activations=tensor)),
-                server_frame(gradients=pb.Gradients(step=1, gradient=tensor, square_norm=2.0)),
-                server_frame(applied=pb.Applied(step=1, grad_norm=1.0, lr=1e-3)),
-                server_frame(failure=pb.Failure(kind="stale", message="it came again")),
-            )
+        bodies: tuple[dict[str, Any], ...] = (
+            {"opened": pb.Opened(hidden_size=self._hidden, steps=4)},
+            {"activations": pb.Activations(step=1, activations=tensor)},
+            {"gradients": pb.Gradients(step=1, gradient=tensor, square_norm=2.0)},
+            {"applied": pb.Applied(step=1, grad_norm=1.0, lr=1e-3)},
+            {"failure": pb.Failure(kind="stale", message="it came again")},
         )
+        return server_frame(self._packed(), **self._chance.choice(bodies))
 
     def tensor(self, shape: Sequence[int] = ()) -> pb.Tensor:
         """A tensor of which something does not hold together."""
@@ -187,18 +214,27 @@ class Inputs:
         shape = shape or [chance.randint(1, 3), chance.randint(1, 6), self._hidden]
         if chance.random() < 0.25:  # it holds together, and does not fit
             return self.honest(
-                [chance.choice((1, 2, 4, 9, 17)) for _ in range(chance.randint(1, 4))]
+                [chance.choice((1, 2, 4, 9, 17)) for _ in range(chance.choice((1, 2, 3, 3, 3, 4)))]
             )
         message = self.honest(shape)
+        if chance.random() < 0.2:
+            self._poison()
         for _ in range(chance.randint(1, 2)):
             chance.choice(_WRONGS)(message, chance)
         return message
+
+    def _poison(self) -> None:
+        """Put numbers that are none into the data of the last tensor."""
+        size = len(self._parcel.parts[-1])
+        data = (self._chance.choice(PATTERNS) * size)[:size]
+        self._parcel.parts[-1] = memoryview(data)
 
     def _compute(self, frame: pb.ClientFrame, step: int, micro: int) -> None:
         frame.compute.step, frame.compute.micro = step, micro
         frame.compute.activations.CopyFrom(self.tensor())
         if self._chance.random() < 0.5:
-            frame.compute.mask.CopyFrom(self.tensor([2, 3]))
+            frame.compute.mask = self._bits()
+        frame.compute.frozen = self._chance.random() < 0.2
 
     def _backward(self, frame: pb.ClientFrame, step: int, micro: int) -> None:
         frame.backward.step, frame.backward.micro = step, micro
@@ -211,7 +247,7 @@ class Inputs:
         frame.generate.number, frame.generate.length = self._mostly(number + 1, TOKENS), length
         frame.generate.activations.CopyFrom(self.tensor())
         if chance.random() < 0.3:
-            frame.generate.mask.CopyFrom(self.tensor([2, 3]))
+            frame.generate.mask = self._bits()
         if chance.random() < 0.3:
             frame.generate.rows.extend(some() for _ in range(chance.choice((1, 2, 3, 3000))))
         if chance.random() < 0.3:
@@ -219,6 +255,10 @@ class Inputs:
         if chance.random() < 0.2:
             frame.generate.fork = chance.choice(("one/0", "two/0", self._name()))
         frame.generate.drop = chance.random() < 0.2
+
+    def _bits(self) -> bytes:
+        """A mask, perhaps of another batch."""
+        return self._chance.choice((b"\0", b"\0\0", b"\xff", b"\xfc", b"\xff" * 3, bytes(2**12)))
 
     def _again(self, frame: pb.ClientFrame, step: int, micro: int) -> None:
         frame.get_gradients.step, frame.get_gradients.micro = step, micro
@@ -254,10 +294,12 @@ class Inputs:
         return right if self._chance.random() < 0.7 else self._chance.choice(others)
 
     def _sealed(self, frame: pb.ClientFrame | pb.ServerFrame) -> bytes:
-        body = frame.SerializeToString()
+        head = frame.SerializeToString()
         if self._chance.random() < 0.1:
-            body += self._unknown()
-        return _seal(body[:LIMIT])
+            head += self._unknown()
+        payload = b"".join(self._packed().parts)
+        length = len(head) if self._chance.random() < 0.95 else self._chance.choice(COUNTS)
+        return sealed((length.to_bytes(LENGTH, "little") + head + payload)[:LIMIT])
 
     def _unknown(self) -> bytes:
         """Fields that no message has: a string, or groups inside groups."""
@@ -279,48 +321,29 @@ def _one_wrong_dimension(message: pb.Tensor, chance: random.Random) -> None:
 
 
 def _wrong_type(message: pb.Tensor, chance: random.Random) -> None:
-    message.dtype, message.codec = chance.choice((0, 1, 2, 3, 4, 99)), chance.choice((0, 1, 2, 3))  # type: ignore[assignment]
+    message.codec = chance.choice(("", "fp32", "bf16", "no such codec", "\0", "n" * 3000))
 
 
-def _wrong_name(message: pb.Tensor, chance: random.Random) -> None:
-    message.codec_name = chance.choice(("fp32", "no such codec", "\0", "n" * 3000))
-
-
-def _wrong_scale(message: pb.Tensor, chance: random.Random) -> None:
-    scale = chance.choice(NUMBERS)
-    message.scale = scale if abs(scale) < 3.4e38 or scale != scale else 3.4e38
+def _wrong_place(message: pb.Tensor, chance: random.Random) -> None:
+    message.offset = chance.choice((1, 4, 2**31, 2**63, 2**64 - 1))
 
 
 def _wrong_length(message: pb.Tensor, chance: random.Random) -> None:
-    message.data = chance.choice((b"", message.data[:-1], message.data + b"\0", message.data[:4]))
-
-
-def _poisonous(message: pb.Tensor, chance: random.Random) -> None:
-    patterns = (b"\x00\x00\xc0\x7f", b"\x00\x00\x80\x7f", b"\xff\xff\x7f\x7f", b"\x00\x7e\x00\x7c")
-    message.data = (chance.choice(patterns) * len(message.data))[: len(message.data)]
-
-
-def _wrong_version(message: pb.Tensor, chance: random.Random) -> None:
-    message.version = chance.choice(COUNTS)
+    message.size = chance.choice((0, 1, 4, max(0, message.size - 1), message.size + 1, 2**64 - 1))
 
 
 def _much_from_little(message: pb.Tensor, chance: random.Random) -> None:
-    """A mask that holds together and takes 16 times its bytes."""
-    size = chance.choice((2**10, 2**14, 2**17))
+    """A shape that takes more memory than the data."""
     del message.shape[:]
+    size = chance.choice((2**10, 2**14, 2**17))
     message.shape.extend(chance.choice(([8, size], [1, size, 8], [8 * size])))
-    message.version, message.dtype, message.codec = WIRE_VERSION, pb.BOOL, pb.BITS
-    message.data = bytes(size)
 
 
 _WRONGS: tuple[Callable[[pb.Tensor, random.Random], None], ...] = (
     _wrong_shape,
     _one_wrong_dimension,
     _wrong_type,
-    _wrong_name,
-    _wrong_scale,
+    _wrong_place,
     _wrong_length,
-    _poisonous,
-    _wrong_version,
     _much_from_little,
 )

@@ -15,17 +15,19 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from conf.schema import TrainConfig
+from conf.sections.link import read_codecs
 from models import Cut, split
 from models.tiny import tiny_config
-from simulations.disturb.inputs import DTYPES, LIMIT, NUMBERS, Inputs
+from simulations.disturb.inputs import LIMIT, NUMBERS, Inputs
 from simulations.equality.fold import fold
 from strategies.engine.checks import LARGEST
 from strategies.engine.engine import TrunkEngine
 from strategies.errors import TrunkError
 from strategies.transport import trunk_pb2 as pb
-from strategies.transport.codec.tensors import decode
+from strategies.transport.codec.registry import crossings
+from strategies.transport.codec.tensors import decode_mask
 from strategies.transport.conversation import Conversation
-from strategies.transport.frames import read_client_frame, read_server_frame
+from strategies.transport.frames import Frame, read_client_frame, read_server_frame
 
 STEPS, MICROS, GRAPHS, IN_FLIGHT = 4, 3, 2, 2**12
 """Of a session: steps, micro-batches of a step, graphs that may wait, and bytes in flight."""
@@ -45,7 +47,7 @@ class Kind:
     """One way to serve a session."""
 
     strategy: str
-    dtype: str = "fp32"
+    codec: str = "fp32"
     training: bool = True
     sync: str = "round"
     llama: bool = False
@@ -53,12 +55,12 @@ class Kind:
 
 KINDS = {
     "v1": Kind(strategy="splitfed-v1"),
-    "v1-fp16": Kind(strategy="splitfed-v1", dtype="fp16"),
+    "v1-fp16": Kind(strategy="splitfed-v1", codec="fp16"),
     "v2": Kind(strategy="splitfed-v2"),
-    "v2-bf16": Kind(strategy="splitfed-v2", dtype="bf16"),
+    "v2-bf16": Kind(strategy="splitfed-v2", codec="bf16"),
     "merged": Kind(strategy="merged"),
     "merged-step": Kind(strategy="merged", sync="step"),
-    "evaluation": Kind(strategy="splitfed-v1", dtype="fp16", training=False),
+    "evaluation": Kind(strategy="splitfed-v1", codec="fp16", training=False),
     "llama-v1": Kind(strategy="splitfed-v1", llama=True),
     "llama-merged": Kind(strategy="merged", llama=True),
 }
@@ -99,6 +101,8 @@ class Position:
 
     shapes: dict[int, tuple[int, ...]] = field(default_factory=dict)
     """Of the micro-batches whose backward is due."""
+    masks: dict[int, Tensor | None] = field(default_factory=dict)
+    """Which of their positions travel."""
     gone_back: set[int] = field(default_factory=set)
     tokens: int = 0
     ready: bool = False
@@ -128,7 +132,7 @@ class Sessions:
             optimizer=chance.choice(("adamw", "sgd")),
             prox=0.1 if self.kind.strategy == "splitfed-v1" and chance.random() < 0.3 else 0.0,
         )
-        self._dtype = DTYPES[self.kind.dtype]
+        self._codec = read_codecs(self.kind.codec)
         hidden: int = self._trunk.hidden_size  # type: ignore[assignment]
         self.engine = TrunkEngine(
             self._trunk,
@@ -143,7 +147,7 @@ class Sessions:
         if self.kind.sync == "step":
             self.engine.policy.start_ends({n: torch.zeros(s) for n, s in END_SHAPES.items()})
         self.engine.open_round(1, 1, training=self.kind.training, cohort=1)
-        self._inputs = Inputs(chance, hidden=hidden, dtype=self._dtype, ends=list(END_SHAPES))
+        self._inputs = Inputs(chance, hidden=hidden, codec=self.kind.codec, ends=list(END_SHAPES))
         self._trained: dict[str, float] = {}
         self._opened = 0
         self._last = b""
@@ -154,7 +158,7 @@ class Sessions:
         self._opened += 1
         steps = STEPS if self.kind.training else 0
         self._session = self.engine.open(key, client=key, steps=steps)
-        self._talk = Conversation(key, self._session, self.kind.dtype, lambda report: None, LIMIT)
+        self._talk = Conversation(key, self._session, self._codec, lambda report: None, LIMIT)
         self._at, self._dead = Position(), False
 
     def draw(self) -> bytes:
@@ -198,7 +202,8 @@ class Sessions:
         micro = chance.choice([*[next(iter(at.shapes))] * 3, *at.shapes])
         last = len(at.shapes) == 1 and (not fresh or chance.random() < 0.5)
         tokens = at.tokens = at.tokens or 1
-        return self._inputs.backward(step, micro, at.shapes[micro], last=last, tokens=tokens)
+        shape, mask_BT = at.shapes[micro], at.masks[micro]
+        return self._inputs.backward(step, micro, shape, mask_BT, last=last, tokens=tokens)
 
     def put(self, raw: bytes) -> str:
         """Give one input to the session and judge what comes of it.
@@ -222,27 +227,34 @@ class Sessions:
             session.close()  # as the service does
             self._dead = True
             raise
-        body = answer.WhichOneof("body") or ""
-        if body == "failure":
-            check_words(answer.failure.message)
+        if answer.kind == "failure":
+            failure = answer.head.failure
+            check_words(failure.message)
             if session.applied != before:
-                raise Wrong(f"a step was taken for a frame that failed: {answer.failure.kind}")
-            return answer.failure.kind
-        self._judge(read_client_frame(raw), answer, body, before)
-        return body
+                raise Wrong(f"a step was taken for a frame that failed: {failure.kind}")
+            return failure.kind
+        self._judge(read_client_frame(raw), answer.head, answer.kind, before)
+        return answer.kind
 
-    def _judge(self, frame: pb.ClientFrame, answer: pb.ServerFrame, body: str, before: int) -> None:
-        at, moved = self._at, self._session.applied - before
+    def _judge(
+        self, asked: Frame[pb.ClientFrame], answer: pb.ServerFrame, body: str, before: int
+    ) -> None:
+        at, moved, frame = self._at, self._session.applied - before, asked.head
         if moved and body != "applied":
             raise Wrong(f"a step was taken, and {body} answered")
         if body == "activations":
-            new = frame.compute.micro not in at.shapes
-            self._check_numbers(new, frame.compute.activations)
+            micro, tensor = frame.compute.micro, frame.compute.activations
+            mask_BT = decode_mask(frame.compute.mask, tuple(tensor.shape[:2]))
+            if micro not in at.shapes:
+                self._check_numbers(asked, tensor, mask_BT)
             if self.kind.training:
-                at.shapes[frame.compute.micro] = tuple(answer.activations.activations.shape)
-        elif body == "gradients" and frame.WhichOneof("body") == "backward":
-            self._check_numbers(frame.backward.micro in at.shapes, frame.backward.gradient)
-            at.shapes.pop(frame.backward.micro, None)
+                at.shapes[micro] = tuple(answer.activations.activations.shape)
+                at.masks[micro] = mask_BT
+        elif body == "gradients" and asked.kind == "backward":
+            micro = frame.backward.micro
+            if micro in at.shapes:
+                self._check_numbers(asked, frame.backward.gradient, at.masks[micro])
+            at.shapes.pop(micro, None)
             at.gone_back.add(frame.backward.micro)
             at.ready |= frame.backward.last
         elif body == "applied":
@@ -253,9 +265,12 @@ class Sessions:
         if body == "closed" and self.engine.in_flight.bytes:
             raise Wrong(f"{self.engine.in_flight.bytes} bytes are in flight after a good-bye")
 
-    def _check_numbers(self, new: bool, message: pb.Tensor) -> None:
-        """One that was answered before is not looked at again."""
-        largest = float(decode(message, "it").float().abs().max()) if new else 0.0
+    def _check_numbers(
+        self, asked: Frame[pb.ClientFrame], message: pb.Tensor, mask_BT: Tensor | None
+    ) -> None:
+        codec = crossings(self._codec, 0).h1
+        tensor_BTD = codec.decode(message, mask_BT, asked.payload, "it")
+        largest = float(tensor_BTD.float().abs().max())
         if not math.isfinite(largest):
             raise Wrong("values that are not finite were let in")
         if self.kind.strategy == "merged" and largest > LARGEST:

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -290,7 +291,9 @@ def random_steps(
         mask = torch.ones_like(ids)
         for row in range(sequences if padding != "none" else 0):
             mask[row, slice(tokens - row - 1, None) if padding == "right" else slice(row + 1)] = 0
-        labels = ids.masked_fill(mask == 0, IGNORED)
+        # Nothing is predicted from padding, which does not travel.
+        learned = mask * F.pad(mask, (1, 0))[:, :-1]
+        labels = ids.masked_fill(learned == 0, IGNORED)
         return Batch(input_ids=ids * mask, attention_mask=mask, labels=labels)
 
     return [

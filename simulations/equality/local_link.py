@@ -32,7 +32,14 @@ class LocalLink:
         return self._computed.popleft()
 
     def backward(
-        self, step: int, micro: int, grad_BTD: Tensor, *, last: bool, tokens: int = 0
+        self,
+        step: int,
+        micro: int,
+        grad_BTD: Tensor,
+        mask_BT: Tensor | None,
+        *,
+        last: bool,
+        tokens: int = 0,
     ) -> None:
         """See `Session.backward`."""
         done = self._session.backward(step, micro, grad_BTD, last=last, tokens=tokens)

@@ -30,6 +30,7 @@ from simulations.plan.rehearsal import (
 )
 from strategies.optim import build_optimizer, trainable
 from strategies.transport.codec.registry import crossings
+from strategies.transport.payload import Parcel, Payload
 
 HERE = "here"
 """The one side that a rehearsal counts for."""
@@ -128,8 +129,9 @@ def whole_footprint(shape: PretrainedConfig, config: Config, blocks: int = 0) ->
 
 def received(config: Config) -> torch.dtype:
     """Type in which a tensor comes out of the configured codec."""
-    codec = crossings(config.link.dtype, "plan").h1
-    return codec.decode(codec.encode(torch.ones(1, 1, 8), 0, 0), "a sample").dtype
+    codec, parcel = crossings(config.link.codec, 0).h1, Parcel()
+    sample = codec.encode(torch.ones(1, 1, 8), None, 0, 0, parcel)
+    return codec.decode(sample, None, Payload(b"".join(parcel.parts)), "a sample").dtype
 
 
 def vocabulary(shape: PretrainedConfig) -> int:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,9 +42,9 @@ class FramedLink(Framed):
             raw
         ),
     ) -> None:
-        super().__init__(config, talk.key)
+        super().__init__(config, talk.session.codec_seed)
         self._talk, self._across = talk, across
-        self._asked: list[tuple[Request, Any]] = []
+        self._asked: list[Request] = []
         self.bytes_up = self.bytes_down = 0
         self.trunk_seconds = 0.0
 
@@ -53,26 +52,25 @@ class FramedLink(Framed):
         raw = self._across(request.raw, self._talk.answer)
         self.bytes_up += len(request.raw)
         self.bytes_down += len(raw)
-        frame = refuse_failure(read_server_frame(raw))
-        self._asked.append((request, getattr(frame, request.answer)))
+        request.take(refuse_failure(read_server_frame(raw)))
+        self._asked.append(request)
 
     def computed(self) -> Tensor:
         """The trunk's output."""
-        request, reply = self._asked.pop(0)
-        self.trunk_seconds += reply.seconds
-        return self.read_activations(reply, request.shape)
+        return self.read_activations(self._answered())
 
     def gradients(self) -> tuple[Tensor, float]:
         """dL/dh1, and the squared norm of the trunk's gradient."""
-        request, reply = self._asked.pop(0)
-        self.trunk_seconds += reply.seconds
-        return self.read_gradients(reply, request.shape)
+        return self.read_gradients(self._answered())
 
     def applied(self) -> StepResult:
         """The trunk's step."""
-        _, reply = self._asked.pop(0)
-        self.trunk_seconds += reply.seconds
-        return self.read_applied(reply)
+        return self.read_applied(self._answered())
+
+    def _answered(self) -> Request:
+        request = self._asked.pop(0)
+        self.trunk_seconds += request.reply.seconds
+        return request
 
     def close(self) -> None:
         """The engine's round ends without a good-bye."""
@@ -139,7 +137,12 @@ def step_frames(config: Config, width: int) -> StepFrames:
             link.compute(attempt, micro, h_BTD, None)
             link.computed()
             link.backward(
-                attempt, micro, h_BTD, last=micro == micros - 1, tokens=rows * (tokens - 1) * micros
+                attempt,
+                micro,
+                h_BTD,
+                None,
+                last=micro == micros - 1,
+                tokens=rows * (tokens - 1) * micros,
             )
             link.gradients()
         link.apply(
@@ -170,4 +173,4 @@ def open_session(trunk: nn.Module, config: Config, width: int) -> Conversation:
     engine = TrunkEngine(trunk, hidden_size=width, train=alone(config.train), max_in_flight=2**62)
     engine.open_round(1, 1, training=True)
     session = engine.open("plan", client="plan", steps=STEPS)
-    return Conversation("plan", session, config.link.dtype, lambda report: None, 2**62)
+    return Conversation("plan", session, config.link.codec, lambda report: None, 2**62)

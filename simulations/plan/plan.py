@@ -140,7 +140,7 @@ class Planner:
             "rank": config.lora.rank,
             "dtype": config.model.dtype,
             "precision": config.train.precision,
-            "wire": config.link.dtype,
+            "wire": config.link.codec_words,
             "transport": config.link.transport,
             "optimizer": config.train.optimizer,
             "strategy": config.train.strategy,

@@ -45,7 +45,7 @@ class Shorthand:
             found += [f"tuning.{role}={mode}" for role in ("bottom", "trunk", "top")]
         found += [f"lora.rank={self.lora}"] if self.lora else []
         keys = {"model.dtype": self.dtype, "train.precision": self.precision}
-        keys["link.dtype"] = self.wire
+        keys["link.codec"] = self.wire
         return found + [f"{key}={value}" for key, value in keys.items() if value]
 
 

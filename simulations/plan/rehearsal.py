@@ -80,7 +80,14 @@ class _Wire:
         return self._answer()
 
     def backward(
-        self, step: int, micro: int, grad_BTD: Tensor, *, last: bool, tokens: int = 0
+        self,
+        step: int,
+        micro: int,
+        grad_BTD: Tensor,
+        mask_BT: Tensor | None,
+        *,
+        last: bool,
+        tokens: int = 0,
     ) -> None:
         self._phases.end("top")
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from conf.schema import TrainConfig
 from strategies.engine.checks import InFlight, check_shapes
-from strategies.engine.member import Member
+from strategies.engine.member import Member, Round
 from strategies.engine.meter import SILENT, Meter
 from strategies.optim import autocast, derive_seed
 
@@ -69,6 +69,10 @@ class Bench:
         self.max_graphs = max_graphs or self.max_micro_batches
         self.in_flight = InFlight(max_in_flight)
         self._seed, self._random = seed, threading.Lock()
+
+    def codec_seed(self, client: str, round: Round) -> int:
+        """What the codecs of a client's session in a round draw from."""
+        return derive_seed(self._seed, round.number, client, "codec")
 
     @property
     def most_tokens(self) -> int:

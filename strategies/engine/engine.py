@@ -6,9 +6,8 @@ Shapes: B sequences, T tokens, D hidden size.
 from __future__ import annotations
 
 import copy
-import math
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -237,7 +236,15 @@ class TrunkEngine:
         session.close()
         return session.tokens, session.applied
 
-    def largest_frame(self, itemsize: float) -> int:
-        """Bytes of the largest frame with activations of so many bytes an element, and its mask."""
-        elements = self.bench.max_sequences * self.bench.max_tokens
-        return math.ceil(elements * self.hidden_size * itemsize) + elements // 8 + FRAME_OVERHEAD
+    def codec_seed(self, client: str) -> int:
+        """What the codecs of a client's session in the open round draw from; its ticket says it."""
+        if self._round is None:
+            raise RuntimeError("no round is open")
+        return self.bench.codec_seed(client, self._round)
+
+    def largest_frame(self, most_bytes: Callable[[int, int], int]) -> int:
+        """Bytes of the largest frame with activations, of which so many elements in rows of a width
+        take `most_bytes(elements, width)`, and its mask."""
+        positions = self.bench.max_sequences * self.bench.max_tokens
+        data = most_bytes(positions * self.hidden_size, self.hidden_size)
+        return data + positions // 8 + FRAME_OVERHEAD

@@ -155,7 +155,8 @@ class Session:
             self.moves += 1
             return answer
 
-    def _check_backward(self, step: int, micro: int, grad_BTD: Tensor, last: bool) -> None:
+    def check_due(self, step: int, micro: int, shape: tuple[int, ...]) -> None:
+        """Refuse a gradient, before it is read, that is not of a forward which waits for it."""
         if not self.round.training:
             raise TrunkError("this session evaluates: it has no backward", kind="order")
         self.check_fresh(step, micro, back=True)
@@ -164,12 +165,14 @@ class Session:
             raise TrunkError(
                 f"step {step}, micro-batch {micro} has no forward to go back through", kind="order"
             )
-        if grad_BTD.shape != self._pending[micro]:
+        if shape != self._pending[micro]:
             raise TrunkError(
-                f"gradient has shape {tuple(grad_BTD.shape)}, its activations had "
-                f"{self._pending[micro]}",
+                f"gradient has shape {shape}, its activations had {self._pending[micro]}",
                 kind="shape",
             )
+
+    def _check_backward(self, step: int, micro: int, grad_BTD: Tensor, last: bool) -> None:
+        self.check_due(step, micro, tuple(grad_BTD.shape))
         check_finite(grad_BTD, f"the gradient of step {step}")
         if last and (others := sorted(self._pending.keys() - {micro})):
             raise TrunkError(
@@ -224,6 +227,11 @@ class Session:
             raise TrunkError(
                 f"step {step} reports {tokens} tokens; its micro-batches held {self._learnable}"
             )
+
+    @property
+    def codec_seed(self) -> int:
+        """What its codecs draw from."""
+        return self._bench.codec_seed(self.client, self.round)
 
     @property
     def closed(self) -> bool:

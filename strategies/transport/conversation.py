@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
+from torch import Tensor
 
 from strategies.engine.session import Session
 from strategies.errors import TrunkError
 from strategies.transport import trunk_pb2 as pb
 from strategies.transport.codec.registry import crossings
 from strategies.transport.codec.tensors import (
-    decode,
+    decode_mask,
     decode_named,
     encode_named,
     shape_of,
 )
-from strategies.transport.frames import failure_of
+from strategies.transport.frames import Frame, failure_of
 from strategies.transport.kept import KeptReplies
+from strategies.transport.payload import Parcel, Payload
 from strategies.transport.talk import Talk
 
 MAX_REPEATS = 64
@@ -56,8 +57,8 @@ class Conversation(Talk):
         The session's name on the server.
     session : Session
         What the frames drive.
-    codec : str
-        Of activations and gradients, as `link.dtype` names it.
+    codec : mapping
+        Names the codec of each crossing, as `link.codec` does.
     on_step : callable
         Called with a `StepReport` after each step.
     limit : int
@@ -68,19 +69,23 @@ class Conversation(Talk):
         self,
         key: str,
         session: Session,
-        codec: str,
+        codec: Mapping[str, str],
         on_step: Callable[[StepReport], None],
         limit: int,
     ) -> None:
         super().__init__(session.meter, limit, ADVICE)
         self.key, self.session = key, session
-        self._codecs, self._on_step = crossings(codec, key), on_step
+        self._codecs, self._on_step = crossings(codec, session.codec_seed), on_step
+        self._codec = codec
+        # Of the micro-batches whose backward is to come: which positions travel.
+        self._masks: dict[int, Tensor | None] = {}
         self._kept = KeptReplies(session)
         self._repeats, self._moves = 0, session.moves
 
     def opened(self) -> pb.Opened:
-        """The hidden size, and the steps that the session was opened for."""
-        return pb.Opened(hidden_size=self.session.hidden_size, steps=self.session.steps)
+        """The hidden size, the steps that the session was opened for, and the codecs."""
+        session = self.session
+        return pb.Opened(hidden_size=session.hidden_size, steps=session.steps, codecs=self._codec)
 
     def end(self) -> None:
         """Drop what is under way."""
@@ -104,59 +109,67 @@ class Conversation(Talk):
         asked = frame.get_gradients
         return failure_of(error, asked.step, asked.micro)
 
-    def _serve(self, body: str, frame: pb.ClientFrame, started: float) -> dict[str, Any]:
-        if body == "compute":
-            return {"activations": self._compute(frame.compute, started)}
-        if body == "backward":
-            return {"gradients": self._backward(frame.backward, started)}
-        if body == "apply":
-            return {"applied": self._apply(frame.apply)}
-        if body != "close":
-            raise TrunkError(f"this trunk trains: '{body}' is none of its frames", kind="order")
-        self.closed, self.left = not frame.close.early, frame.close.early
+    def _serve(
+        self, frame: Frame[pb.ClientFrame], parcel: Parcel, started: float
+    ) -> dict[str, Any]:
+        head, payload = frame
+        if frame.kind == "compute":
+            return {"activations": self._compute(head.compute, payload, parcel, started)}
+        if frame.kind == "backward":
+            return {"gradients": self._backward(head.backward, payload, parcel, started)}
+        if frame.kind == "apply":
+            return {"applied": self._apply(head.apply, payload, parcel)}
+        if frame.kind != "close":
+            raise TrunkError(
+                f"this trunk trains: '{frame.kind}' is none of its frames", kind="order"
+            )
+        self.closed, self.left = not head.close.early, head.close.early
         self.session.close()
         return {"closed": pb.Closed(steps=self.session.applied, tokens=self.session.tokens)}
 
-    def _compute(self, frame: pb.Compute, started: float) -> pb.Activations:
-        masked = frame.HasField("mask")
-        # Before memory is taken: a mask unpacks to 64 times its bytes, attention grows with T * T.
-        self.session.check_shapes(
-            shape_of(frame.activations, "activations"),
-            shape_of(frame.mask, "mask") if masked else None,
-        )
-        self.session.check_fresh(frame.step, frame.micro)
-        h_BTD = self._codecs.h1.decode(frame.activations, "activations")
-        mask_BT = decode(frame.mask, "mask") if masked else None
-        if mask_BT is not None and mask_BT.dtype != torch.bool:
-            raise TrunkError(f"the mask must be BOOL, got {mask_BT.dtype}", kind="codec")
-        mask_BT = None if mask_BT is None else mask_BT.long()
-        h_BTD = self.session.compute(frame.step, frame.micro, h_BTD, mask_BT)
+    def _compute(
+        self, frame: pb.Compute, payload: Payload, parcel: Parcel, started: float
+    ) -> pb.Activations:
+        session, step, micro = self.session, frame.step, frame.micro
+        # Before memory is taken: attention grows with T * T.
+        shape = shape_of(frame.activations, "activations")
+        session.check_shapes(shape, None)
+        session.check_fresh(step, micro)
+        mask_BT = decode_mask(frame.mask, shape[:2])
+        h_BTD = self._codecs.h1.decode(frame.activations, mask_BT, payload, "activations")
+        h_BTD = session.compute(step, micro, h_BTD, None if mask_BT is None else mask_BT.long())
+        if session.round.training:
+            self._masks[micro] = mask_BT
         return pb.Activations(
-            step=frame.step,
-            micro=frame.micro,
-            activations=self._codecs.h2.encode(h_BTD, frame.step, frame.micro),
+            step=step,
+            micro=micro,
+            activations=self._codecs.h2.encode(h_BTD, mask_BT, step, micro, parcel),
             seconds=time.perf_counter() - started,
         )
 
-    def _backward(self, frame: pb.Backward, started: float) -> pb.Gradients:
-        self.session.check_shapes(shape_of(frame.gradient, "gradient"), None)
-        self.session.check_fresh(frame.step, frame.micro, back=True)
+    def _backward(
+        self, frame: pb.Backward, payload: Payload, parcel: Parcel, started: float
+    ) -> pb.Gradients:
+        step, micro = frame.step, frame.micro
+        self.session.check_due(step, micro, shape_of(frame.gradient, "gradient"))
+        mask_BT = self._masks[micro]
         grad_BTD, square = self.session.backward(
-            frame.step,
-            frame.micro,
-            self._codecs.grad_h2.decode(frame.gradient, "gradient"),
+            step,
+            micro,
+            self._codecs.grad_h2.decode(frame.gradient, mask_BT, payload, "gradient"),
             last=frame.last,
             tokens=frame.tokens,
         )
+        del self._masks[micro]
         return pb.Gradients(
-            step=frame.step,
-            micro=frame.micro,
-            gradient=self._codecs.grad_h1.encode(grad_BTD, frame.step, frame.micro),
+            step=step,
+            micro=micro,
+            gradient=self._codecs.grad_h1.encode(grad_BTD, mask_BT, step, micro, parcel),
             square_norm=square,
             seconds=time.perf_counter() - started,
         )
 
-    def _apply(self, frame: pb.Apply) -> pb.Applied:
+    def _apply(self, frame: pb.Apply, payload: Payload, parcel: Parcel) -> pb.Applied:
         shapes = {each.name: shape_of(each.tensor, f"'{each.name}'") for each in frame.gradients}
         if len(shapes) != len(frame.gradients):
             # One that hides behind another of its name would be read unchecked.
@@ -167,9 +180,10 @@ class Conversation(Talk):
             frame.step,
             client_square_norm=frame.client_square_norm,
             tokens=frame.tokens,
-            gradients=decode_named(frame.gradients),
+            gradients=decode_named(frame.gradients, payload),
         )
         seconds = time.perf_counter() - started
+        self._masks.clear()
         if frame.tokens:  # else the step had no example of this client
             self._on_step(
                 StepReport(
@@ -199,5 +213,5 @@ class Conversation(Talk):
             grad_norm=result.grad_norm,
             lr=result.lr,
             seconds=seconds,
-            state=encode_named(result.state),
+            state=encode_named(result.state, parcel),
         )

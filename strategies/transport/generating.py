@@ -6,8 +6,7 @@ Legend: B rows, t new positions, D hidden size.
 from __future__ import annotations
 
 import time
-import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -18,9 +17,12 @@ from strategies.engine.meter import Meter
 from strategies.errors import TrunkError
 from strategies.generation.memory import Limits
 from strategies.generation.session import GONE, OVERFLOW
+from strategies.optim import derive_seed
 from strategies.transport import trunk_pb2 as pb
 from strategies.transport.codec.registry import crossings
-from strategies.transport.codec.tensors import decode, shape_of
+from strategies.transport.codec.tensors import decode_mask, shape_of
+from strategies.transport.frames import Frame, checksum_of
+from strategies.transport.payload import Parcel, Payload
 from strategies.transport.talk import Talk
 
 ADVICE = "send fewer positions at once"
@@ -70,20 +72,22 @@ class Generating(Talk):
         The session's name on the server: its client's, a slash, and what it chose.
     engine : Engine
         What the frames drive.
-    codec : str
-        How activations travel, as `link.dtype` names it.
+    codec : mapping
+        Names the codec of each crossing, as `link.codec` does.
     limit : int
         Largest frame, bytes.
     meter : Meter
         Told of the frames.
     """
 
-    def __init__(self, key: str, engine: Engine, *, codec: str, limit: int, meter: Meter) -> None:
+    def __init__(
+        self, key: str, engine: Engine, *, codec: Mapping[str, str], limit: int, meter: Meter
+    ) -> None:
         super().__init__(meter, limit, ADVICE)
         self.key, self.engine, self._codec = key, engine, codec
-        self._codecs = crossings(codec, key)
+        self._codecs = crossings(codec, seed_of(key))
         self._cache: Cached | None = None
-        self._kept: tuple[int, bytes] = (0, b"")
+        self._kept: tuple[bytes, bytes] = (b"", b"")
         self._number = 0
         self.ended = False
         self.tokens = 0
@@ -92,14 +96,14 @@ class Generating(Talk):
         """What the trunk takes, and how."""
         return pb.Opened(
             hidden_size=self.engine.hidden_size,
-            codec=self._codec,
+            codecs=self._codec,
             limit=self._limit,
             chunk=self.engine.limits.tokens,
         )
 
     def end(self) -> None:
         """Forget what is cached."""
-        self.ended, self._cache, self._kept = True, None, (0, b"")
+        self.ended, self._cache, self._kept = True, None, (b"", b"")
         self.engine.close(self.key)
 
     def retire(self) -> bool:
@@ -118,7 +122,7 @@ class Generating(Talk):
         number, (checksum, reply) = frame.generate.number, self._kept
         if self.ended:
             raise TrunkError("this session has ended", kind=GONE)
-        if number == self._number and reply and checksum == zlib.crc32(raw):
+        if number == self._number and reply and checksum == checksum_of(raw):
             return reply
         if number > self._number + 1:
             raise TrunkError(
@@ -133,24 +137,31 @@ class Generating(Talk):
 
     def _keep(self, frame: pb.ClientFrame, raw: bytes, reply: bytes) -> None:
         if frame.WhichOneof("body") == "generate":
-            self._number, self._kept = frame.generate.number, (zlib.crc32(raw), reply)
+            self._number, self._kept = frame.generate.number, (checksum_of(raw), reply)
 
-    def _serve(self, body: str, frame: pb.ClientFrame, started: float) -> dict[str, Any]:
-        if body == "generate":
-            return {"generated": self._generate(frame.generate)}
-        if body != "close":
-            raise TrunkError(f"this trunk generates: '{body}' is none of its frames", kind="order")
-        self.closed, self.left = not frame.close.early, frame.close.early
+    def _serve(
+        self, frame: Frame[pb.ClientFrame], parcel: Parcel, started: float
+    ) -> dict[str, Any]:
+        head, payload = frame
+        if frame.kind == "generate":
+            return {"generated": self._generate(head.generate, payload, parcel)}
+        if frame.kind != "close":
+            raise TrunkError(
+                f"this trunk generates: '{frame.kind}' is none of its frames", kind="order"
+            )
+        self.closed, self.left = not head.close.early, head.close.early
         self.end()
         return {"closed": pb.Closed(tokens=self.tokens)}
 
-    def _generate(self, frame: pb.Generate) -> pb.Generated:
+    def _generate(self, frame: pb.Generate, payload: Payload, parcel: Parcel) -> pb.Generated:
         cache = self._begun(frame)
         B, T = _checked(frame, cache)
+        mask_BT = decode_mask(frame.mask, (B, T))
+        h_BTD = self._codecs.h1.decode(frame.activations, mask_BT, payload, "activations")
         started = time.perf_counter()
         output_BTD = cache.forward(
-            self._codecs.h1.decode(frame.activations, "activations"),
-            mask_BT=decode(frame.mask, "mask", torch.bool) if frame.HasField("mask") else None,
+            h_BTD,
+            mask_BT=mask_BT,
             positions_BT=torch.tensor(frame.positions[:]).view(B, T) if frame.positions else None,
             rows=list(frame.rows),
             length=frame.length,
@@ -161,7 +172,7 @@ class Generating(Talk):
         self.tokens += B * T
         return pb.Generated(
             number=frame.number,
-            activations=self._codecs.h2.encode(output_BTD, frame.number, 0),
+            activations=self._codecs.h2.encode(output_BTD, mask_BT, frame.number, 0, parcel),
             seconds=max(0.0, seconds - cache.queued),
             queued=cache.queued,
             cache_bytes=cache.bytes,
@@ -182,14 +193,17 @@ def _checked(frame: pb.Generate, cache: Cached) -> tuple[int, int]:
     """B and T; `TrunkError` before memory is taken for what does not fit."""
     shape = shape_of(frame.activations, "activations")
     cache.check_shape(shape, len(frame.rows), frame.length)
-    if frame.HasField("mask") and (came := shape_of(frame.mask, "mask")) != shape[:2]:
-        raise TrunkError(f"mask has shape {came}, activations {shape}", kind="shape")
     if frame.positions and len(frame.positions) != shape[0] * shape[1]:
         raise TrunkError(
             f"{len(frame.positions)} positions came with activations of shape {shape}",
             kind="shape",
         )
     return shape[0], shape[1]
+
+
+def seed_of(session: str) -> int:
+    """What the codecs of a session of this name draw from."""
+    return derive_seed(session, "codec")
 
 
 def _client(session: str) -> str:

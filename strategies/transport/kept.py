@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import zlib
-
 from strategies.engine.session import Session
 from strategies.errors import TrunkError
 from strategies.transport import trunk_pb2 as pb
+from strategies.transport.frames import checksum_of
 
 _Place = tuple[str, int, int]
 """What was asked: the frame's body, its step and its micro-batch."""
@@ -27,7 +26,7 @@ class KeptReplies:
 
     def __init__(self, session: Session) -> None:
         self._session = session
-        self._kept: dict[_Place, tuple[int, bytes]] = {}
+        self._kept: dict[_Place, tuple[bytes, bytes]] = {}
 
     def again(self, frame: pb.ClientFrame, raw: bytes) -> bytes | None:
         """The reply to a frame that came before, byte for byte; None if it did not.
@@ -43,7 +42,7 @@ class KeptReplies:
         self._session.check_open()
         if body != "get_gradients":
             kept = self._kept.get(_place(frame))
-            return kept[1] if kept is not None and kept[0] == zlib.crc32(raw) else None
+            return kept[1] if kept is not None and kept[0] == checksum_of(raw) else None
         asked = frame.get_gradients
         if (place := ("backward", asked.step, asked.micro)) in self._kept:
             return self._kept[place][1]
@@ -67,10 +66,10 @@ class KeptReplies:
             for earlier in list(self._kept):  # evaluation goes on when it has the answer
                 self._drop(earlier)
         self._session.hold(len(reply))
-        self._kept[place] = zlib.crc32(raw), reply
+        self._kept[place] = checksum_of(raw), reply
 
     def _drop(self, place: _Place) -> None:
-        _, reply = self._kept.pop(place, (0, b""))
+        _, reply = self._kept.pop(place, (b"", b""))
         self._session.release(len(reply))
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -27,7 +27,8 @@ from strategies.transport.codec.tensors import (
     encode_named,
     shape_of,
 )
-from strategies.transport.frames import client_frame
+from strategies.transport.frames import Frame, client_frame
+from strategies.transport.payload import Parcel, Payload
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +49,14 @@ class Sender(Protocol):
     def compute(self, step: int, micro: int, h_BTD: Tensor, mask_BT: Tensor | None) -> None: ...
 
     def backward(
-        self, step: int, micro: int, grad_BTD: Tensor, *, last: bool, tokens: int = 0
+        self,
+        step: int,
+        micro: int,
+        grad_BTD: Tensor,
+        mask_BT: Tensor | None,
+        *,
+        last: bool,
+        tokens: int = 0,
     ) -> None: ...
 
     def apply(
@@ -92,20 +100,27 @@ class Request:
     """Of a session that generates, in place of step and micro-batch."""
     shape: tuple[int, ...] = ()
     """Of the tensor that was sent, which the answer's must have."""
+    mask_BT: Tensor | None = None
+    """Its positions that are no padding; the answer has the same."""
     reply: Any = None
     """The answer's body, once it has come."""
+    payload: Payload = field(default_factory=Payload)
+    """With it."""
 
-    def fits(self, frame: pb.ServerFrame) -> bool:
+    def fits(self, frame: Frame[pb.ServerFrame]) -> bool:
         """Whether a frame is the answer."""
-        kind = frame.WhichOneof("body")
-        if kind != self.answer:
+        if frame.kind != self.answer:
             return False
-        body = getattr(frame, kind)
-        if kind in ("opened", "closed"):
+        body = getattr(frame.head, frame.kind)
+        if frame.kind in ("opened", "closed"):
             return True
-        if kind == "generated":
+        if frame.kind == "generated":
             return bool(body.number == self.number)
         return body.step == self.step and getattr(body, "micro", 0) == self.micro
+
+    def take(self, frame: Frame[pb.ServerFrame]) -> None:
+        """Keep the answer."""
+        self.reply, self.payload = getattr(frame.head, frame.kind), frame.payload
 
 
 class Framed:
@@ -114,13 +129,13 @@ class Framed:
     Parameters
     ----------
     config : LinkConfig
-        Names the codec of activations and gradients.
-    session : str
-        Its name on the server.
+        Names the codecs of activations and gradients.
+    seed : int
+        Of the session's codecs.
     """
 
-    def __init__(self, config: LinkConfig, session: str) -> None:
-        self._codecs = crossings(config.dtype, session)
+    def __init__(self, config: LinkConfig, seed: int) -> None:
+        self._codecs = crossings(config.codec, seed)
 
     def send(self, request: Request) -> None:
         """Let a frame go."""
@@ -128,45 +143,59 @@ class Framed:
 
     def compute(self, step: int, micro: int, h_BTD: Tensor, mask_BT: Tensor | None) -> None:
         """Send activations (B, T, D) through the trunk; see `Session.compute`."""
-        activations = self._codecs.h1.encode(h_BTD, step, micro)
-        frame = pb.Compute(step=step, micro=micro, activations=activations)
-        if mask_BT is not None:
-            frame.mask.CopyFrom(encode_mask(mask_BT))
-        raw = client_frame(compute=frame)
-        self.send(Request(raw, "activations", step, micro, shape=tuple(h_BTD.shape)))
+        parcel, shape = Parcel(), tuple(h_BTD.shape)
+        frame = pb.Compute(
+            step=step,
+            micro=micro,
+            activations=self._codecs.h1.encode(h_BTD, mask_BT, step, micro, parcel),
+            mask=encode_mask(mask_BT),
+        )
+        raw = client_frame(parcel, compute=frame)
+        self.send(Request(raw, "activations", step, micro, shape=shape, mask_BT=mask_BT))
 
     def backward(
-        self, step: int, micro: int, grad_BTD: Tensor, *, last: bool, tokens: int = 0
+        self,
+        step: int,
+        micro: int,
+        grad_BTD: Tensor,
+        mask_BT: Tensor | None,
+        *,
+        last: bool,
+        tokens: int = 0,
     ) -> None:
         """Send dL/dh2 back through the trunk; see `Session.backward`."""
-        gradient = self._codecs.grad_h2.encode(grad_BTD, step, micro)
+        parcel, shape = Parcel(), tuple(grad_BTD.shape)
+        gradient = self._codecs.grad_h2.encode(grad_BTD, mask_BT, step, micro, parcel)
         frame = pb.Backward(step=step, micro=micro, gradient=gradient, last=last, tokens=tokens)
-        raw = client_frame(backward=frame)
-        self.send(Request(raw, "gradients", step, micro, shape=tuple(grad_BTD.shape)))
+        raw = client_frame(parcel, backward=frame)
+        self.send(Request(raw, "gradients", step, micro, shape=shape, mask_BT=mask_BT))
 
     def apply(
         self, step: int, counters: StepCounters, gradients: Mapping[str, Tensor] | None = None
     ) -> None:
         """Ask for the optimizer step; see `Session.apply`."""
-        frame = pb.Apply(step=step, **vars(counters))
-        frame.gradients.extend(encode_named(gradients or {}))
-        self.send(Request(client_frame(apply=frame), "applied", step))
+        parcel, frame = Parcel(), pb.Apply(step=step, **vars(counters))
+        frame.gradients.extend(encode_named(gradients or {}, parcel))
+        self.send(Request(client_frame(parcel, apply=frame), "applied", step))
 
-    def read_activations(self, reply: pb.Activations, shape: tuple[int, ...]) -> Tensor:
+    def read_activations(self, answered: Request) -> Tensor:
         """h2 (B, T, D), of the wire's dtype; `TrunkError` for another shape, or if not finite."""
+        reply = answered.reply
         what = f"the trunk's output of step {reply.step}"
-        return _read(self._codecs.h2, reply.activations, what, shape)
+        return _read(self._codecs.h2, reply.activations, what, answered)
 
-    def read_gradients(self, reply: pb.Gradients, shape: tuple[int, ...]) -> tuple[Tensor, float]:
+    def read_gradients(self, answered: Request) -> tuple[Tensor, float]:
         """dL/dh1, checked like h2, and the squared norm of the trunk's gradient."""
+        reply = answered.reply
         what = f"the trunk's gradient of step {reply.step}"
         if reply.square_norm < 0:
             raise TrunkError(f"{what} came with a square norm of {reply.square_norm:g}")
-        return _read(self._codecs.grad_h1, reply.gradient, what, shape), reply.square_norm
+        return _read(self._codecs.grad_h1, reply.gradient, what, answered), reply.square_norm
 
-    def read_applied(self, reply: pb.Applied) -> StepResult:
+    def read_applied(self, answered: Request) -> StepResult:
         """The trunk's step, with the ends' tensors after it under `train.sync=step`."""
-        state = decode_named(reply.state)
+        reply = answered.reply
+        state = decode_named(reply.state, answered.payload)
         for name, tensor in state.items():
             check_finite(tensor, f"'{name}' after step {reply.step}")
         if not math.isfinite(reply.grad_norm):
@@ -174,9 +203,9 @@ class Framed:
         return StepResult(step=reply.step, grad_norm=reply.grad_norm, lr=reply.lr, state=state)
 
 
-def _read(codec: Codec, message: pb.Tensor, what: str, shape: tuple[int, ...]) -> Tensor:
-    if (came := shape_of(message, what)) != shape:
-        raise TrunkError(f"{what} came with shape {came}, sent was {shape}", kind="shape")
-    tensor = codec.decode(message, what)
+def _read(codec: Codec, message: pb.Tensor, what: str, answered: Request) -> Tensor:
+    if (came := shape_of(message, what)) != answered.shape:
+        raise TrunkError(f"{what} came with shape {came}, sent was {answered.shape}", kind="shape")
+    tensor = codec.decode(message, answered.mask_BT, answered.payload, what)
     check_finite(tensor, what)
     return tensor

@@ -51,7 +51,7 @@ class Lockstep:
     address = "Flower's messages"
 
     def __init__(self, engine: TrunkEngine, link: LinkConfig) -> None:
-        self._engine, self._codec = engine, link.dtype
+        self._engine, self._codec = engine, link.codec
         self._patience = link.timeout
         self.on_step: Callable[[StepReport], None] = lambda report: None
         self._guests: dict[str, Guest] = {}
@@ -68,7 +68,7 @@ class Lockstep:
     def ticket(self, guest: Guest) -> Ticket:
         """What a client needs to take part: the session's name, with which its state goes."""
         self._guests[guest.key] = guest
-        return Ticket(session=guest.key)
+        return Ticket(session=guest.key, seed=self._engine.codec_seed(guest.client))
 
     def open(self, key: str, steps: int) -> Conversation:
         """Open a client's session, unless its round has ended."""

@@ -10,7 +10,8 @@ from typing import Any
 from strategies.engine.meter import Meter
 from strategies.errors import TrunkError
 from strategies.transport import trunk_pb2 as pb
-from strategies.transport.frames import failure_of, read_client_frame, server_frame
+from strategies.transport.frames import Frame, failure_of, read_client_frame, server_frame
+from strategies.transport.payload import Parcel
 
 PATIENCE = 0.2
 """Seconds between two looks whether a frame that waits is still wanted."""
@@ -76,9 +77,9 @@ class Talk:
         finally:
             self._serving.release()
 
-    def frame(self, **body: object) -> bytes:
-        """A frame to the client, counted."""
-        raw = server_frame(**body)
+    def greeting(self) -> bytes:
+        """The frame that a stream begins with, counted."""
+        raw = server_frame(opened=self.opened())
         self._count_sent(raw)
         return raw
 
@@ -94,8 +95,11 @@ class Talk:
         """The reply to a frame that came before, byte for byte; None if it did not."""
         raise NotImplementedError
 
-    def _serve(self, body: str, frame: pb.ClientFrame, started: float) -> dict[str, Any]:
-        """Do what a frame asks for; returns the body of the reply."""
+    def _serve(
+        self, frame: Frame[pb.ClientFrame], parcel: Parcel, started: float
+    ) -> dict[str, Any]:
+        """Do what a frame asks for; returns the body of the reply, whose tensors are put into the
+        parcel."""
         raise NotImplementedError
 
     def _keep(self, frame: pb.ClientFrame, raw: bytes, reply: bytes) -> None:
@@ -116,16 +120,16 @@ class Talk:
                 f"{self._advice}",
                 kind="too-large",
             )
-        frame = pb.ClientFrame()
+        head = pb.ClientFrame()
         try:
             frame = read_client_frame(raw)
-            self._damaged = 0
-            reply = self._again(frame, raw)
+            head, self._damaged = frame.head, 0
+            reply = self._again(head, raw)
             if reply is None:
-                body = frame.WhichOneof("body") or ""
-                with self._meter.frame(body):
-                    reply = server_frame(**self._serve(body, frame, started))
-                self._keep(frame, raw, reply)
+                with self._meter.frame(frame.kind):
+                    parcel = Parcel()
+                    reply = server_frame(parcel, **self._serve(frame, parcel, started))
+                self._keep(head, raw, reply)
             return reply
         except TrunkError as error:
             self._meter.failed(error.kind)
@@ -134,7 +138,7 @@ class Talk:
             self._damaged += error.kind == "damaged"
             if self._damaged > MAX_DAMAGED:
                 raise TrunkError(f"{MAX_DAMAGED} frames in a row: {error}", kind="order") from error
-            return server_frame(failure=self._failure(error, frame))
+            return server_frame(failure=self._failure(error, head))
 
     def _count_sent(self, raw: bytes) -> None:
         self._bytes_down += len(raw)

@@ -54,10 +54,12 @@ class Ticket:
     """256 random bits, for this session only."""
     trunk_key: bytes = b""
     """The trunk's public key."""
+    seed: int = 0
+    """What the session's codecs draw from."""
     certificate: bytes = b""
     """PEM to trust; empty means plaintext (loopback)."""
 
-    def as_record(self) -> dict[str, str | bytes]:
+    def as_record(self) -> dict[str, str | bytes | int]:
         """The fields of a `ConfigRecord`."""
         return dict(vars(self))
 

@@ -1,5 +1,4 @@
 from google.protobuf.internal import containers as _containers
-from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from collections.abc import Iterable as _Iterable, Mapping as _Mapping
@@ -7,75 +6,41 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
-class DType(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
-    __slots__ = ()
-    DTYPE_UNSPECIFIED: _ClassVar[DType]
-    FLOAT32: _ClassVar[DType]
-    FLOAT16: _ClassVar[DType]
-    BFLOAT16: _ClassVar[DType]
-    BOOL: _ClassVar[DType]
-
-class Codec(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
-    __slots__ = ()
-    CODEC_UNSPECIFIED: _ClassVar[Codec]
-    RAW: _ClassVar[Codec]
-    SCALED: _ClassVar[Codec]
-    BITS: _ClassVar[Codec]
-DTYPE_UNSPECIFIED: DType
-FLOAT32: DType
-FLOAT16: DType
-BFLOAT16: DType
-BOOL: DType
-CODEC_UNSPECIFIED: Codec
-RAW: Codec
-SCALED: Codec
-BITS: Codec
-
-class Envelope(_message.Message):
-    __slots__ = ("checksum", "body")
-    CHECKSUM_FIELD_NUMBER: _ClassVar[int]
-    BODY_FIELD_NUMBER: _ClassVar[int]
-    checksum: int
-    body: bytes
-    def __init__(self, checksum: _Optional[int] = ..., body: _Optional[bytes] = ...) -> None: ...
-
 class Tensor(_message.Message):
-    __slots__ = ("version", "dtype", "shape", "codec", "scale", "data", "codec_name")
-    VERSION_FIELD_NUMBER: _ClassVar[int]
-    DTYPE_FIELD_NUMBER: _ClassVar[int]
+    __slots__ = ("shape", "codec", "offset", "size")
     SHAPE_FIELD_NUMBER: _ClassVar[int]
     CODEC_FIELD_NUMBER: _ClassVar[int]
-    SCALE_FIELD_NUMBER: _ClassVar[int]
-    DATA_FIELD_NUMBER: _ClassVar[int]
-    CODEC_NAME_FIELD_NUMBER: _ClassVar[int]
-    version: int
-    dtype: DType
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    SIZE_FIELD_NUMBER: _ClassVar[int]
     shape: _containers.RepeatedScalarFieldContainer[int]
-    codec: Codec
-    scale: float
-    data: bytes
-    codec_name: str
-    def __init__(self, version: _Optional[int] = ..., dtype: _Optional[_Union[DType, str]] = ..., shape: _Optional[_Iterable[int]] = ..., codec: _Optional[_Union[Codec, str]] = ..., scale: _Optional[float] = ..., data: _Optional[bytes] = ..., codec_name: _Optional[str] = ...) -> None: ...
+    codec: str
+    offset: int
+    size: int
+    def __init__(self, shape: _Optional[_Iterable[int]] = ..., codec: _Optional[str] = ..., offset: _Optional[int] = ..., size: _Optional[int] = ...) -> None: ...
 
 class NamedTensor(_message.Message):
-    __slots__ = ("name", "tensor")
+    __slots__ = ("name", "tensor", "rows")
     NAME_FIELD_NUMBER: _ClassVar[int]
     TENSOR_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
     name: str
     tensor: Tensor
-    def __init__(self, name: _Optional[str] = ..., tensor: _Optional[_Union[Tensor, _Mapping]] = ...) -> None: ...
+    rows: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, name: _Optional[str] = ..., tensor: _Optional[_Union[Tensor, _Mapping]] = ..., rows: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Compute(_message.Message):
-    __slots__ = ("step", "micro", "activations", "mask")
+    __slots__ = ("step", "micro", "activations", "mask", "frozen")
     STEP_FIELD_NUMBER: _ClassVar[int]
     MICRO_FIELD_NUMBER: _ClassVar[int]
     ACTIVATIONS_FIELD_NUMBER: _ClassVar[int]
     MASK_FIELD_NUMBER: _ClassVar[int]
+    FROZEN_FIELD_NUMBER: _ClassVar[int]
     step: int
     micro: int
     activations: Tensor
-    mask: Tensor
-    def __init__(self, step: _Optional[int] = ..., micro: _Optional[int] = ..., activations: _Optional[_Union[Tensor, _Mapping]] = ..., mask: _Optional[_Union[Tensor, _Mapping]] = ...) -> None: ...
+    mask: bytes
+    frozen: bool
+    def __init__(self, step: _Optional[int] = ..., micro: _Optional[int] = ..., activations: _Optional[_Union[Tensor, _Mapping]] = ..., mask: _Optional[bytes] = ..., frozen: _Optional[bool] = ...) -> None: ...
 
 class Backward(_message.Message):
     __slots__ = ("step", "micro", "gradient", "last", "tokens")
@@ -133,11 +98,11 @@ class Generate(_message.Message):
     length: int
     rows: _containers.RepeatedScalarFieldContainer[int]
     activations: Tensor
-    mask: Tensor
+    mask: bytes
     positions: _containers.RepeatedScalarFieldContainer[int]
     fork: str
     drop: bool
-    def __init__(self, number: _Optional[int] = ..., length: _Optional[int] = ..., rows: _Optional[_Iterable[int]] = ..., activations: _Optional[_Union[Tensor, _Mapping]] = ..., mask: _Optional[_Union[Tensor, _Mapping]] = ..., positions: _Optional[_Iterable[int]] = ..., fork: _Optional[str] = ..., drop: _Optional[bool] = ...) -> None: ...
+    def __init__(self, number: _Optional[int] = ..., length: _Optional[int] = ..., rows: _Optional[_Iterable[int]] = ..., activations: _Optional[_Union[Tensor, _Mapping]] = ..., mask: _Optional[bytes] = ..., positions: _Optional[_Iterable[int]] = ..., fork: _Optional[str] = ..., drop: _Optional[bool] = ...) -> None: ...
 
 class Close(_message.Message):
     __slots__ = ("early",)
@@ -166,30 +131,39 @@ class ClientFrame(_message.Message):
     def __init__(self, version: _Optional[int] = ..., compute: _Optional[_Union[Compute, _Mapping]] = ..., backward: _Optional[_Union[Backward, _Mapping]] = ..., get_gradients: _Optional[_Union[GetGradients, _Mapping]] = ..., apply: _Optional[_Union[Apply, _Mapping]] = ..., close: _Optional[_Union[Close, _Mapping]] = ..., generate: _Optional[_Union[Generate, _Mapping]] = ..., number: _Optional[int] = ...) -> None: ...
 
 class Opened(_message.Message):
-    __slots__ = ("hidden_size", "steps", "codec", "limit", "chunk")
+    __slots__ = ("hidden_size", "steps", "codecs", "limit", "chunk")
+    class CodecsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
     HIDDEN_SIZE_FIELD_NUMBER: _ClassVar[int]
     STEPS_FIELD_NUMBER: _ClassVar[int]
-    CODEC_FIELD_NUMBER: _ClassVar[int]
+    CODECS_FIELD_NUMBER: _ClassVar[int]
     LIMIT_FIELD_NUMBER: _ClassVar[int]
     CHUNK_FIELD_NUMBER: _ClassVar[int]
     hidden_size: int
     steps: int
-    codec: str
+    codecs: _containers.ScalarMap[str, str]
     limit: int
     chunk: int
-    def __init__(self, hidden_size: _Optional[int] = ..., steps: _Optional[int] = ..., codec: _Optional[str] = ..., limit: _Optional[int] = ..., chunk: _Optional[int] = ...) -> None: ...
+    def __init__(self, hidden_size: _Optional[int] = ..., steps: _Optional[int] = ..., codecs: _Optional[_Mapping[str, str]] = ..., limit: _Optional[int] = ..., chunk: _Optional[int] = ...) -> None: ...
 
 class Activations(_message.Message):
-    __slots__ = ("step", "micro", "activations", "seconds")
+    __slots__ = ("step", "micro", "activations", "seconds", "frozen")
     STEP_FIELD_NUMBER: _ClassVar[int]
     MICRO_FIELD_NUMBER: _ClassVar[int]
     ACTIVATIONS_FIELD_NUMBER: _ClassVar[int]
     SECONDS_FIELD_NUMBER: _ClassVar[int]
+    FROZEN_FIELD_NUMBER: _ClassVar[int]
     step: int
     micro: int
     activations: Tensor
     seconds: float
-    def __init__(self, step: _Optional[int] = ..., micro: _Optional[int] = ..., activations: _Optional[_Union[Tensor, _Mapping]] = ..., seconds: _Optional[float] = ...) -> None: ...
+    frozen: bool
+    def __init__(self, step: _Optional[int] = ..., micro: _Optional[int] = ..., activations: _Optional[_Union[Tensor, _Mapping]] = ..., seconds: _Optional[float] = ..., frozen: _Optional[bool] = ...) -> None: ...
 
 class Gradients(_message.Message):
     __slots__ = ("step", "micro", "gradient", "square_norm", "seconds")

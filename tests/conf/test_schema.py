@@ -64,7 +64,7 @@ from conf.schema import (
         (LinkConfig, {"bind": ":9393"}),
         (LinkConfig, {"advertise": "trunk.example.org:0"}),
         (LinkConfig, {"tls": "maybe"}),
-        (LinkConfig, {"dtype": "int/8"}),
+        (LinkConfig, {"codec": "int/8"}),
         (AggregationConfig, {"lora": ""}),
         (LinkConfig, {"timeout": float("inf")}),
         (RuntimeConfig, {"client_threads": -1}),

@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from conf.schema import LinkConfig, TrainConfig
+from conf.sections.link import read_codecs
 from flower_app.client import streamed
 from flower_app.client.place import Place
 from flower_app.client.step import Outcome
@@ -21,8 +23,11 @@ from simulations.equality.local_link import LocalLink
 from simulations.equality.reference import fed_avg_round, train_whole
 from strategies.engine.engine import TrunkEngine
 from strategies.transport import trunk_pb2 as pb
+from strategies.transport.codec.registry import find_codec
+from strategies.transport.codec.tensors import encode_mask, encode_named
 from strategies.transport.frames import client_frame, read_server_frame, refuse_failure
 from strategies.transport.link import Link
+from strategies.transport.payload import Parcel
 from strategies.transport.stream.link import GrpcLink
 from strategies.transport.stream.service import TrunkService
 from strategies.transport.tickets import Guest, Ticket, new_key, public_half
@@ -53,7 +58,9 @@ def random_batch(seed: int, sequences: int = 3, tokens: int = 10, padding: str =
     for row in range(sequences if padding else 0):
         span = slice(tokens - row - 1, None) if padding == "right" else slice(0, row + 1)
         mask[row, span] = 0
-    labels = torch.where(mask.bool(), ids, -100)
+    # Nothing is predicted from padding, which does not travel.
+    learned = mask * torch.nn.functional.pad(mask, (1, 0))[:, :-1]
+    labels = torch.where(learned.bool(), ids, -100)
     return Batch(input_ids=torch.where(mask.bool(), ids, 0), attention_mask=mask, labels=labels)
 
 
@@ -118,6 +125,37 @@ def connect(service: TrunkService, key: str, steps: int, **link: object) -> Grpc
     return GrpcLink(admit(service, key), NODE_KEY, steps=steps, config=link_config(**link))
 
 
+def all_in(codec: str) -> dict[str, Any]:
+    """One codec for all crossings."""
+    return read_codecs(codec)
+
+
+def compute_frame(
+    h_BTD: torch.Tensor, mask_BT: torch.Tensor | None = None, *, codec: str = "fp32", **fields: Any
+) -> bytes:
+    """A `Compute` frame; other fields may spoil it."""
+    parcel = Parcel()
+    h1 = find_codec(codec)().encode(h_BTD, mask_BT, 0, 0, parcel)
+    body = {"activations": h1, "mask": encode_mask(mask_BT)} | fields
+    return client_frame(parcel, compute=pb.Compute(**body))
+
+
+def backward_frame(
+    grad_BTD: torch.Tensor, mask_BT: torch.Tensor | None = None, **fields: Any
+) -> bytes:
+    """A `Backward` frame in fp32."""
+    parcel = Parcel()
+    gradient = find_codec("fp32")().encode(grad_BTD, mask_BT, 0, 0, parcel)
+    return client_frame(parcel, backward=pb.Backward(gradient=gradient, **fields))
+
+
+def apply_frame(gradients: dict[str, torch.Tensor] | None = None, **fields: Any) -> bytes:
+    """An `Apply` frame, with gradients of the ends."""
+    parcel = Parcel()
+    named = encode_named(gradients or {}, parcel)
+    return client_frame(parcel, apply=pb.Apply(gradients=named, **fields))
+
+
 def forward(
     link: Link, step: int, micro: int, h_BTD: torch.Tensor, mask_BT: torch.Tensor | None
 ) -> torch.Tensor:
@@ -129,8 +167,8 @@ def forward(
 def back(
     link: Link, step: int, micro: int, grad_BTD: torch.Tensor, *, last: bool, tokens: int = 0
 ) -> tuple[torch.Tensor, float]:
-    """Both halves of a backward."""
-    link.backward(step, micro, grad_BTD, last=last, tokens=tokens)
+    """Both halves of a backward of a micro-batch without padding."""
+    link.backward(step, micro, grad_BTD, None, last=last, tokens=tokens)
     return link.gradients()
 
 
@@ -140,7 +178,7 @@ def get_gradients(link: GrpcLink, step: int, micro: int) -> pb.Gradients:
     link._connection.send(client_frame(get_gradients=question))
     raw = link._connection.receive(10.0)
     assert raw is not None
-    return refuse_failure(read_server_frame(raw)).gradients
+    return refuse_failure(read_server_frame(raw)).head.gradients
 
 
 def train_split(

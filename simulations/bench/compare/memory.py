@@ -94,7 +94,14 @@ class Echo:
         return self._sent.popleft()
 
     def backward(
-        self, step: int, micro: int, grad_BTD: Tensor, *, last: bool, tokens: int = 0
+        self,
+        step: int,
+        micro: int,
+        grad_BTD: Tensor,
+        mask_BT: Tensor | None,
+        *,
+        last: bool,
+        tokens: int = 0,
     ) -> None:
         self._sent.append(grad_BTD.clone())
 

@@ -17,11 +17,11 @@ from conf.schema import LinkConfig
 from simulations.plan.frames import FramedLink
 from simulations.study.codecs.settings import CROSSINGS, Mix
 from strategies.engine.session import Session
-from strategies.optim import derive_seed
 from strategies.transport import trunk_pb2 as pb
 from strategies.transport.codec.codec import Codec
-from strategies.transport.codec.registry import Crossings, find_codec
+from strategies.transport.codec.registry import Crossings, crossings
 from strategies.transport.conversation import Conversation
+from strategies.transport.payload import Parcel, Payload
 
 
 @dataclass
@@ -51,27 +51,17 @@ class Crossing:
         }
 
 
-Sent = tuple[Tensor, Tensor | None]
-"""What was encoded (B, T, D), and its mask (B, T)."""
-
-
 class Watch:
     """Watches the codecs of both sides of a session in this process."""
 
     def __init__(self) -> None:
         self.crossings = {name: Crossing() for name in CROSSINGS}
-        self.masks: dict[tuple[int, int], Tensor | None] = {}
-        """(B, T) of each step and micro-batch."""
-        self.sent: dict[str, deque[Sent]] = {name: deque() for name in CROSSINGS}
+        self.sent: dict[str, deque[Tensor]] = {name: deque() for name in CROSSINGS}
 
-    def codecs(self, mix: Mix, session: str) -> Crossings:
-        """The codecs of one side, seeded as `crossings` of the registry does it."""
-        return Crossings(
-            **{
-                crossing: Watched(self, crossing, find_codec(name)(_seed(session, crossing)))
-                for crossing, name in mix.codecs.items()
-            }
-        )
+    def codecs(self, mix: Mix, seed: int) -> Crossings:
+        """The codecs of one side of a session."""
+        own = crossings(mix.codecs, seed)
+        return Crossings(**{name: Watched(self, name, each) for name, each in vars(own).items()})
 
 
 class Watched(Codec):
@@ -92,29 +82,33 @@ class Watched(Codec):
         self._watch, self._codec = watch, codec
         self._crossing, self._sent = watch.crossings[crossing], watch.sent[crossing]
 
-    def encode(self, tensor: Tensor, step: int, micro: int) -> pb.Tensor:
+    def encode(
+        self, tensor_BTD: Tensor, mask_BT: Tensor | None, step: int, micro: int, parcel: Parcel
+    ) -> pb.Tensor:
         """See `Codec.encode`."""
         started = time.perf_counter()
-        message = self._codec.encode(tensor, step, micro)
+        message = self._codec.encode(tensor_BTD, mask_BT, step, micro, parcel)
         seconds = time.perf_counter() - started
-        own, mask_BT = self._crossing, self._watch.masks[step, micro]
-        own.elements += tokens_of(tensor, mask_BT).numel()
-        own.payload += len(message.data)
-        own.encoding.append(seconds / (4 * tensor.numel()))
-        self._sent.append((tensor.detach().clone(), mask_BT))
+        own, sent = self._crossing, tokens_of(tensor_BTD.detach(), mask_BT).clone()
+        own.elements += sent.numel()
+        own.payload += message.size
+        own.encoding.append(seconds / (4 * sent.numel()))
+        self._sent.append(sent)
         return message
 
-    def decode(self, message: pb.Tensor, what: str) -> Tensor:
+    def decode(
+        self, message: pb.Tensor, mask_BT: Tensor | None, payload: Payload, what: str
+    ) -> Tensor:
         """See `Codec.decode`."""
         started = time.perf_counter()
-        tensor = self._codec.decode(message, what)
+        tensor_BTD = self._codec.decode(message, mask_BT, payload, what)
         seconds = time.perf_counter() - started
-        own, (sent, mask_BT) = self._crossing, self._sent.popleft()
-        before, after = (tokens_of(each, mask_BT).double() for each in (sent, tensor))
+        own, before = self._crossing, self._sent.popleft().double()
+        after = tokens_of(tensor_BTD, mask_BT).double()
         own.energy += float(before.square().sum())
         own.error += float((after - before).square().sum())
-        own.decoding.append(seconds / (4 * sent.numel()))
-        return tensor
+        own.decoding.append(seconds / (4 * before.numel()))
+        return tensor_BTD
 
 
 class WatchedLink(FramedLink):
@@ -127,7 +121,7 @@ class WatchedLink(FramedLink):
     mix : Mix
         The codecs.
     key : str
-        The session's name, which seeds them.
+        The session's name.
     session : Session
         Answers.
     """
@@ -135,12 +129,7 @@ class WatchedLink(FramedLink):
     def __init__(self, config: LinkConfig, mix: Mix, key: str, session: Session) -> None:
         self.watch = Watch()
         super().__init__(config, WatchedTalk(config, mix, key, session, self.watch))
-        self._codecs = self.watch.codecs(mix, key)
-
-    def compute(self, step: int, micro: int, h_BTD: Tensor, mask_BT: Tensor | None) -> None:
-        """Send activations, and note which of them are tokens."""
-        self.watch.masks[step, micro] = mask_BT
-        super().compute(step, micro, h_BTD, mask_BT)
+        self._codecs = self.watch.codecs(mix, session.codec_seed)
 
     def summary(self) -> Mapping[str, dict[str, float | int]]:
         """What each crossing came to."""
@@ -153,8 +142,8 @@ class WatchedTalk(Conversation):
     def __init__(
         self, config: LinkConfig, mix: Mix, key: str, session: Session, watch: Watch
     ) -> None:
-        super().__init__(key, session, config.dtype, lambda report: None, 2**62)
-        self._codecs = watch.codecs(mix, key)
+        super().__init__(key, session, config.codec, lambda report: None, 2**62)
+        self._codecs = watch.codecs(mix, session.codec_seed)
 
 
 def tokens_of(tensor_BTD: Tensor, mask_BT: Tensor | None) -> Tensor:
@@ -162,7 +151,3 @@ def tokens_of(tensor_BTD: Tensor, mask_BT: Tensor | None) -> Tensor:
     if mask_BT is None:
         return tensor_BTD.reshape(-1, tensor_BTD.shape[-1])
     return tensor_BTD[mask_BT.bool()]
-
-
-def _seed(session: str, crossing: str) -> int:
-    return derive_seed(session, crossing.replace("_", "-"))

@@ -1,11 +1,14 @@
-"""The codecs that `link.dtype` may name: all that this folder holds."""
+"""The codecs that `link.codec` may name: all that this folder holds."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from conf.registry import kinds
-from conf.rules import check_known
+from conf.rules import ConfigError, check_known
+from conf.sections.link import CROSSINGS
+from strategies.errors import TrunkError
 from strategies.optim import derive_seed
 from strategies.transport.codec.codec import Codec
 
@@ -19,25 +22,63 @@ class Crossings:
     grad_h2: Codec
     grad_h1: Codec
 
+    def most_bytes(self, elements: int, width: int) -> int:
+        """Most bytes that so many elements, in rows of this width, take on any of the ways."""
+        return max(each.most_bytes(elements, width) for each in vars(self).values())
+
 
 def codecs() -> dict[str, type[Codec]]:
     """Every codec by its name."""
     return kinds(__name__.rpartition(".")[0], Codec)
 
 
-def find_codec(name: str) -> type[Codec]:
-    """The codec of a name; `ConfigError` with the nearest one if there is none."""
+def find_codec(name: str, key: str = "link.codec") -> type[Codec]:
+    """The codec of a name; `ConfigError` with the nearest one if there is none.
+
+    `key` is where the name was set.
+    """
     found = codecs()
-    check_known("link.dtype", name, found)
+    check_known(key, name, found)
     return found[name]
 
 
-def crossings(name: str, session: str) -> Crossings:
-    """Fresh codecs of one kind for a session, which it seeds by its name on the server."""
-    kind = find_codec(name)
+def crossings(names: Mapping[str, str], seed: int) -> Crossings:
+    """Fresh codecs for a session.
+
+    Parameters
+    ----------
+    names : mapping
+        Of the codec for each crossing: `link.codec`.
+    seed : int
+        Of the session, the same on both sides.
+
+    Raises
+    ------
+    ConfigError
+        If a crossing has no codec, or there is no codec of a name.
+    """
+    if set(names) != set(CROSSINGS):
+        raise ConfigError(
+            f"codecs are named for {', '.join(sorted(names)) or 'nothing'}, not for "
+            f"{', '.join(CROSSINGS)}",
+            key="link.codec",
+        )
     return Crossings(
-        h1=kind(derive_seed(session, "h1")),
-        h2=kind(derive_seed(session, "h2")),
-        grad_h2=kind(derive_seed(session, "grad-h2")),
-        grad_h1=kind(derive_seed(session, "grad-h1")),
+        **{
+            way: find_codec(name, f"link.codec.{way}")(
+                derive_seed(seed, way), gradient=way.startswith("grad")
+            )
+            for way, name in names.items()
+        }
     )
+
+
+def check_codecs(own: Mapping[str, str], others: Mapping[str, str]) -> None:
+    """Refuse a trunk whose codecs are not this client's; `TrunkError` names the first of them."""
+    for way, name in own.items():
+        if (other := others.get(way, "none")) != name:
+            raise TrunkError(
+                f"{way} travels as {name} here and as {other[:40]} there; start both sides with "
+                f"the same link.codec.{way}",
+                kind="codec",
+            )

@@ -5,12 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from strategies.deadlines import repeat
 from strategies.errors import TrunkError
 from strategies.transport import trunk_pb2 as pb
-from strategies.transport.frames import client_frame, read_server_frame
+from strategies.transport.frames import Frame, client_frame, read_server_frame
 from strategies.transport.link import Request
 from strategies.transport.stream.channel import BROKEN, FULL
 from strategies.transport.stream.connection import Connection
@@ -85,8 +84,8 @@ class Asking:
         self._asked.append(request)
         self._put(request.raw)
 
-    def answer(self, kind: str) -> tuple[Any, tuple[int, ...]]:
-        """The answer to the first request of its kind, whatever it takes, and the shape asked."""
+    def answer(self, kind: str) -> Request:
+        """The first request of its kind, answered, whatever that takes."""
         request = next((each for each in self._asked if each.answer == kind), None)
         if request is None:
             raise RuntimeError(f"nothing was asked that '{kind}' would answer")
@@ -94,7 +93,7 @@ class Asking:
             self._wait_for(request)
         self._asked.remove(request)
         self.trunk_seconds += getattr(request.reply, "seconds", 0.0)
-        return request.reply, request.shape
+        return request
 
     def _put(self, raw: bytes) -> None:
         self.bytes_up += len(raw)
@@ -126,15 +125,13 @@ class Asking:
             else:
                 self._take(frame)
 
-    def _take(self, frame: pb.ServerFrame) -> None:
+    def _take(self, frame: Frame[pb.ServerFrame]) -> None:
         """Give a frame to the request that it answers; one that came twice answers none."""
-        kind = frame.WhichOneof("body")
-        if kind == "failure":
-            return self._take_failure(frame.failure)
+        if frame.kind == "failure":
+            return self._take_failure(frame.head.failure)
         for request in self._unanswered():
             if request.fits(frame):
-                request.reply = getattr(frame, kind)
-                return None
+                return request.take(frame)
         return None
 
     def _unanswered(self) -> list[Request]:
@@ -156,7 +153,7 @@ class Asking:
         if error.kind == "damaged":
             self._repeat()
 
-    def _receive(self, timeout: float) -> pb.ServerFrame | None:
+    def _receive(self, timeout: float) -> Frame[pb.ServerFrame] | None:
         raw = self._connection.receive(timeout)
         if raw is None:
             return None

@@ -202,4 +202,4 @@ class Connection:
             extra=self._extra,
         )
         raw = self.stream.receive(seconds)
-        return None if raw is None else refuse_failure(read_server_frame(raw)).opened
+        return None if raw is None else refuse_failure(read_server_frame(raw)).head.opened

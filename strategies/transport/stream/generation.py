@@ -14,7 +14,7 @@ from strategies.engine.meter import SILENT, Meter
 from strategies.errors import TrunkError
 from strategies.generation.session import GONE
 from strategies.transport import tickets
-from strategies.transport.codec.registry import find_codec
+from strategies.transport.codec.registry import crossings
 from strategies.transport.generating import Engine, Generating
 from strategies.transport.stream.host import Host, Seat
 from strategies.transport.stream.options import FINGERPRINT_KEY, MODEL_KEY
@@ -117,7 +117,7 @@ class GenerationService(Host):
     ) -> None:
         self._offers, self._invited = dict(offers), dict(invited)
         self._policy = policy = policy or Policy()
-        find_codec(link.dtype)
+        crossings(link.codec, 0)  # a name that nobody offers is refused at once
         self._ended = _Ended()
         self._nobody = tickets.public_half(tickets.new_key())
         self.draining = False
@@ -184,7 +184,7 @@ class GenerationService(Host):
         return Generating(
             seat.guest.key,
             offer.engine,
-            codec=self._link.dtype,
+            codec=self._link.codec,
             limit=self._limit,
             meter=self._meter,
         )

@@ -158,7 +158,7 @@ class Host:
         self._meter.connected(again=seat.talk is not None)
         try:
             talk = self._open(seat, metadata)
-            yield talk.frame(opened=talk.opened())
+            yield talk.greeting()
             yield from self._converse(seat, talk, requests, context)
         except TrunkError as error:
             logger.log(self._level(error), "session %s: %s", seat.guest.key, error)

@@ -10,6 +10,7 @@ from torch import Tensor
 from conf.schema import LinkConfig
 from strategies.engine.lane import StepResult
 from strategies.transport import trunk_pb2 as pb
+from strategies.transport.codec.registry import check_codecs
 from strategies.transport.frames import client_frame
 from strategies.transport.link import Framed, Request
 from strategies.transport.stream.asking import Asking
@@ -57,7 +58,7 @@ class GrpcLink(Asking, Framed):
         connection = Connection(
             ticket, node_key, steps=steps, config=config, interceptors=interceptors
         )
-        Framed.__init__(self, config, ticket.session)
+        Framed.__init__(self, config, ticket.seed)
         Asking.__init__(
             self,
             connection,
@@ -68,24 +69,26 @@ class GrpcLink(Asking, Framed):
         )
         opened = self.open(min(FIRST_CONNECTION_SECONDS, config.timeout))
         self.hidden_size = opened.hidden_size
+        with self._ending_in_words():
+            check_codecs(config.codec, opened.codecs)
 
     def computed(self) -> Tensor:
         """Wait for the trunk's output h2, on the CPU."""
         answer = self.answer("activations")
         with self._ending_in_words():
-            return self.read_activations(*answer)
+            return self.read_activations(answer)
 
     def gradients(self) -> tuple[Tensor, float]:
         """Wait for dL/dh1, on the CPU, and the squared norm of the trunk's gradient."""
         answer = self.answer("gradients")
         with self._ending_in_words():
-            return self.read_gradients(*answer)
+            return self.read_gradients(answer)
 
     def applied(self) -> StepResult:
         """Wait for the result of the optimizer step."""
         answer = self.answer("applied")
         with self._ending_in_words():
-            return self.read_applied(answer[0])
+            return self.read_applied(answer)
 
     def _put_again(self, request: Request) -> None:
         if request.answer == "gradients":

@@ -13,7 +13,7 @@ from strategies.engine.engine import MAX_GRAPHS, TrunkEngine
 from strategies.errors import TrunkError
 from strategies.mail import LostStream, exchange, never
 from strategies.transport import tickets
-from strategies.transport.codec.registry import find_codec
+from strategies.transport.codec.registry import crossings
 from strategies.transport.conversation import Conversation, StepReport
 from strategies.transport.plane import Limits
 from strategies.transport.stream.host import Host, Seat
@@ -37,7 +37,7 @@ class TrunkService(Host):
     engine : TrunkEngine
         What the sessions drive.
     link : LinkConfig
-        Address, TLS, limits, deadlines and the type of tensors on the wire.
+        Address, TLS, limits, deadlines and the codecs of tensors on the wire.
     on_step : callable
         Called with a `StepReport` after each step, from the session's own thread.
 
@@ -54,9 +54,9 @@ class TrunkService(Host):
         on_step: Callable[[StepReport], None] = lambda report: None,
     ) -> None:
         self._engine, self.on_step = engine, on_step
-        codec, limit = find_codec(link.dtype), int(link.max_frame_mb * 2**20)
+        codecs, limit = crossings(link.codec, 0), int(link.max_frame_mb * 2**20)
         if engine.train.sync != "step":  # then frames hold activations and gradients only
-            limit = min(limit, engine.largest_frame(codec.most_bytes))
+            limit = min(limit, engine.largest_frame(codecs.most_bytes))
         super().__init__(
             link,
             limit=limit,
@@ -89,6 +89,7 @@ class TrunkService(Host):
             address=self.address,
             nonce=nonce,
             trunk_key=tickets.public_half(self._private_key),
+            seed=self._engine.codec_seed(guest.client),
             certificate=self.certificate,
         )
 
@@ -137,7 +138,7 @@ class TrunkService(Host):
         if not (steps.isdecimal() and len(steps) < 10):
             raise TrunkError(f"{STEPS_KEY} must be a whole number, got {steps[:20]!r}")
         session = self._engine.open(guest.key, client=guest.client, steps=int(steps), cut=guest.cut)
-        return Conversation(guest.key, session, self._link.dtype, self.on_step, limit=self._limit)
+        return Conversation(guest.key, session, self._link.codec, self.on_step, limit=self._limit)
 
 
 def _round_over() -> TrunkError:

@@ -6,7 +6,6 @@ Legend: B rows, T new positions, D hidden size.
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Sequence
 
 import grpc
@@ -19,11 +18,13 @@ from strategies.engine.checks import check_finite
 from strategies.errors import TrunkError
 from strategies.generation.session import OVERFLOW
 from strategies.transport import trunk_pb2 as pb
-from strategies.transport.codec.registry import crossings, find_codec
+from strategies.transport.codec.registry import crossings
 from strategies.transport.codec.tensors import encode_mask, shape_of
 from strategies.transport.frames import client_frame
+from strategies.transport.generating import seed_of
 from strategies.transport.history import Call
 from strategies.transport.link import Request
+from strategies.transport.payload import Parcel
 from strategies.transport.stream.asking import Asking
 from strategies.transport.stream.connection import Connection, Words
 from strategies.transport.tickets import Ticket
@@ -95,11 +96,10 @@ class Way(Asking):
         self.cache_bytes, self.queued = 0, 0.0
         opened = self.open(link.grace)
         try:
-            self._codec = find_codec(opened.codec)
+            self._codecs = crossings(opened.codecs, seed_of(ticket.session))
         except ConfigError as error:
             self.abort()
             raise TrunkError(f"the trunk's codec: {error}", kind="codec") from error
-        self._codecs = crossings(opened.codec, ticket.session)
         self._limit = min(self._limit, opened.limit)
         self._too_large = f"the largest that the trunk takes, {self._limit / 2**20:g} MiB"
         self._hidden, self._chunk = opened.hidden_size, max(1, opened.chunk)
@@ -129,35 +129,36 @@ class Way(Asking):
     def _width(self, call: Call) -> int:
         """Positions of each row that go in one frame."""
         rows, _, hidden = call.h_BTD.shape
-        each = rows * (math.ceil(hidden * self._codec.most_bytes) + POSITION_BYTES + 1)
+        each = rows * (self._codecs.most_bytes(hidden, hidden) + POSITION_BYTES + 1)
         return max(1, min(self._chunk, (self._limit - OVERHEAD) // each))
 
     def _asked_for(self, call: Call, fork: str) -> torch.Tensor:
         """One frame there and back."""
         self._number += 1
+        parcel, mask_BT = Parcel(), call.mask_BT
+        h1 = self._codecs.h1.encode(call.h_BTD, mask_BT, self._number, 0, parcel)
         frame = pb.Generate(
             number=self._number,
             length=call.length,
             rows=call.rows,
-            activations=self._codecs.h1.encode(call.h_BTD, self._number, 0),
+            activations=h1,
+            mask=encode_mask(mask_BT),
             fork=fork,
             drop=not call.keep,
         )
-        if call.mask_BT is not None:
-            frame.mask.CopyFrom(encode_mask(call.mask_BT))
         if call.positions_BT is not None:
             frame.positions.extend(call.positions_BT.reshape(-1).tolist())
-        raw, shape = client_frame(generate=frame), tuple(call.h_BTD.shape)
-        self.send(Request(raw, "generated", number=self._number, shape=shape))
-        reply, shape = self.answer("generated")
-        return self._read(reply, shape)
+        raw, shape = client_frame(parcel, generate=frame), tuple(call.h_BTD.shape)
+        self.send(Request(raw, "generated", number=self._number, shape=shape, mask_BT=mask_BT))
+        return self._read(self.answer("generated"))
 
-    def _read(self, reply: pb.Generated, shape: tuple[int, ...]) -> torch.Tensor:
-        what = "the trunk's output"
+    def _read(self, answered: Request) -> torch.Tensor:
+        what, reply, shape = "the trunk's output", answered.reply, answered.shape
         with self._ending_in_words():
             if (came := shape_of(reply.activations, what)) != shape:
                 raise TrunkError(f"{what} came with shape {came}, sent was {shape}", kind="shape")
-            h_BTD = self._codecs.h2.decode(reply.activations, what)
+            mask_BT, payload = answered.mask_BT, answered.payload
+            h_BTD = self._codecs.h2.decode(reply.activations, mask_BT, payload, what)
             check_finite(h_BTD, what, advice=OVERFLOW)
             self.cache_bytes, self.queued = reply.cache_bytes, reply.queued
             return h_BTD

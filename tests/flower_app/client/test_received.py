@@ -18,7 +18,7 @@ from strategies.transport.tickets import new_key, new_nonce, public_half
 
 CONFIG = replace(Config(), model=replace(Config().model, path="/m"))
 TICKET: dict[str, Any] = {
-    "session": "train-1.1-7", "address": "127.0.0.1:9", "nonce": new_nonce(),
+    "session": "train-1.1-7", "address": "127.0.0.1:9", "nonce": new_nonce(), "seed": 7,
     "trunk_key": public_half(new_key()), "certificate": b"", "model": "m", "round": 1, "rounds": 2,
     "batch-sizes": [2, 0],
 }  # fmt: skip

@@ -16,8 +16,11 @@ from models import split
 from simulations.equality.local_link import LocalLink
 from strategies.errors import TrunkError
 from strategies.transport import trunk_pb2 as pb
-from strategies.transport.codec.tensors import encode
+from strategies.transport.codec.registry import find_codec
+from strategies.transport.codec.tensors import encode_named
+from strategies.transport.frames import read_server_frame, server_frame
 from strategies.transport.link import Framed, Link, Request, StepCounters
+from strategies.transport.payload import Parcel
 from tests.strategies.helpers import (
     CUT,
     H,
@@ -113,7 +116,7 @@ class Told(Framed):
     """Keeps what is sent; what is read was made up."""
 
     def __init__(self) -> None:
-        super().__init__(link_config(), "a")
+        super().__init__(link_config(), 0)
         self.sent: list[Request] = []
         self.trunk_seconds = 0.0
 
@@ -121,8 +124,11 @@ class Told(Framed):
         self.sent.append(request)
 
 
-def answer(tensor: torch.Tensor) -> pb.Tensor:
-    return encode(tensor, torch.float32)
+def answered(link: Told, parcel: Parcel | None = None, **body: object) -> Request:
+    """The request that was sent, with this answer."""
+    request = link.sent[0]
+    request.take(read_server_frame(server_frame(parcel, **body)))  # type: ignore[arg-type]
+    return request
 
 
 @pytest.mark.parametrize(
@@ -137,24 +143,28 @@ def answer(tensor: torch.Tensor) -> pb.Tensor:
 def test_what_the_trunk_sends_is_checked_before_it_counts(came: torch.Tensor, word: str) -> None:
     link = Told()
     link.compute(3, 0, H, None)
-    shape = link.sent[0].shape
+    parcel = Parcel()
+    tensor = find_codec("fp32")().encode(came, None, 3, 0, parcel)
 
     with pytest.raises(TrunkError, match=word):
-        link.read_activations(pb.Activations(step=3, activations=answer(came)), shape)
+        body = pb.Activations(step=3, activations=tensor)
+        link.read_activations(answered(link, parcel, activations=body))
     with pytest.raises(TrunkError, match=word):
-        link.read_gradients(pb.Gradients(step=3, gradient=answer(came)), shape)
+        gradients = pb.Gradients(step=3, gradient=tensor)
+        link.read_gradients(answered(link, parcel, gradients=gradients))
 
 
 def test_a_step_is_not_believed_either() -> None:
-    link, bad = Told(), torch.tensor([float("nan")])
-    state = [pb.NamedTensor(name="lm_head", tensor=answer(bad))]
+    link, parcel = Told(), Parcel()
+    link.compute(0, 0, H, None)
+    state = encode_named({"lm_head": torch.tensor([float("nan")])}, parcel)
 
     with pytest.raises(TrunkError, match="'lm_head' after step 0 holds values that are not"):
-        link.read_applied(pb.Applied(state=state, grad_norm=1.0))
+        link.read_applied(answered(link, parcel, applied=pb.Applied(state=state, grad_norm=1.0)))
     with pytest.raises(TrunkError, match="gradient norm of step 0 is inf"):
-        link.read_applied(pb.Applied(grad_norm=float("inf")))
+        link.read_applied(answered(link, applied=pb.Applied(grad_norm=float("inf"))))
     with pytest.raises(TrunkError, match="square norm of -1"):
-        link.read_gradients(pb.Gradients(square_norm=-1.0, gradient=answer(H)), tuple(H.shape))
+        link.read_gradients(answered(link, gradients=pb.Gradients(square_norm=-1.0)))
 
 
 def test_ends_do_not_step_by_a_norm_that_is_none() -> None:

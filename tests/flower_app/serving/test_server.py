@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import ByT5Tokenizer, PreTrainedModel
 
 from conf.schema import LinkConfig
+from conf.sections.link import read_codecs
 from flower_app.serving.access import Access, read_access
 from flower_app.serving.client import Joined, connect
 from flower_app.serving.server import Server, Serving, running, serve, sources_of
@@ -211,7 +212,7 @@ def test_an_expired_client_gets_a_new_file(folder: Path, tmp_path: Path) -> None
 def test_away_from_loopback_there_is_tls_which_stays(
     folder: Path, whole: PreTrainedModel, tmp_path: Path
 ) -> None:
-    link = replace(SHORT, tls="on", dtype="bf16")
+    link = replace(SHORT, tls="on", codec=read_codecs("bf16"))
     with started(serving(folder, tmp_path, link=link)):
         with joined(tmp_path, folder) as client:
             assert greedy(client.model).shape == (1, 9 + NEW)

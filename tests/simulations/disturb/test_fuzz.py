@@ -9,6 +9,9 @@ import torch
 
 from simulations.disturb.fuzz import fuzz
 from strategies.transport import conversation
+from strategies.transport import trunk_pb2 as pb
+from strategies.transport.codec.codec import Codec
+from strategies.transport.payload import Payload
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -39,12 +42,12 @@ def test_a_hundred_thousand_inputs() -> None:
     assert fuzz(100_000, seed=1)["crashes"] == []
 
 
-def _trusting(message: object, what: str, agreed: torch.dtype | None = None) -> torch.Tensor:
+def _trusting(
+    codec: Codec, message: pb.Tensor, mask_BT: object, payload: Payload, what: str
+) -> torch.Tensor:
     """A decoder that believes what it is told."""
-    if message.codec == 3:  # type: ignore[attr-defined]
-        return torch.ones(tuple(message.shape), dtype=torch.bool)  # type: ignore[attr-defined]
-    data = bytearray(message.data)  # type: ignore[attr-defined]
-    return torch.frombuffer(data, dtype=agreed or torch.float32).reshape(tuple(message.shape))  # type: ignore[attr-defined]
+    data = bytearray(payload.of(message, what))
+    return torch.frombuffer(data, dtype=torch.float32).reshape(tuple(message.shape))
 
 
 SABOTAGE = {
@@ -61,7 +64,7 @@ SABOTAGE = {
         lambda *shapes: None,
         "Error",
     ),
-    "a decoder believes": ("strategies.transport.codec.tensors.decode", _trusting, "Error"),
+    "a decoder believes": ("strategies.transport.codec.codec.Codec.decode", _trusting, "Error"),
     "steps are not checked": (
         "strategies.engine.session.Session._check_step", lambda self, step: None, "was due"
     ),

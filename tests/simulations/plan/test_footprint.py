@@ -13,10 +13,10 @@ from simulations.plan.measured import measure_step
 SIZES = ["cut.bottom=1", "cut.top=1", "train.batch_size=4", "data.context=96"]
 CASES = {
     "llama": [],
-    "gpt2": ["train.accumulate=2", "link.dtype=bf16"],
+    "gpt2": ["train.accumulate=2", "link.codec=bf16"],
     "gemma2": ["tuning.bottom=lora", "tuning.trunk=lora", "tuning.top=lora"],
     "qwen3": ["train.precision=bf16", "train.strategy=splitfed-v2"],
-    "mixtral": ["tuning.trunk=lora", "link.dtype=fp16"],
+    "mixtral": ["tuning.trunk=lora", "link.codec=fp16"],
 }
 
 

@@ -126,7 +126,7 @@ def _check_words(plan: dict[str, Any]) -> None:
         (["demo", "--bandwidth", "100"], "100Mbit"),
         (["demo", "--lora", "4", "--full"], "exclude each other"),
         (["demmo"], "did you mean 'demo'"),
-        (["demo", "--wire", "fp31"], "link.dtype"),
+        (["demo", "--wire", "fp31"], "link.codec"),
         (["/no/such/model"], "/no/such/model"),
         (["demo", "train.strategy=merged", "train.sync=step"], "train.sync=round"),
     ],

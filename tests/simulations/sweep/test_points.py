@@ -111,7 +111,7 @@ def test_a_files_words_are_texts_as_they_stand(tmp_path: Path) -> None:
 
 
 def test_changes_replace_what_a_file_says_of_a_key(tmp_path: Path) -> None:
-    spec = read_spec("cut", ["cut.bottom=1", "link.dtype=fp32", "train.rounds=1,2"])
+    spec = read_spec("cut", ["cut.bottom=1", "link.codec=fp32", "train.rounds=1,2"])
     found = expand(spec, 2)
     assert found.keys == ["cut.top", "train.rounds"]
     assert len(found.points) == 4

@@ -109,7 +109,7 @@ def test_plots_are_drawn_for_one_key_two_and_three(tmp_path: Path) -> None:
             number // 3 % 4,
             ["fp32", "bf16"][number // 12],
         )
-        point = make_point(number + 1, train__lr=rate, cut__bottom=width, link__dtype=dtype)
+        point = make_point(number + 1, train__lr=rate, cut__bottom=width, link__codec=dtype)
         loss = 3 - 100 * rate + 0.1 * width
         point.run, point.status = str(make_run([5.0, loss + 1, loss, loss - 0.2])), FINISHED
         points.append(point)
@@ -129,8 +129,8 @@ def test_a_key_with_one_finished_value_is_no_axis(sweep: Sweep, tmp_path: Path) 
     sweep.keys = ["cut.bottom", "train.lr"]
     assert [path.name for path in draw(sweep, rows_of(sweep), tmp_path)] == ["loss.png"]
     for point in sweep.points:  # a third key takes its place
-        point.values["link.dtype"] = ["fp32", "bf16"][point.seed % 2]
-    sweep.keys.append("link.dtype")
+        point.values["link.codec"] = ["fp32", "bf16"][point.seed % 2]
+    sweep.keys.append("link.codec")
     made = draw(sweep, rows_of(sweep), tmp_path)
     assert [path.name for path in made] == ["loss.png", "heat-eval_loss.png"]
 

@@ -15,14 +15,12 @@ from simulations.equality.local_link import LocalLink
 from strategies.engine.bench import Bench
 from strategies.engine.session import Session
 from strategies.errors import TrunkError
-from strategies.transport import trunk_pb2 as pb
-from strategies.transport.codec.tensors import encode, encode_mask
-from strategies.transport.frames import client_frame
 from strategies.transport.link import Request
 from tests.strategies.helpers import (
     CUT,
     HIDDEN,
     H,
+    compute_frame,
     connect,
     engine_for,
     forward,
@@ -143,7 +141,7 @@ def test_micro_batches_are_bounded_by_accumulate() -> None:
 
 
 def test_limits_are_checked_before_anything_is_unpacked(monkeypatch: pytest.MonkeyPatch) -> None:
-    for reader in ("conversation.decode", "codec.raw.Raw.decode"):
+    for reader in ("conversation.decode_mask", "codec.codec.Codec.decode"):
         monkeypatch.setattr(
             f"strategies.transport.{reader}", lambda *args: pytest.fail("memory was taken")
         )
@@ -151,15 +149,13 @@ def test_limits_are_checked_before_anything_is_unpacked(monkeypatch: pytest.Monk
     cases = {
         "at most train.batch_size=4 sequences of data.context=16": torch.zeros(2, 17, HIDDEN),
         "at most train.batch_size=4": torch.zeros(5, 5, HIDDEN),
-        "mask has shape": H,
     }
     with served(engine) as service:
         for number, (word, tensor) in enumerate(cases.items()):
             link = connect(service, f"s{number}", 1)
-            frame = pb.Compute(activations=encode(tensor, torch.float32))
-            frame.mask.CopyFrom(encode_mask(torch.ones(1, 2**16)))
+            raw = compute_frame(tensor, mask=bytes(2**13))
             with pytest.raises(TrunkError, match=word):
-                link.send(Request(client_frame(compute=frame), "activations"))
+                link.send(Request(raw, "activations"))
                 link.computed()
 
 

@@ -16,7 +16,7 @@ from simulations.disturb.sessions import OneLayer
 from strategies.engine.engine import TrunkEngine
 from strategies.errors import LONGEST_MESSAGE, TrunkError
 from strategies.transport import trunk_pb2 as pb
-from strategies.transport.codec.tensors import encode
+from strategies.transport.codec.tensors import encode_named
 from strategies.transport.conversation import Conversation
 from strategies.transport.frames import (
     client_frame,
@@ -25,6 +25,8 @@ from strategies.transport.frames import (
     refuse_failure,
     server_frame,
 )
+from strategies.transport.payload import Parcel
+from tests.strategies.helpers import all_in, apply_frame
 
 HIDDEN = 8
 WHOLE = client_frame(apply=pb.Apply(step=3, client_square_norm=0.5, tokens=7, loss=1.5))
@@ -122,10 +124,9 @@ def test_a_merged_step_without_an_example_takes_no_impossible_norm(square: float
 def test_a_refusal_quotes_little_of_what_was_sent() -> None:
     engine = open_merged("step")
     session = engine.open("a", client="a", steps=1)
-    talk = Conversation("a", session, "fp32", lambda report: None, 2**20)
-    named = pb.NamedTensor(name="n" * 10**5, tensor=encode(torch.ones(3, 2), torch.float32))
+    talk = Conversation("a", session, all_in("fp32"), lambda report: None, 2**20)
     with pytest.raises(TrunkError) as caught:
-        talk.answer(client_frame(apply=pb.Apply(gradients=[named])))
+        talk.answer(apply_frame({"n" * 10**5: torch.ones(3, 2)}))
     assert len(str(caught.value)) < LONGEST_MESSAGE + 50
 
 
@@ -142,14 +143,12 @@ def test_a_failure_is_told_in_words_whatever_it_says(message: str) -> None:
 def test_no_tensor_hides_behind_another_of_its_name() -> None:
     """The shape of the last was checked, and every one was unpacked."""
     session = open_merged("step").open("a", client="a", steps=1)
-    talk = Conversation("a", session, "fp32", lambda report: None, 2**20)
-    hidden = pb.Tensor(version=3, dtype=pb.BOOL, codec=pb.BITS, shape=[2**20], data=bytes(2**17))
-    named = [
-        pb.NamedTensor(name="top.w", tensor=hidden),
-        pb.NamedTensor(name="top.w", tensor=encode(torch.ones(3, 2), torch.float32)),
-    ]
+    talk = Conversation("a", session, all_in("fp32"), lambda report: None, 2**20)
+    parcel = Parcel()
+    named = [*encode_named({"top.w": torch.ones(2**14)}, parcel)]
+    named += encode_named({"top.w": torch.ones(3, 2)}, parcel)
     with pytest.raises(TrunkError, match="twice"):
-        talk.answer(client_frame(apply=pb.Apply(gradients=named)))
+        talk.answer(client_frame(parcel, apply=pb.Apply(gradients=named)))
 
 
 @pytest.mark.parametrize("value", [1.0, 1e12])

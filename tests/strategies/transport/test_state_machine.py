@@ -32,9 +32,9 @@ from strategies.engine.engine import TrunkEngine
 from strategies.engine.session import Session
 from strategies.errors import PASSING, TrunkError
 from strategies.transport import trunk_pb2 as pb
-from strategies.transport.codec.tensors import encode, encode_mask
 from strategies.transport.conversation import Conversation
 from strategies.transport.frames import client_frame, read_server_frame
+from tests.strategies.helpers import all_in, apply_frame, backward_frame, compute_frame
 
 HIDDEN, STEPS, MICROS, GRAPHS, LIMIT = 4, 3, 3, 2, 2**16
 POLICIES = ("splitfed-v1", "splitfed-v2", "merged")
@@ -58,6 +58,7 @@ class Forward:
     tokens: int
     sent: bytes
     answer: bytes
+    mask_BT: torch.Tensor | None = None
     gone_back: bytes = b""
     gradients: bytes = b""
 
@@ -89,7 +90,7 @@ class SessionMachine(RuleBasedStateMachine):
         )
         self.engine.open_round(1, 1, training=True, cohort=1)
         self.session: Session = self.engine.open("a", client="a", steps=STEPS)
-        self.talk = Conversation("a", self.session, "fp32", lambda report: None, LIMIT)
+        self.talk = Conversation("a", self.session, all_in("fp32"), lambda report: None, LIMIT)
         self.forwards: dict[int, Forward] = {}
         self.applied, self.ready, self.declared, self.over = 0, False, 0, False
         self.ended, self.result = b"", b""
@@ -99,12 +100,12 @@ class SessionMachine(RuleBasedStateMachine):
     def read_weights(self) -> list[torch.Tensor]:
         return [p.detach().clone() for p in self.session._lane.parameters]
 
-    def send(self, **body: object) -> pb.ServerFrame | None:
+    def send(self, raw: bytes) -> pb.ServerFrame | None:
         """The answer, a failure after which the session goes on, or None: it is over."""
-        self.raw, self.reply = client_frame(**body), b""
+        self.raw, self.reply = raw, b""
         try:
             self.reply = self.talk.answer(self.raw)
-            answer = read_server_frame(self.reply)
+            answer = read_server_frame(self.reply).head
         except TrunkError as refused:
             self.end()
             check_words(str(refused))
@@ -182,10 +183,8 @@ class SessionMachine(RuleBasedStateMachine):
         h_BTD[0, 0, 0] = value
         mask_BT = torch.ones(shape, dtype=torch.long)
         mask_BT[0, 1:] = 0
-        frame = pb.Compute(step=step, micro=micro, activations=encode(h_BTD, torch.float32))
-        if masked:
-            frame.mask.CopyFrom(encode_mask(mask_BT))
-        answer = self.send(compute=frame)
+        mask = mask_BT if masked else None
+        answer = self.send(compute_frame(h_BTD, mask, step=step, micro=micro))
         known = self.forwards.get(micro)
         if known and step == self.applied and self.raw == known.sent and not known.gradients:
             assert self.reply == known.answer
@@ -204,7 +203,7 @@ class SessionMachine(RuleBasedStateMachine):
             assert answer is not None
             assert answer.activations.activations.shape == [*shape, HIDDEN]
             tokens = int(mask_BT.sum()) if masked else mask_BT.numel()
-            self.forwards[micro] = Forward(shape, tokens, self.raw, self.reply)
+            self.forwards[micro] = Forward(shape, tokens, self.raw, self.reply, mask)
 
     @precondition(lambda self: self.at_war())
     @rule(step=steps, micro=micros, value=usually_fine, last=st.booleans(), tokens=small)
@@ -223,10 +222,10 @@ class SessionMachine(RuleBasedStateMachine):
         self.sent.append((self.send_backward, (step, micro, shape, value, last, tokens)))
         known, waiting = self.forwards.get(micro), self.waiting()
         grad_BTD = torch.full((*shape, HIDDEN), 0.5)
-        grad_BTD[-1, -1, -1] = value
-        gradient = encode(grad_BTD, torch.float32)
-        frame = pb.Backward(step=step, micro=micro, gradient=gradient, last=last, tokens=tokens)
-        answer = self.send(backward=frame)
+        grad_BTD[0, 0, 0] = value
+        mask = known.mask_BT if known and known.shape == shape else None
+        place = {"step": step, "micro": micro, "last": last, "tokens": tokens}
+        answer = self.send(backward_frame(grad_BTD, mask, **place))
         if step < self.applied:
             assert answer is not None
             assert answer.failure.kind == "stale"
@@ -252,7 +251,7 @@ class SessionMachine(RuleBasedStateMachine):
     @precondition(lambda self: not self.over)
     @rule(step=steps, micro=micros)
     def get_gradients(self, step: int, micro: int) -> None:
-        answer = self.send(get_gradients=pb.GetGradients(step=step, micro=micro))
+        answer = self.send(client_frame(get_gradients=pb.GetGradients(step=step, micro=micro)))
         known = self.forwards.get(micro)
         assert answer is not None
         if step == self.applied and known and known.gradients:
@@ -273,8 +272,8 @@ class SessionMachine(RuleBasedStateMachine):
 
     def send_apply(self, step: int, square: float, tokens: int) -> None:
         self.sent.append((self.send_apply, (step, square, tokens)))
-        frame = pb.Apply(step=step, client_square_norm=square, tokens=tokens)
-        answer = self.send(apply=frame)
+        place = {"step": step, "client_square_norm": square, "tokens": tokens}
+        answer = self.send(apply_frame(**place))
         most = sum(each.tokens for each in self.forwards.values())
         empty = self.merged and not tokens and not self.forwards
         fine = math.isfinite(square) and square >= 0
@@ -309,7 +308,7 @@ class SessionMachine(RuleBasedStateMachine):
     @rule(raw=st.binary(max_size=64))
     def noise(self, raw: bytes) -> None:
         try:
-            answer = read_server_frame(self.talk.answer(raw))
+            answer = read_server_frame(self.talk.answer(raw)).head
             assert answer.failure.kind == "damaged"
         except TrunkError:
             self.end()
@@ -317,7 +316,7 @@ class SessionMachine(RuleBasedStateMachine):
     @precondition(lambda self: not self.over and self.applied)
     @rule(early=st.booleans())
     def close(self, early: bool) -> None:
-        answer = self.send(close=pb.Close(early=early))
+        answer = self.send(client_frame(close=pb.Close(early=early)))
         assert answer is not None
         assert answer.closed.steps == self.applied
         self.over = True
@@ -327,7 +326,7 @@ class SessionMachine(RuleBasedStateMachine):
     def after_the_end(self, step: int) -> None:
         with pytest.raises(TrunkError):
             self.talk.answer(client_frame(apply=pb.Apply(step=step, tokens=1)))
-        assert read_server_frame(self.talk.answer(client_frame(close=pb.Close()))).closed
+        assert read_server_frame(self.talk.answer(client_frame(close=pb.Close()))).kind == "closed"
 
     @invariant()
     def steps_are_counted_once(self) -> None:

@@ -30,6 +30,9 @@ class Zeros(Codec):
 
     name = "zeros"
 
+    def sizes(self, rows, width):
+        return 1, 1
+
     def pack(self, tensor, generator):
         return b"0"
 
@@ -108,9 +111,8 @@ def test_training_lowers_the_loss_that_gaps_are_shares_of(result: dict[str, Any]
 def test_each_crossing_has_its_own_codec(result: dict[str, Any]) -> None:
     crossings = result["tiny"]["codecs"][MIXED]["crossings"]
 
-    assert {name: each["bits"] for name, each in crossings.items()} == {
-        "h1": 16.0, "h2": 32.0, "grad_h2": 16.0, "grad_h1": 32.0,
-    }  # fmt: skip
+    bits = {name: round(each["bits"], 1) for name, each in crossings.items()}
+    assert bits == {"h1": 16.0, "h2": 32.0, "grad_h2": 16.0, "grad_h1": 32.0}
     assert 1e-4 < crossings["h1"]["error"] < 2**-8
     assert crossings["h2"]["error"] == crossings["grad_h1"]["error"] == 0.0
     assert 1e-5 < crossings["grad_h2"]["error"] < 2**-11

@@ -8,27 +8,40 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from strategies.errors import TrunkError
-from strategies.transport import trunk_pb2 as pb
+from strategies.transport.codec.codec import Codec
+from strategies.transport.codec.registry import find_codec
 from strategies.transport.codec.tensors import (
-    WIRE_VERSION,
-    decode,
-    encode,
+    decode_mask,
+    decode_named,
     encode_mask,
+    encode_named,
 )
+from strategies.transport.payload import Parcel, Payload
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 3, 5), (4, 7)])
+def there_and_back(
+    codec: str | Codec, tensor_BTD: torch.Tensor, mask_BT: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Through a parcel, as a frame carries it, after another tensor of the same frame."""
+    name = find_codec(codec)() if isinstance(codec, str) else codec
+    parcel = Parcel()
+    parcel.put((1,), "other", b"123")
+    message = name.encode(tensor_BTD, mask_BT, 0, 0, parcel)
+    return name.decode(message, mask_BT, Payload(b"".join(parcel.parts)), "t")
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 3, 5), (4, 7, 2)])
 def test_fp32_travels_bit_for_bit(shape: tuple[int, ...]) -> None:
     tensor = torch.randn(shape)
     tensor[0, 0] = float("inf")
 
-    assert torch.equal(decode(encode(tensor, torch.float32), "t"), tensor)
+    assert torch.equal(there_and_back("fp32", tensor), tensor)
 
 
 def test_bf16_is_rounded_once() -> None:
     tensor = torch.randn(2, 3, 8)
 
-    back = decode(encode(tensor, torch.bfloat16), "t")
+    back = there_and_back("bf16", tensor)
 
     assert back.dtype == torch.bfloat16
     assert torch.equal(back, tensor.bfloat16())
@@ -37,52 +50,77 @@ def test_bf16_is_rounded_once() -> None:
 @given(exponent=st.integers(-60, 60))
 def test_fp16_keeps_its_precision_at_any_magnitude(exponent: int) -> None:
     """Gradients of 1e-8 underflow in plain fp16: all would arrive as zero."""
-    tensor = torch.linspace(0.5, 1.0, 32) * 2.0**exponent
+    tensor = torch.linspace(0.5, 1.0, 32).view(1, 4, 8) * 2.0**exponent
 
-    back = decode(encode(tensor, torch.float16), "t")
-
-    assert torch.all((back - tensor).abs() <= tensor * 2.0**-11)
+    assert torch.all((there_and_back("fp16", tensor) - tensor).abs() <= tensor * 2.0**-11)
 
 
 @pytest.mark.parametrize("value", [0.0, 3e38])
 def test_fp16_takes_zeros_and_very_large_numbers(value: float) -> None:
     tensor = torch.full((2, 2, 2), value)
 
-    assert torch.allclose(decode(encode(tensor, torch.float16), "t"), tensor, rtol=1e-3)
+    assert torch.allclose(there_and_back("fp16", tensor), tensor, rtol=1e-3)
 
 
 @given(st.integers(1, 5), st.integers(1, 19))
-def test_a_mask_is_a_bit_an_element(rows: int, columns: int) -> None:
+def test_a_mask_is_a_bit_a_position(rows: int, columns: int) -> None:
     mask = torch.rand(rows, columns) > 0.5
+    mask[0, 0] = True
 
-    message = encode_mask(mask.long())
+    data = encode_mask(mask.long())
 
-    assert len(message.data) == (rows * columns + 7) // 8
-    assert torch.equal(decode(message, "mask"), mask)
+    assert len(data) == (rows * columns + 7) // 8
+    assert torch.equal(decode_mask(data, (rows, columns)), mask)
+    assert encode_mask(None) == b""
+    assert decode_mask(b"", (rows, columns)) is None
+
+
+@pytest.mark.parametrize("codec", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_does_not_travel_and_comes_back_as_zero(codec: str, side: str) -> None:
+    """Whatever it held: the rows of tokens come back in their places."""
+    mask = torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 1, 0]])
+    mask = mask.flip(1) if side == "left" else mask
+    tensor = torch.randn(3, 4, 5)
+    parcel = Parcel()
+    message = find_codec(codec)().encode(tensor, mask, 0, 0, parcel)
+
+    back = there_and_back(codec, tensor.masked_fill(mask[..., None] == 0, float("nan")), mask)
+
+    least, most = find_codec(codec)().sizes(8, 5)
+    assert least <= message.size <= most < find_codec(codec)().sizes(12, 5)[0]
+    assert list(message.shape) == [3, 4, 5]
+    assert torch.allclose(back.float(), tensor * mask[..., None], rtol=1e-2)
+    assert torch.equal(back[mask == 0], torch.zeros(4, 5, dtype=back.dtype))
 
 
 def test_a_non_contiguous_tensor_keeps_its_order() -> None:
     tensor = torch.arange(24.0).reshape(2, 3, 4).transpose(1, 2)
 
-    assert torch.equal(decode(encode(tensor, torch.float32), "t"), tensor)
+    assert torch.equal(there_and_back("fp32", tensor), tensor)
 
 
 @pytest.mark.parametrize(
     ("change", "word"),
     [
-        ({"version": 9}, f"version 9 came, version {WIRE_VERSION}"),
-        ({"dtype": 0}, "dtype 0"),
-        ({"dtype": 99}, "dtype 99"),
-        ({"codec": pb.BITS}, "codec 3"),
-        ({"shape": [2, 3, 5]}, r"takes 120 bytes, 96 came"),
+        ({"codec": ""}, "codec '' is not known here; known are bf16"),
+        ({"codec": "n" * 10**5}, "codec 'nnn"),
+        ({"codec": "bf16"}, "bf16 came, fp32 was agreed; start both sides with the same link"),
+        ({"shape": [2, 3, 5]}, r"6 positions of 5 in codec fp32 take 120 to 120 bytes, 96 came"),
         ({"shape": [0, 3, 4]}, "shape"),
         ({"shape": []}, "0 dimensions"),
+        ({"shape": [6, 4]}, r"\(6, 4\) is not \(B, T, D\)"),
         ({"shape": [1] * 10**6}, "1000000 dimensions"),
-        ({"shape": [2**31, 2**31, 2**31]}, "takes 39614081257132168796771975168 bytes"),
+        ({"shape": [2**31, 2**31, 2**31]}, "take 39614081257132168796771975168 to"),
+        ({"size": 95}, "96 to 96 bytes, 95 came"),
+        ({"size": 97}, "its data ends at byte 97 of a payload of 96"),
+        ({"offset": 1}, "its data ends at byte 97 of a payload of 96"),
+        ({"offset": 2**64 - 1}, "of a payload of 96"),
     ],
 )
 def test_what_does_not_hold_together_is_refused_in_words(change: dict, word: str) -> None:
-    message = encode(torch.zeros(2, 3, 4), torch.float32)
+    codec, parcel = find_codec("fp32")(), Parcel()
+    message = codec.encode(torch.zeros(2, 3, 4), None, 0, 0, parcel)
     for name, value in change.items():
         message.ClearField(name)
         if isinstance(value, list):
@@ -90,14 +128,39 @@ def test_what_does_not_hold_together_is_refused_in_words(change: dict, word: str
         else:
             setattr(message, name, value)
 
-    with pytest.raises(TrunkError, match=word):
-        decode(message, "activations")
+    with pytest.raises(TrunkError, match=word) as refused:
+        codec.decode(message, None, Payload(b"".join(parcel.parts)), "activations")
+    assert len(str(refused.value)) < 300
 
 
 @pytest.mark.parametrize("scale", [0.0, -1.0, float("nan"), float("inf")])
 def test_a_wrong_scale_is_refused(scale: float) -> None:
-    message = encode(torch.ones(2, 2), torch.float16)
-    message.scale = scale
+    codec, parcel = find_codec("fp16")(), Parcel()
+    message = codec.encode(torch.ones(1, 2, 2), None, 0, 0, parcel)
+    data = torch.tensor([scale]).numpy().tobytes() + bytes(parcel.parts[0])[4:]
 
     with pytest.raises(TrunkError, match="scale"):
-        decode(message, "gradient")
+        codec.decode(message, None, Payload(data), "activations")
+
+
+@pytest.mark.parametrize(
+    ("data", "word"),
+    [(b"\xff", r"shape \(3, 4\) takes 2 bytes, 1 came"), (bytes(2), "all positions are padding")],
+)
+def test_a_wrong_mask_is_refused(data: bytes, word: str) -> None:
+    with pytest.raises(TrunkError, match=word):
+        decode_mask(data, (3, 4))
+
+
+def test_named_tensors_travel_bit_for_bit() -> None:
+    tensors = {"top.w": torch.randn(3, 2), "top.b": torch.randn(4)}
+    parcel = Parcel()
+
+    named = encode_named(tensors, parcel)
+    back = decode_named(named, Payload(b"".join(parcel.parts)))
+
+    assert back.keys() == tensors.keys()
+    assert all(torch.equal(back[name], tensors[name]) for name in tensors)
+    named[0].tensor.codec = "bf16"
+    with pytest.raises(TrunkError, match=r"'top.w' came as 'bf16', not as fp32"):
+        decode_named(named, Payload(b"".join(parcel.parts)))

@@ -15,8 +15,9 @@ from google.protobuf.message import Message
 from strategies.errors import TrunkError
 from strategies.transport import tickets
 from strategies.transport import trunk_pb2 as pb
-from strategies.transport.codec.tensors import encode, encode_mask
+from strategies.transport.codec.registry import find_codec
 from strategies.transport.frames import client_frame, read_client_frame, read_server_frame
+from strategies.transport.payload import Parcel
 from strategies.transport.stream.generation import Invited, Policy
 from strategies.transport.stream.options import (
     CONNECTION_KEY,
@@ -27,6 +28,7 @@ from strategies.transport.stream.options import (
     TOKEN_KEY,
 )
 from strategies.transport.tickets import new_key, new_nonce, public_half
+from tests.strategies.helpers import compute_frame
 from tests.strategies.transport.stream.generation_helpers import (
     CLIENT_KEY,
     NONCE,
@@ -90,12 +92,12 @@ def test_frames_hold_numbers_masks_and_activations_and_no_ids() -> None:
     fields = set()
     for raw in watch.sent:
         frame = read_client_frame(raw)
-        body = getattr(frame, str(frame.WhichOneof("body")))
+        body = getattr(frame.head, frame.kind)
         for field, value in body.ListFields():
             tensor = isinstance(value, Message)
             fields.add((field.name, tuple(value.shape) if tensor else None))
     assert fields == {
-        ("number", None), ("length", None), ("rows", None), ("early", None), ("mask", (2, 3)),
+        ("number", None), ("length", None), ("rows", None), ("early", None), ("mask", None),
         ("activations", (2, 3, D)), ("activations", (2, 1, D)),
     }  # fmt: skip
 
@@ -109,7 +111,7 @@ def test_a_frame_that_comes_again_is_answered_alike_and_done_once() -> None:
             h = numbers(step, 1, 1)
             want = near.forward(h, length=step)
             assert torch.equal(far.forward(h, length=step).h_BTD, want)
-        frames = [read_client_frame(raw).generate.number for raw in watch.sent]
+        frames = [read_client_frame(raw).head.generate.number for raw in watch.sent]
     assert engine.forwards == 3
     assert frames == [1, 1, 1, 2, 3]
 
@@ -250,12 +252,14 @@ def raw_call(
     }
     with grpc.insecure_channel(service.address) as channel:  # type: ignore[attr-defined]
         call = channel.stream_stream(METHOD)(iter(frames), metadata=tuple(metadata.items()))
-        return [read_server_frame(raw) for raw in call]
+        return [read_server_frame(raw).head for raw in call]
 
 
-def generate(**fields: object) -> bytes:
-    fields = {"number": 1, "activations": encode(numbers(0), torch.float32), **fields}
-    return client_frame(generate=pb.Generate(**fields))  # type: ignore[arg-type]
+def generate(h_BTD: torch.Tensor | None = None, codec: str = "fp32", **fields: object) -> bytes:
+    parcel = Parcel()
+    h1 = find_codec(codec)().encode(numbers(0) if h_BTD is None else h_BTD, None, 0, 0, parcel)
+    fields = {"number": 1, "activations": h1, **fields}
+    return client_frame(parcel, generate=pb.Generate(**fields))  # type: ignore[arg-type]
 
 
 def test_only_a_clients_own_key_opens_its_sessions_and_each_name_once() -> None:
@@ -320,23 +324,20 @@ def test_a_wrong_model_is_refused_in_words(model: dict[str, str], words: str) ->
         opened(service, **model).forward(numbers(0))
 
 
-H = encode(numbers(0), torch.float32)
-
-
 @pytest.mark.parametrize(
     ("frame", "words"),
     [
         (b"\xff" * 9, "did not arrive as it was sent"),
-        (client_frame(compute=pb.Compute(activations=H)), "this trunk generates: 'compute'"),
+        (compute_frame(numbers(0)), "this trunk generates: 'compute'"),
         (client_frame(apply=pb.Apply()), "this trunk generates: 'apply'"),
         (generate(number=0), "came again"),
         (generate(number=9), "not the beginning"),
         (generate(length=1), "not there"),
-        (generate(activations=encode(torch.ones(2, 3, 9), torch.float32)), "bad shape"),
-        (generate(activations=encode(torch.ones(2, 3, D), torch.float16)), "was agreed"),
+        (generate(torch.ones(2, 3, 9)), "bad shape"),
+        (generate(torch.ones(2, 3, D), "fp16"), "was agreed"),
         (generate(activations=pb.Tensor()), "0 dimensions"),
-        (generate(mask=encode_mask(torch.ones(2, 2))), r"mask has shape \(2, 2\)"),
-        (generate(mask=encode(torch.ones(2, 3), torch.float32)), "was agreed"),
+        (generate(mask=b"\xff\xff"), r"mask: shape \(2, 3\) takes 1 bytes, 2 came"),
+        (generate(mask=b"\0"), "all positions are padding"),
         (generate(positions=[1, 2]), "2 positions came"),
     ],
 )

@@ -23,9 +23,9 @@ from simulations.equality.local_link import LocalLink
 from strategies.errors import TrunkError
 from strategies.transport import tickets
 from strategies.transport import trunk_pb2 as pb
-from strategies.transport.codec.tensors import WIRE_VERSION, encode
 from strategies.transport.frames import (
-    _seal,
+    WIRE_VERSION,
+    _sealed,
     client_frame,
     read_client_frame,
     read_server_frame,
@@ -49,7 +49,10 @@ from tests.strategies.helpers import (
     NODE_KEY,
     H,
     admit,
+    apply_frame,
     back,
+    backward_frame,
+    compute_frame,
     connect,
     engine_for,
     forward,
@@ -65,8 +68,12 @@ from tests.strategies.helpers import (
     twin,
 )
 
-FP32 = torch.float32
 ONE = StepCounters(client_square_norm=0.0, tokens=1)
+
+
+def sealed(head: pb.ClientFrame) -> bytes:
+    """A frame of a head alone."""
+    return _sealed(head.SerializeToString(), None)
 
 
 def raw_call(
@@ -82,11 +89,11 @@ def raw_call(
     )
     with grpc.insecure_channel(service.address) as channel:
         call = channel.stream_stream(METHOD)(iter(frames), metadata=metadata, timeout=10)
-        return [read_server_frame(raw) for raw in call]
+        return [read_server_frame(raw).head for raw in call]
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
-def test_training_over_the_wire_equals_training_in_process(dtype: str) -> None:
+@pytest.mark.parametrize("codec", ["fp32", "bf16", "fp16"])
+def test_training_over_the_wire_equals_training_in_process(codec: str) -> None:
     """fp32 to the bit; half types within their rounding (row 11)."""
     train = TrainConfig(optimizer="sgd", lr=0.3, clip=1.0, accumulate=2)
     steps = random_steps(3, seed=5, accumulate=2)
@@ -95,9 +102,9 @@ def test_training_over_the_wire_equals_training_in_process(dtype: str) -> None:
         parts = split(model, CUT)
         engine = engine_for(parts.trunk, train)
         engine.open_round(1, 1, training=True)
-        with served(engine, dtype=dtype) as service:
+        with served(engine, codec=codec) as service:
             link: Any = (
-                connect(service, "a", 3, dtype=dtype)
+                connect(service, "a", 3, codec=codec)
                 if over_wire
                 else LocalLink(engine.open("a", client="a", steps=3))
             )
@@ -106,8 +113,8 @@ def test_training_over_the_wire_equals_training_in_process(dtype: str) -> None:
         fold(engine, {"a": 1.0})
 
     difference = largest_difference(near, far)
-    assert difference <= {"fp32": 0.0, "bf16": 2e-2, "fp16": 2e-3}[dtype]
-    assert dtype == "fp32" or difference > 0
+    assert difference <= {"fp32": 0.0, "bf16": 2e-2, "fp16": 2e-3}[codec]
+    assert codec == "fp32" or difference > 0
 
 
 def test_bf16_compute_stays_near_fp32() -> None:
@@ -209,32 +216,28 @@ def test_a_session_cannot_reach_anothers_gradients() -> None:
     ("frame", "word"),
     [
         (b"\xff\xff\xff\xff", "did not arrive as it was sent"),
-        (_seal(b"\xff\xff\xff\xff"), "is not a Graft frame"),
-        (_seal(pb.ClientFrame(version=7, close=pb.Close()).SerializeToString()), "version 7 came"),
-        (_seal(pb.ClientFrame(version=WIRE_VERSION).SerializeToString()), "without a body"),
+        (_sealed(b"\xff\xff\xff\xff", None), "is not a Graft frame"),
+        (sealed(pb.ClientFrame(version=7, close=pb.Close())), "version 7 came"),
+        (sealed(pb.ClientFrame(version=WIRE_VERSION)), "without a body"),
         (client_frame(compute=pb.Compute()), "activations: 0 dimensions"),
         (
-            client_frame(compute=pb.Compute(activations=encode(torch.ones(2, 3, 9), FP32))),
+            compute_frame(torch.ones(2, 3, 9)),
             r"\(2, 3, 9\); the trunk takes \(B, T, 32\)",
         ),
         (
-            client_frame(compute=pb.Compute(activations=encode(H, torch.bfloat16))),
-            "came in torch.bfloat16, torch.float32 was agreed",
+            compute_frame(H, codec="bf16"),
+            "bf16 came, fp32 was agreed",
         ),
         (
-            client_frame(backward=pb.Backward(gradient=encode(torch.ones(2, 3, 9), FP32))),
-            r"\(2, 3, 9\); the trunk takes",
+            backward_frame(torch.ones(2, 3, 9)),
+            "no forward to go back through",
         ),
         (
-            client_frame(
-                apply=pb.Apply(
-                    gradients=[pb.NamedTensor(name="x", tensor=encode(torch.ones(9), FP32))]
-                )
-            ),
+            apply_frame({"x": torch.ones(9)}),
             "without train.sync=step they stay with their client",
         ),
         (
-            client_frame(compute=pb.Compute(activations=encode(H * float("nan"), FP32))),
+            compute_frame(H * float("nan")),
             "not finite",
         ),
     ],
@@ -475,11 +478,12 @@ def test_no_frame_carries_ids_or_labels(monkeypatch: pytest.MonkeyPatch) -> None
 
     counters = {"version", "step", "micro", "last", "tokens", "loss", "client_square_norm"}
     counters |= {"seconds_bottom", "seconds_network", "seconds_top"}
-    tensor = {"version", "dtype", "shape", "codec", "scale", "data"}
+    counters |= {"mask", "frozen", "number"}
+    tensor = {"shape", "codec", "offset", "size"}
     for raw in wire.sent:
-        for name in leaves(read_client_frame(raw)):
+        for name in leaves(read_client_frame(raw).head):
             *_, parent, leaf = ("", *name.split("."))
-            known = tensor if parent in ("activations", "gradient", "mask") else counters
+            known = tensor if parent in ("activations", "gradient") else counters
             assert leaf in known, name
 
 
