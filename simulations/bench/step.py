@@ -141,7 +141,8 @@ class SplitStep:
         self._batches = batches
         self.loss = 0.0
 
-    def __call__(self, index: int) -> None:
+    def __call__(self, index: int, last: bool = True) -> None:
+        """Take a step; unless it is the last in a row, the next may begin before it has ended."""
         self.loss, _ = self.trainer.step(index, self._batches)
 
 

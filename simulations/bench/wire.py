@@ -31,6 +31,8 @@ SIZES = {"blocks": 8, "hidden": 256, "vocabulary": 1024, "batch": 8, "tokens": 1
 CUT = Cut(bottom=1, top=1)
 PHASES = ("bottom", "top", "trunk", "network")
 
+ROW = 4
+"""Steps of one kind in a row."""
 PATIENCE = 3600.0
 """Seconds a session may be silent while others are timed."""
 
@@ -107,7 +109,7 @@ def link_config(point: Point) -> LinkConfig:
 
 def bench_wire(
     points: Sequence[Point],
-    steps: int = 5,
+    turns: int = 3,
     say: Callable[[str], None] = lambda line: None,
     sizes: dict[str, int] = SIZES,
 ) -> dict[str, Any]:
@@ -121,8 +123,9 @@ def bench_wire(
     ----------
     points : sequence of Point
         What is measured.
-    steps : int
-        Timed steps of each point, after one that warms up.
+    turns : int
+        Of which the median is told: `ROW` steps of each point and the unsplit model, after one that
+        warms up.
     say : callable
         Takes a line of progress.
     sizes : dict
@@ -141,7 +144,7 @@ def bench_wire(
         rows = []
         for network, group in itertools.groupby(sorted(points, key=_order), network_words):
             say(network)
-            rows += _over_one_network(list(group), steps, sizes, say)
+            rows += _over_one_network(list(group), turns, sizes, say)
     finally:
         torch.set_num_threads(before)
     return {
@@ -149,7 +152,8 @@ def bench_wire(
         **sizes,
         "cut": str(CUT),
         "threads": 1,
-        "steps": steps,
+        "turns": turns,
+        "steps": turns * ROW,
         "rows": rows,
     }
 
@@ -166,9 +170,9 @@ def network_words(point: Point) -> str:
 
 
 def _over_one_network(
-    points: list[Point], steps: int, sizes: dict[str, int], say: Callable[[str], None]
+    points: list[Point], turns: int, sizes: dict[str, int], say: Callable[[str], None]
 ) -> list[dict[str, Any]]:
-    total = steps + 1
+    total = 1 + turns * ROW
     batches = [make_batch(sizes, seed) for seed in range(max(point.micros for point in points))]
     with _trunk_process(points, sizes) as (found, node_key), ExitStack() as stack:
         far = _Far(stack, points[0].network)
@@ -192,15 +196,18 @@ def _over_one_network(
             for micros in sorted({point.micros for point in points})
         }
         unsplit: dict[int, list[float]] = {micros: [] for micros in wholes}
-        for index in range(total):
+        for turn, numbers in enumerate(
+            [range(1), *(range(t, t + ROW) for t in range(1, total, ROW))]
+        ):
             for micros, whole in wholes.items():
                 started = time.perf_counter()
-                whole(index)
-                unsplit[micros].append(time.perf_counter() - started)
+                for number in numbers:
+                    whole(number)
+                unsplit[micros].append((time.perf_counter() - started) / len(numbers))
                 for point, client in clients.items():
                     if point.micros == micros:
-                        client(index)
-            say(f"  step {index} of {steps}")
+                        client(numbers)
+            say(f"  turn {turn} of {turns}")
         for client in clients.values():
             client.step.link.close()
     return [
@@ -210,18 +217,20 @@ def _over_one_network(
 
 
 class _Timed:
-    """Split steps, with what each of them took."""
+    """Split steps, a few in a row, with what one of them took: in a row, as the next one may begin
+    before one has ended."""
 
     def __init__(self, step: SplitStep) -> None:
         self.step = step
         self.taken: list[dict[str, float]] = []
 
-    def __call__(self, index: int) -> None:
+    def __call__(self, numbers: range) -> None:
         before, started = self._counts(), time.perf_counter()
-        self.step(index)
-        seconds = time.perf_counter() - started
-        spent = {name: value - before[name] for name, value in self._counts().items()}
-        self.taken.append({"split": seconds, **spent})
+        for number in numbers:
+            self.step(number, last=number == numbers[-1])
+        after = {**self._counts(), "split": time.perf_counter() - started}
+        spent = {name: after[name] - before.get(name, 0) for name in after}
+        self.taken.append({name: value / len(numbers) for name, value in spent.items()})
 
     def _counts(self) -> dict[str, float]:
         link = self.step.link

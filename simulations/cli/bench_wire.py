@@ -24,7 +24,7 @@ def bench_wire(
     micro: Annotated[str, typer.Option(help="Micro-batches of a step: 1,4,8.")] = "",
     codec: Annotated[str, typer.Option(help="Codecs: fp32,bf16.")] = "",
     window: Annotated[str, typer.Option(help="Micro-batches under way: 1,4.")] = "",
-    steps: Annotated[int, typer.Option(help="Timed steps of each kind.", min=1)] = 5,
+    turns: Annotated[int, typer.Option(help="Timed turns, of four steps each.", min=1)] = 3,
     out: Annotated[str, typer.Option(help="Leave JSON and plots in this folder.")] = "",
 ) -> None:
     """Compare a split step over slow networks with the unsplit step: seconds, and where they go.
@@ -44,7 +44,7 @@ def bench_wire(
         codecs=_list(codec, str),
         windows=_list(window, int),
     )
-    result = wire.bench_wire(points, steps, progress)
+    result = wire.bench_wire(points, turns, progress)
     if out:
         folder = Path(out)
         folder.mkdir(parents=True, exist_ok=True)

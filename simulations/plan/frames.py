@@ -83,6 +83,8 @@ class StepFrames:
     up: int
     down: int
     """Bytes of frames."""
+    crossings: tuple[int, int, int, int]
+    """Bytes of a micro-batch's frames with h1, h2, dL/dh2 and dL/dh1."""
     largest: int
     """Bytes of the largest one."""
     round_trips: int
@@ -159,6 +161,7 @@ def step_frames(config: Config, width: int) -> StepFrames:
     return StepFrames(
         up=link.bytes_up - before[0],
         down=link.bytes_down - before[1],
+        crossings=(sizes[0], sizes[1], sizes[2], sizes[3]),
         largest=max(sizes),
         round_trips=2 * micros + 1,
         seconds=min(own),

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from models.cut import Cut
 from simulations.plan.frames import StepFrames
+from simulations.plan.schedule import Legs, step_time
 from simulations.plan.speed import Pieces
 
 
@@ -38,25 +39,11 @@ class StepSeconds:
     """Tensors to frames and back, on both sides."""
     waiting: float
     """For the trunk while it serves other clients."""
+    together: float
+    """That passes while something else above does, which `link.window` allows."""
     alone: float
     """All of it, if no other client trains."""
     total: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Legs:
-    """Seconds of one micro-batch in each part, and of the optimizer steps."""
-
-    rising: float
-    across: float
-    back: float
-    trunk: float
-    client_step: float
-    trunk_step: float
-
-    @property
-    def client(self) -> float:
-        return self.rising + self.across + self.back
 
 
 def step_seconds(
@@ -69,12 +56,14 @@ def step_seconds(
     clients: int,
     strategy: str,
     micros: int,
+    window: int = 1,
 ) -> StepSeconds:
-    """Add up a step.
+    """Put a step together.
 
     A step is, for each micro-batch: bottom, h1 up, trunk, h2 down, top, dL/dh2 up, trunk, dL/dh1
     down, bottom. Then a last round trip asks for the trunk's optimizer step, while the client takes
-    its own.
+    its own. With a window several micro-batches are under way at once, and the last round trip goes
+    with the first of the next step; `schedule` follows it piece by piece.
 
     Parameters
     ----------
@@ -91,40 +80,53 @@ def step_seconds(
     micros : int
         Micro-batches of a step.
     """
-    legs = _legs(cut, client, server)
+    legs = _legs(cut, client, server, frames, network, micros)
+    computing = micros * (legs.rising + legs.across + legs.back) + legs.client_step
+    working = micros * (legs.forward + legs.backward)
     wire = network.transfer(frames.up) + network.transfer(frames.down)
-    trips = (frames.round_trips - 1) * network.latency
-    ending = max(legs.client_step, network.latency + legs.trunk_step)
-    working = micros * legs.trunk
-    alone = micros * legs.client + working + wire + frames.seconds + trips + ending
-    first = legs.rising + network.transfer(frames.up) / (2 * micros) + network.latency / 2
+    latency = frames.round_trips * network.latency
+    alone = step_time(legs, micros, window)
+    first = legs.rising + legs.h1 + network.latency / 2
     total = {
         "splitfed-v2": max(alone, clients * (alone - first)),
         "merged": alone + (clients - 1) * working,
     }.get(strategy, max(alone, clients * (working + legs.trunk_step)))
+    pieces = computing + working + legs.trunk_step + wire + latency + frames.seconds
     return StepSeconds(
-        client=micros * legs.client + legs.client_step,
+        client=computing,
         server=working + legs.trunk_step,
         wire=wire,
-        latency=trips + network.latency,
+        latency=latency,
         framing=frames.seconds,
         waiting=total - alone,
+        together=max(0.0, pieces - alone),
         alone=alone,
         total=total,
     )
 
 
-def _legs(cut: Cut, client: Pieces, server: Pieces) -> _Legs:
-    ranges, ends = cut.ranges(len(client.blocks)), client.ends
+def _legs(
+    cut: Cut, client: Pieces, server: Pieces, frames: StepFrames, network: Network, micros: int
+) -> Legs:
+    ranges, ends, call = cut.ranges(len(client.blocks)), client.ends, server.call
     bottom, top = ([client.blocks[i] for i in ranges[role]] for role in ("bottom", "top"))
     trunk = [server.blocks[i] for i in ranges["trunk"]]
-    return _Legs(
+    h1, h2, grad_h2, grad_h1 = (network.transfer(count) for count in frames.crossings)
+    return Legs(
         rising=ends.forward + sum(each.forward for each in bottom),
         across=ends.top + sum(each.both for each in top),
         back=ends.backward + sum(each.backward for each in bottom),
-        trunk=server.call.both + sum(each.both for each in trunk),
+        forward=call.forward + sum(each.forward for each in trunk),
+        backward=call.backward + sum(each.backward for each in trunk),
         client_step=ends.step + sum(each.step for each in (*bottom, *top)),
-        trunk_step=server.call.step + sum(each.step for each in trunk),
+        trunk_step=call.step + sum(each.step for each in trunk),
+        h1=h1,
+        h2=h2,
+        grad_h2=grad_h2,
+        grad_h1=grad_h1,
+        # Each of four crossings is packed once and unpacked once.
+        frame=frames.seconds / (8 * micros),
+        latency=network.latency / 2,
     )
 
 

@@ -135,6 +135,7 @@ def _step(plan: dict[str, Any]) -> Table:
         ),
         ("round trips", seconds["latency"], str(wire["round_trips"])),
         ("packing", seconds["framing"], "tensors to frames and back, measured here"),
+        ("together", seconds["together"], "less, as much happens at the same time"),
         ("waiting", seconds["waiting"], "while the trunk serves other clients"),
         ("a step", seconds["total"], ""),
         (

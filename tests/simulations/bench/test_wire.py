@@ -24,7 +24,7 @@ def test_points_over_networks(tmp_path: Path) -> None:
         Point(rtt=RTT, bandwidth=1e8, codec="fp32", micros=2),
         Point(rtt=RTT, bandwidth=1e8, micros=2),
     ]
-    result = json.loads(json.dumps(bench_wire(points, 2, sizes=SMALL)))
+    result = json.loads(json.dumps(bench_wire(points, 1, sizes=SMALL)))
     near, far_bf16, far = result["rows"]
 
     assert (near["network"], far["network"]) == ("loopback", "40 ms, 100 Mbit/s")

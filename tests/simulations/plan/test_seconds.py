@@ -14,7 +14,14 @@ from simulations.plan.speed import Piece, Pieces
 ENDS = Piece(forward=0.1, backward=0.2, step=0.05, top=0.7)
 CLIENT = Pieces(ends=ENDS, blocks=[Piece(forward=1.0, backward=2.0, step=0.5)] * 4)
 SERVER = Pieces(ends=ENDS, blocks=[Piece(forward=0.1, backward=0.2, step=0.3)] * 4)
-FRAMES = StepFrames(up=2_000_000, down=1_000_000, largest=1, round_trips=3, seconds=0.01)
+FRAMES = StepFrames(
+    up=2_000_000,
+    down=1_000_000,
+    crossings=(1_000_000, 500_000, 1_000_000, 500_000),
+    largest=1,
+    round_trips=3,
+    seconds=0.01,
+)
 NETWORK = Network(bandwidth=8e6, latency=0.5)
 
 
