@@ -289,7 +289,8 @@ def _trunk_process(
 ) -> Iterator[tuple[dict[str, Ticket], bytes]]:
     """A process that serves the trunk; yields a ticket for each point, and the key they are for."""
     for point in points:
-        find_codec(point.codec)  # a name that nobody offers is refused in this process, in words
+        for name in set(read_codecs(point.codec).values()):
+            find_codec(name)  # one that nobody offers is refused in this process, in words
     with worker(_serve, list(points), sizes) as (pipe, _):
         yield pipe.recv()
 
