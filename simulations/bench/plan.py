@@ -201,7 +201,8 @@ class _Client:
         bottom, top = build_client(config)
         self.link = GrpcLink(ticket, node_key, steps=STEPS, config=config.link)
         place = Place(seed=0, client="bench", round=1, rounds=1)
-        self._trainer = Trainer(bottom, top, self.link, STEPS, alone(config.train), place)
+        train, window = alone(config.train), config.link.window
+        self._trainer = Trainer(bottom, top, self.link, STEPS, train, place, window=window)
         rows, tokens = config.train.batch_size, config.data.context
         self._batches = [
             make_batch(rows, tokens, VOCABULARY) for _ in range(config.train.accumulate)
@@ -210,19 +211,22 @@ class _Client:
         self.up = self.down = 0
 
     def time(self, steps: int) -> _Spent:
-        """Time so many steps, after one that warms up."""
+        """Time so many steps in a row, between one that warms up and one that is the last."""
         self._step()
         before = self._processors()
         wall = statistics.median(self._step() for _ in range(steps))
-        return _Spent(wall=wall, cpu=(self._processors() - before) / steps)
+        cpu = (self._processors() - before) / steps
+        self._step(last=True)
+        return _Spent(wall=wall, cpu=cpu)
 
-    def _step(self) -> float:
+    def _step(self, last: bool = False) -> float:
         """Take one, and note its bytes."""
         up, down = self.link.bytes_up, self.link.bytes_down
         started = time.perf_counter()
-        self._trainer.step(self._number, self._batches)
+        self._trainer.step(self._number, self._batches, None if last else self._batches)
         spent = time.perf_counter() - started
-        self.up, self.down = self.link.bytes_up - up, self.link.bytes_down - down
+        if not last:  # which sends nothing of a next one
+            self.up, self.down = self.link.bytes_up - up, self.link.bytes_down - down
         self._number += 1
         return spent
 
