@@ -11,7 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from simulations.study.codecs.settings import BASE, CROSSINGS, Condition
+from conf.sections.link import CROSSINGS
+from simulations.study.codecs.settings import BASE, Condition
 
 Table = tuple[str, list[str], list[list[str]]]
 """Title, columns and rows."""
@@ -21,6 +22,8 @@ FP32_BITS = 4 * 32
 """Of an element of each of four crossings."""
 TARGET = 0.005
 """More held-out loss than this is not what the figure to reach allows."""
+SHIFT = 1.04
+"""How far a codec's two points stand apart in the picture, so that their ranges can be told."""
 COLOURS = ("#c43c39", "#4a90c4", "#3a8f5c", "#8e5bb5", "#e8a33d", "#222222", "#8c6d46", "#d672b0")
 
 
@@ -158,44 +161,66 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
     if not result:
         return
-    figure = Figure(figsize=(1 + 4.2 * len(result), 4.6), layout="constrained")
+    figure = Figure(figsize=(1.8 + 3.4 * len(result), 4.4), layout="constrained")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(1, len(result), squeeze=False)[0]
+    panels = figure.subplots(1, len(result), squeeze=False, sharey=True)[0]
+    names = list(dict.fromkeys(name for each in result.values() for name in each["codecs"]))
+    colours = dict(zip(names, COLOURS * len(names), strict=False))
     for axes, (title, each) in zip(panels, result.items(), strict=True):
-        _panel(axes, title, each["codecs"])
+        _panel(axes, title, each["codecs"], colours)
+    worst = max(
+        row["gap_with"]["high"] for each in result.values() for row in each["codecs"].values()
+    )
+    gaps = [gap for gap in (-0.5, 0, 0.5, 1, 2, 5, 10, 20, 50) if gap < max(1.1, 200 * worst)]
+    panels[0].set_yticks(gaps, [f"{gap:g}" for gap in gaps])
     panels[0].set_ylabel("more held-out loss than fp32, %")
+    marks = [
+        Line2D([], [], color=colour, marker="o", linewidth=0, label=name)
+        for name, colour in colours.items()
+        if name != BASE
+    ]
+    plain: dict[str, Any] = {"color": "#555555", "marker": "o", "linewidth": 0}
+    marks += [
+        Line2D([], [], label="evaluated in fp32", **plain),
+        Line2D([], [], label="through the codec", markerfacecolor="white", **plain),
+    ]
+    figure.legend(handles=marks, loc="outside right upper", fontsize=8, frameon=False)
     figure.savefig(path, dpi=110)
 
 
-def _panel(axes: Any, title: str, codecs: Mapping[str, Any]) -> None:
+def _panel(axes: Any, title: str, codecs: Mapping[str, Any], colours: Mapping[str, str]) -> None:
     axes.axhline(100 * TARGET, color="#888888", linewidth=0.8, linestyle="--")
-    for colour, (name, row) in zip(COLOURS * 4, codecs.items(), strict=False):
-        without, with_ = row["gap_without"], row["gap_with"]
-        for shift, spread, face in ((0.985, without, colour), (1.015, with_, "white")):
+    for name, row in codecs.items():
+        if name == BASE:
+            continue
+        colour, x = colours[name], row["factor"]
+        ends = [100 * row[f"gap_{way}"]["mean"] for way in ("without", "with")]
+        axes.plot([x, x * SHIFT], ends, color=colour, linewidth=0.8, linestyle=":")
+        for shift, way, face in ((1.0, "without", colour), (SHIFT, "with", "white")):
+            mean, low, high = (100 * row[f"gap_{way}"][key] for key in ("mean", "low", "high"))
             axes.errorbar(
-                [row["factor"] * shift],
-                [100 * spread["mean"]],
-                yerr=[
-                    [100 * (spread["mean"] - spread["low"])],
-                    [100 * (spread["high"] - spread["mean"])],
-                ],
+                [x * shift],
+                [mean],
+                yerr=[[mean - low], [high - mean]],
                 color=colour,
                 marker="o",
                 markersize=6,
                 markerfacecolor=face,
-                linewidth=1,
+                linewidth=1.2,
             )
-        axes.annotate(
-            name,
-            (row["factor"] * 1.04, 100 * max(without["mean"], with_["mean"])),
-            fontsize=8,
-            color=colour,
-            va="bottom",
-        )
     axes.set_xscale("log")
-    axes.set_title(title)
-    axes.set_xlabel("times fewer bytes than four crossings in fp32")
+    axes.set_yscale("symlog", linthresh=1.0)
+    ticks = [tick for tick in (2, 4, 8, 16, 32, 64) if tick < 1.5 * _most(codecs)]
+    axes.set_xticks(ticks, [f"{tick}x" for tick in ticks])
+    axes.minorticks_off()
+    axes.set_title(title, fontsize=10)
+    axes.set_xlabel("fewer bytes than four fp32 crossings", fontsize=9)
     axes.grid(alpha=0.25)
+
+
+def _most(codecs: Mapping[str, Any]) -> float:
+    return max(row["factor"] for row in codecs.values())

@@ -9,13 +9,12 @@ from pathlib import Path
 
 from conf.load import load_config
 from conf.rules import check_known
-from conf.schema import Config
+from conf.schema import Config, LinkConfig
+from conf.sections.link import CROSSINGS, read_codecs
 from strategies.transport.codec.registry import codecs, find_codec
 
 BASE = "fp32"
 """The codec that rounds nothing: what all others are held against."""
-
-CROSSINGS = ("h1", "h2", "grad_h2", "grad_h1")
 
 MODELS: Mapping[str, tuple[str, ...]] = {
     "demo": (
@@ -90,7 +89,7 @@ def condition(model: str, **changes: object) -> Condition:
     check_known("--model", model, tuple(MODELS))
     own = Condition(model=model)
     if model == "smollm2":
-        own = replace(own, steps=40, batch_size=2, lr=1e-3, heldout=40, path=_installed())
+        own = replace(own, steps=40, batch_size=1, lr=1e-3, heldout=16, path=_installed())
     return replace(own, **{key: value for key, value in changes.items() if value})  # type: ignore[arg-type]
 
 
@@ -107,7 +106,7 @@ class Mix:
     """A codec for each crossing."""
 
     name: str
-    """What it is called in tables."""
+    """What it is called in tables: its codecs in the order of `CROSSINGS`, or one for all."""
     codecs: Mapping[str, str]
     """By crossing."""
 
@@ -122,23 +121,16 @@ def all_mixes() -> list[Mix]:
 
 
 def parse_mix(text: str) -> Mix:
-    """Read a codec's name, a mix's, or ``h1=int4 h2=int4 grad_h2=int2 grad_h1=int2``.
+    """Read what `link.codec` takes, ``int4`` or ``h1=int4 h2=int6``, or the name of a mix.
 
     Raises
     ------
-    ValueError
-        If a crossing is missing or unknown, or there is no such codec.
+    ConfigError
+        If there is no such crossing or codec.
     """
-    words = MIXES.get(text, text).split()
-    if len(words) == 1 and "=" not in words[0]:
-        find_codec(words[0])
-        return Mix(text, dict.fromkeys(CROSSINGS, words[0]))
-    chosen = dict(word.partition("=")[::2] for word in words)
-    if sorted(chosen) != sorted(CROSSINGS) or len(chosen) != len(words):
-        raise ValueError(
-            f"a mix of codecs names each of {', '.join(CROSSINGS)} once, such as "
-            f"'h1=fp32 h2=fp32 grad_h2=bf16 grad_h1=bf16', not {text!r}"
-        )
-    for name in chosen.values():
-        find_codec(name)
-    return Mix(text, {crossing: chosen[crossing] for crossing in CROSSINGS})
+    codecs = LinkConfig(codec=read_codecs(MIXES.get(text, text))).codec
+    for crossing, name in codecs.items():
+        find_codec(name, f"--codecs, {crossing}")
+    alike = len(set(codecs.values())) == 1
+    short = codecs["h1"] if alike else "/".join(codecs[crossing] for crossing in CROSSINGS)
+    return Mix(text if text in MIXES else short, codecs)

@@ -12,7 +12,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from conf.load import from_json, to_json
-from conf.schema import Config
+from conf.schema import Config, LinkConfig
 from flower_app.build import build_whole, cut_of, start
 from flower_app.client import streamed
 from flower_app.client.place import Place
@@ -73,7 +73,7 @@ def train(condition: Condition, mix: Mix, seed: int) -> Run:
         max_in_flight=2**62,
     )
     pad_id = padding_id(parts.bottom, load_tokenizer(config.model))
-    held = list(batches(heldout, 8, pad_id=pad_id))
+    held = list(batches(heldout, condition.batch_size, pad_id=pad_id))
     base = parse_mix(BASE)
     before = _loss(engine, parts, base, held, config) if mix == base else None
     plan = Plan(examples, config, _place(config), pad_id=pad_id)
@@ -99,7 +99,7 @@ def _train(engine: TrunkEngine, parts: Parts, mix: Mix, plan: Plan, config: Conf
     """Train all three parts for a round of one client; returns the link for what crossed it."""
     engine.open_round(1, 1, training=True)
     session = engine.open("train", client=CLIENT, steps=plan.count)
-    link = WatchedLink(config.link, mix, "train", session)
+    link = WatchedLink(_with(config, mix), session)
     streamed.train(parts.bottom, parts.top, link, plan, plan.count, config.train, _place(config))
     fold(engine, {"train": 1.0})
     return link
@@ -110,10 +110,14 @@ def _loss(
 ) -> float:
     """Held-out loss, nats per token, through a session with these codecs."""
     engine.open_round(1, 1, training=False)
-    link = WatchedLink(config.link, mix, "evaluate", engine.open("evaluate", client=CLIENT))
+    link = WatchedLink(_with(config, mix), engine.open("evaluate", client=CLIENT))
     outcome = streamed.evaluate(parts.bottom, parts.top, link, held, config.train)
     engine.close_round()
     return outcome.loss
+
+
+def _with(config: Config, mix: Mix) -> LinkConfig:
+    return replace(config.link, codec=dict(mix.codecs))
 
 
 def _place(config: Config) -> Place:

@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from conf.schema import LinkConfig
+from conf.sections.link import CROSSINGS
 from simulations.plan.frames import FramedLink
-from simulations.study.codecs.settings import CROSSINGS, Mix
 from strategies.engine.session import Session
 from strategies.transport import trunk_pb2 as pb
 from strategies.transport.codec.codec import Codec
-from strategies.transport.codec.registry import Crossings, crossings
+from strategies.transport.codec.registry import Crossings
 from strategies.transport.conversation import Conversation
 from strategies.transport.payload import Parcel, Payload
 
@@ -58,10 +58,9 @@ class Watch:
         self.crossings = {name: Crossing() for name in CROSSINGS}
         self.sent: dict[str, deque[Tensor]] = {name: deque() for name in CROSSINGS}
 
-    def codecs(self, mix: Mix, seed: int) -> Crossings:
-        """The codecs of one side of a session."""
-        own = crossings(mix.codecs, seed)
-        return Crossings(**{name: Watched(self, name, each) for name, each in vars(own).items()})
+    def over(self, codecs: Crossings) -> Crossings:
+        """The codecs of one side of a session, watched."""
+        return Crossings(**{name: Watched(self, name, each) for name, each in vars(codecs).items()})
 
 
 class Watched(Codec):
@@ -112,24 +111,20 @@ class Watched(Codec):
 
 
 class WatchedLink(FramedLink):
-    """A link to a session in this process, over frames, with a codec for each crossing.
+    """A link to a session in this process, over frames, whose codecs are watched.
 
     Parameters
     ----------
     config : LinkConfig
-        The run's.
-    mix : Mix
-        The codecs.
-    key : str
-        The session's name.
+        Names the codecs.
     session : Session
         Answers.
     """
 
-    def __init__(self, config: LinkConfig, mix: Mix, key: str, session: Session) -> None:
+    def __init__(self, config: LinkConfig, session: Session) -> None:
         self.watch = Watch()
-        super().__init__(config, WatchedTalk(config, mix, key, session, self.watch))
-        self._codecs = self.watch.codecs(mix, session.codec_seed)
+        super().__init__(config, WatchedTalk(config, session, self.watch))
+        self._codecs = self.watch.over(self._codecs)
 
     def summary(self) -> Mapping[str, dict[str, float | int]]:
         """What each crossing came to."""
@@ -139,11 +134,9 @@ class WatchedLink(FramedLink):
 class WatchedTalk(Conversation):
     """The trunk's side of a `WatchedLink`."""
 
-    def __init__(
-        self, config: LinkConfig, mix: Mix, key: str, session: Session, watch: Watch
-    ) -> None:
-        super().__init__(key, session, config.codec, lambda report: None, 2**62)
-        self._codecs = watch.codecs(mix, session.codec_seed)
+    def __init__(self, config: LinkConfig, session: Session, watch: Watch) -> None:
+        super().__init__("study", session, config.codec, lambda report: None, 2**62)
+        self._codecs = watch.over(self._codecs)
 
 
 def tokens_of(tensor_BTD: Tensor, mask_BT: Tensor | None) -> Tensor:
