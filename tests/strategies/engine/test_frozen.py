@@ -1,4 +1,4 @@
-"""Where bottom or trunk learn nothing, the rest learns as in the unsplit model, and no more stays."""
+"""Where bottom or trunk learn nothing, the rest learns as in the unsplit model, to the bit."""
 
 from __future__ import annotations
 
