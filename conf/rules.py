@@ -101,6 +101,10 @@ BELOW_ONE = Rule("a number in [0, 1)", lambda value: 0 <= value < 1)
 UP_TO_HALF = Rule("a number in [0, 0.5]", lambda value: 0 <= value <= 0.5)
 COUNT = Rule("a whole number, 1 or more", lambda value: value >= 1)
 COUNT_OR_ZERO = Rule("a whole number, 0 or more", lambda value: value >= 0)
+WINDOW = Rule(
+    "a whole number from 1 to 8 (so many micro-batches of a session may wait for their backward)",
+    lambda value: 1 <= value <= 8,
+)
 PORT_OR_ZERO = Rule("a port up to 65535; 0: none", lambda value: 0 <= value <= 65535)
 SEED = Rule("a whole number in [0, 2**32)", lambda value: 0 <= value < 2**32)
 CONTEXT = Rule("a whole number, 2 or more (nothing is predicted in one token)", lambda v: v >= 2)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -33,14 +32,10 @@ from models.residuals import RESIDUAL
 from models.source import Source, find_source
 from models.state import copy_into
 from models.whole import make_config, read_config
-from strategies.optim import derive_seed
+from strategies.optim import ALONE, derive_seed
 from strategies.records import Form
 
 LAST = "last:"
-
-ALONE = threading.RLock()
-"""Held while a client sets what belongs to the process: random numbers, torch's default type. So
-clients may share a process, as they do outside Flower."""
 
 
 def resolve_model(config: Config) -> Config:

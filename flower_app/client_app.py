@@ -88,7 +88,15 @@ def _train(site: Site, context: Context) -> RecordDict:
     link = site.link(plan.count)
     try:
         outcome = streamed.train(
-            bottom, top, link, plan, plan.count, site.config.train, site.place, site.bridge
+            bottom,
+            top,
+            link,
+            plan,
+            plan.count,
+            site.config.train,
+            site.place,
+            site.bridge,
+            window=site.config.link.window,
         )
         link.close()
     finally:
@@ -115,7 +123,9 @@ def _evaluate(site: Site, context: Context) -> RecordDict:
         return messaged.evaluate(site, parked, bottom, top, held_out)
     link = site.link(0)
     try:
-        outcome = streamed.evaluate(bottom, top, link, held_out, site.config.train)
+        outcome = streamed.evaluate(
+            bottom, top, link, held_out, site.config.train, window=site.config.link.window
+        )
         link.close()
     finally:
         link.abort()

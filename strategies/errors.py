@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-PASSING = ("damaged", "stale", "missing")
+PASSING = ("damaged", "stale", "missing", "gap")
 """Kinds of `TrunkError` after which a session goes on: a frame that did not arrive whole, one that
-came again after its step, and a question for a gradient that is not there."""
+came again when its answer was seen, a question for a gradient that is not there, and a frame before
+which another is missing."""
 
 
 LONGEST_MESSAGE, LONGEST_KIND = 1000, 40

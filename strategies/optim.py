@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import threading
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -16,6 +17,10 @@ import torch
 from torch import nn
 
 from conf.schema import TrainConfig
+
+ALONE = threading.RLock()
+"""Held while what belongs to the process is set: random numbers, torch's default type. So clients
+may share a process, with each other and with the trunk."""
 
 CLIP_EPSILON = 1e-6
 """As in `torch.nn.utils.clip_grad_norm_`, so that a clipped split step equals a whole one."""

@@ -38,6 +38,9 @@ class LinkConfig(Section):
     """How activations and gradients are written on the wire: fp32, fp16, bf16, or what
     strategies/transport/codec holds besides. One name for all, or one for each of h1, h2, grad_h2
     and grad_h1, as a mapping or in words (h1=int4 h2=int6)."""
+    window: int = setting(4, rules.WINDOW)
+    """Micro-batches of a step that may be under way at once over the stream; 1: one at a time, and
+    no step begins before the answer to the last one."""
     timeout: float = setting(120.0, rules.POSITIVE)
     """Seconds that a client waits for a reply, and the trunk for a client's next frame."""
     max_frame_mb: float = setting(64.0, rules.POSITIVE)

@@ -19,13 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from conf.schema import TrainConfig
-from flower_app.build import ALONE
 from flower_app.client.place import Place
 from flower_app.data.client import Batch
 from flower_app.data.text import IGNORED
 from models import load_client_state, named_trainable
 from models.bridge import Regression
 from strategies.optim import (
+    ALONE,
     Progress,
     add_proximal,
     autocast,
@@ -86,6 +86,9 @@ class Ends:
         self._count, self.config, self._place = count, config, place
         self._device = next(itertools.chain(bottom.parameters(), top.parameters())).device
         self._parameters = trainable(bottom, top)
+        both = set(map(id, bottom.parameters())) & set(map(id, top.parameters()))
+        self._tied = [p for p in self._parameters if id(p) in both]
+        self._tied_below: list[Tensor | None] = [None] * len(self._tied)
         self._optimizer = build_optimizer(self._parameters, config)
         self._anchor = [p.detach().clone() for p in self._parameters] if config.prox else []
         self.clock = Clock()
@@ -139,9 +142,28 @@ class Ends:
 
     def down(self, h1_BTD: Tensor, grad_BTD: Tensor) -> None:
         """Go back through the bottom; its gradients add up."""
-        with self.clock("bottom"):
-            if h1_BTD.requires_grad:
+        if h1_BTD.requires_grad:
+            with self.clock("bottom"), self._apart():
                 h1_BTD.backward(grad_BTD.to(h1_BTD.device, h1_BTD.dtype))
+
+    @contextmanager
+    def _apart(self) -> Iterator[None]:
+        """Add the bottom's gradients of what it shares with the top up by themselves: the sum must
+        not depend on how many tops go before a bottom."""
+        tops = [parameter.grad for parameter in self._tied]
+        for parameter, grad in zip(self._tied, self._tied_below, strict=True):
+            parameter.grad = grad
+        yield
+        self._tied_below = [parameter.grad for parameter in self._tied]
+        for parameter, grad in zip(self._tied, tops, strict=True):
+            parameter.grad = grad
+
+    def _joined(self) -> None:
+        """Put what both ends have found of what they share together."""
+        for parameter, grad in zip(self._tied, self._tied_below, strict=True):
+            if grad is not None:
+                parameter.grad = grad if parameter.grad is None else parameter.grad.add_(grad)
+        self._tied_below = [None] * len(self._tied)
 
     def teach_bridge(
         self, step: int, micro: int, batch: Batch, h1_BTD: Tensor | None, h2_BTD: Tensor
@@ -157,6 +179,7 @@ class Ends:
 
     def square_norm(self) -> float:
         """Squared norm of the gradients of both ends, complete for this step; FedProx included."""
+        self._joined()
         if self._anchor:
             add_proximal(self._parameters, self._anchor, self.config.prox)
         return square_norm(self._parameters)

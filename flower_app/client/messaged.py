@@ -33,10 +33,11 @@ EVALUATED_AT_ONCE = 8
 """Held-out batches in one message."""
 
 NUMBERS = (
-    "step", "tokens", "loss", "step-loss", "bytes-up", "bytes-down",
+    "step", "tokens", "loss", "step-loss", "bytes-up", "bytes-down", "sent",
     "bottom", "top", "all-bottom", "all-top", "all-trunk",
 )  # fmt: skip
-"""A round's progress; seconds of its step in each end, and of all steps before it."""
+"""A round's progress, the number of the last frame with it; seconds of its step in each end, and of
+all steps before it."""
 
 
 class Parked:
@@ -111,10 +112,17 @@ class Mail(Framed):
         self._numbers = parked.numbers
         self._numbers["bytes-down"] += sum(map(len, site.asked.frames))
         self.frames = [refuse_failure(read_server_frame(raw)) for raw in site.asked.frames]
+        # A message answers all that the last one asked.
+        self.number = self.taken = int(self._numbers["sent"])
+        came = [frame.head.number for frame in self.frames]
+        due = list(range(self.number + 1 - len(came), self.number + 1))
+        if came != due:
+            raise TrunkError(f"answers {came} came, {due} are due", kind="order")
         self.out: list[bytes] = []
 
     def send(self, request: Request) -> None:
         """Put a frame into the reply."""
+        self._numbers["sent"] = request.number
         self._numbers["bytes-up"] += len(request.raw)
         self.out.append(request.raw)
 

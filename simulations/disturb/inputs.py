@@ -8,12 +8,13 @@ Shapes: B sequences, T tokens, D hidden size.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import xxhash
 
+from simulations.disturb.wrongs import COUNTS, WRONGS, much_from_little
 from strategies.transport import trunk_pb2 as pb
 from strategies.transport.codec.codec import Codec
 from strategies.transport.codec.registry import find_codec
@@ -28,8 +29,6 @@ from strategies.transport.payload import Parcel
 LIMIT = 2**18
 """Largest frame that is sent, bytes; and the limit of the sessions it is sent to."""
 
-MOST = 2**32 - 1
-COUNTS = (0, 1, 2, 3, 7, 2**16, 2**31 - 1, 2**31, MOST)
 TOKENS = (0, 1, 2, 5, 2**31, 2**32, 2**63, 2**64 - 1)
 NUMBERS = (
     *(0.0, -0.0, 1.0, -1.0, 1e-45, 1e-310, 1e38, 3.4e38, 1e308),
@@ -60,6 +59,8 @@ class Inputs:
         self._chance, self._hidden, self._ends = chance, hidden, ends
         self.codec: Codec = find_codec(codec)()
         self._parcel = Parcel()
+        self.number = 1
+        """Of the frame that is due in the session that is sent to."""
 
     def noise(self) -> bytes:
         """Bytes without a meaning."""
@@ -95,7 +96,7 @@ class Inputs:
         mask_BT = self._mask(B, T) if self._chance.random() < 0.5 else None
         h1 = self.honest((B, T, self._hidden), mask_BT)
         frame = pb.Compute(step=step, micro=micro, activations=h1, mask=encode_mask(mask_BT))
-        return client_frame(self._packed(), compute=frame)
+        return self._numbered(compute=frame)
 
     def _mask(self, B: int, T: int) -> torch.Tensor:
         return torch.tensor([[self._chance.random() < 0.8 for _ in range(T)] for _ in range(B)])
@@ -104,6 +105,12 @@ class Inputs:
         """The data of the tensors that were drawn since the last frame."""
         parcel, self._parcel = self._parcel, Parcel()
         return parcel
+
+    def _numbered(self, **body: object) -> bytes:
+        """The frame that is due, now and then another; some answers were not seen."""
+        number = max(0, self.number + self._chance.choice((0,) * 40 + (1, -1)))
+        seen = max(0, number - self._chance.choice((1, 1, 2, 4)))
+        return client_frame(self._packed(), **body, number=number, seen=seen)
 
     def backward(
         self,
@@ -117,8 +124,7 @@ class Inputs:
     ) -> bytes:
         """A gradient that an honest client could send."""
         gradient = self.honest(shape, mask_BT)
-        return client_frame(
-            self._packed(),
+        return self._numbered(
             backward=pb.Backward(
                 step=step, micro=micro, gradient=gradient, last=last, tokens=tokens
             ),
@@ -141,7 +147,7 @@ class Inputs:
         frame = pb.Apply(step=step, client_square_norm=square, tokens=tokens, loss=1.0)
         gradients = {name: self._values(shape) for name, shape in shapes.items()}
         frame.gradients.extend(encode_named(gradients, self._parcel))
-        return client_frame(self._packed(), apply=frame)
+        return self._numbered(apply=frame)
 
     def honest(self, shape: Sequence[int], mask_BT: torch.Tensor | None = None) -> pb.Tensor:
         """A tensor as an honest side encodes it; now and then of poisonous values."""
@@ -168,6 +174,10 @@ class Inputs:
             frame.close.early = self._chance.random() < 0.5
         else:
             make(frame, self._mostly(step, COUNTS), self._mostly(micro, COUNTS))
+            frame.number = self.number
+            if self._chance.random() < 0.1:
+                frame.number = self._chance.choice((0, self.number - 1, *TOKENS))
+            frame.seen = self._mostly(self.number - 1, TOKENS)
         return self._sealed(frame)
 
     def hostile_answer(self) -> bytes:
@@ -220,7 +230,7 @@ class Inputs:
         if chance.random() < 0.2:
             self._poison()
         for _ in range(chance.randint(1, 2)):
-            chance.choice(_WRONGS)(message, chance)
+            chance.choice(WRONGS)(message, chance)
         return message
 
     def _poison(self) -> None:
@@ -281,7 +291,7 @@ class Inputs:
             if count <= 3:
                 each.tensor.CopyFrom(self.tensor(chance.choice(([3, 2], [4], [1]))))
         if chance.random() < 0.2:  # hidden behind a later one of the same name
-            _much_from_little(field.add(name=same or self._name()).tensor, chance)
+            much_from_little(field.add(name=same or self._name()).tensor, chance)
             field.add(name=field[-1].name).tensor.CopyFrom(self.honest([3, 2]))
 
     def _name(self, short: bool = False) -> str:
@@ -307,43 +317,3 @@ class Inputs:
             return pb.NamedTensor(name="u" * 99).SerializeToString().replace(b"\n", b"\xfa\x07", 1)
         depth = self._chance.choice((3, 90, 120, 5000))
         return b"\xfb\x07" * depth + b"\xfc\x07" * self._chance.choice((depth, 0, 1))
-
-
-def _wrong_shape(message: pb.Tensor, chance: random.Random) -> None:
-    del message.shape[:]
-    dims = chance.choice((0, 1, 2, 3, 3, 3, 4, 5, 3000))
-    message.shape.extend(chance.choice(COUNTS) for _ in range(dims))
-
-
-def _one_wrong_dimension(message: pb.Tensor, chance: random.Random) -> None:
-    if message.shape:
-        message.shape[chance.randrange(len(message.shape))] = chance.choice(COUNTS)
-
-
-def _wrong_type(message: pb.Tensor, chance: random.Random) -> None:
-    message.codec = chance.choice(("", "fp32", "bf16", "no such codec", "\0", "n" * 3000))
-
-
-def _wrong_place(message: pb.Tensor, chance: random.Random) -> None:
-    message.offset = chance.choice((1, 4, 2**31, 2**63, 2**64 - 1))
-
-
-def _wrong_length(message: pb.Tensor, chance: random.Random) -> None:
-    message.size = chance.choice((0, 1, 4, max(0, message.size - 1), message.size + 1, 2**64 - 1))
-
-
-def _much_from_little(message: pb.Tensor, chance: random.Random) -> None:
-    """A shape that takes more memory than the data."""
-    del message.shape[:]
-    size = chance.choice((2**10, 2**14, 2**17))
-    message.shape.extend(chance.choice(([8, size], [1, size, 8], [8 * size])))
-
-
-_WRONGS: tuple[Callable[[pb.Tensor, random.Random], None], ...] = (
-    _wrong_shape,
-    _one_wrong_dimension,
-    _wrong_type,
-    _wrong_place,
-    _wrong_length,
-    _much_from_little,
-)

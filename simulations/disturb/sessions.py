@@ -160,6 +160,7 @@ class Sessions:
         self._session = self.engine.open(key, client=key, steps=steps)
         self._talk = Conversation(key, self._session, self._codec, lambda report: None, LIMIT)
         self._at, self._dead = Position(), False
+        self._inputs.number = 1
 
     def draw(self) -> bytes:
         """The next input: half of them right, so that the session comes somewhere."""
@@ -234,6 +235,7 @@ class Sessions:
                 raise Wrong(f"a step was taken for a frame that failed: {failure.kind}")
             return failure.kind
         self._judge(read_client_frame(raw), answer.head, answer.kind, before)
+        self._inputs.number += answer.head.number == self._inputs.number
         return answer.kind
 
     def _judge(

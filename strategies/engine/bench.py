@@ -6,7 +6,6 @@ Shapes: B sequences, T tokens, D hidden size.
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -17,7 +16,7 @@ from conf.schema import TrainConfig
 from strategies.engine.checks import InFlight, check_shapes
 from strategies.engine.member import Member, Round
 from strategies.engine.meter import SILENT, Meter
-from strategies.optim import autocast, derive_seed
+from strategies.optim import ALONE, autocast, derive_seed
 
 
 class Bench:
@@ -68,7 +67,7 @@ class Bench:
         self.max_micro_batches = max(train.accumulate, drawn)
         self.max_graphs = max_graphs or self.max_micro_batches
         self.in_flight = InFlight(max_in_flight)
-        self._seed, self._random = seed, threading.Lock()
+        self._seed = seed
 
     def codec_seed(self, client: str, round: Round) -> int:
         """What the codecs of a client's session in a round draw from."""
@@ -105,6 +104,6 @@ class Bench:
     def _seeded(self, *parts: object) -> Iterator[None]:
         devices = [self.device] if self.device.type == "cuda" else []
         # torch has one generator for dropout in the process, so seeded forwards go one by one.
-        with self._random, torch.random.fork_rng(devices):
+        with ALONE, torch.random.fork_rng(devices):
             torch.manual_seed(derive_seed(self._seed, *parts))
             yield

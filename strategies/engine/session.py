@@ -22,8 +22,8 @@ from strategies.errors import TrunkError
 class Session:
     """One client's forwards, backwards and steps during one round. Opened by `TrunkEngine.open`.
 
-    What comes again is refused as `stale`: whoever sends frames keeps the replies, and sends those
-    again (`Conversation`).
+    What comes again is refused: whoever sends frames keeps the replies, and sends those again
+    (`Conversation`).
     """
 
     def __init__(self, lane: Lane, bench: Bench) -> None:
@@ -40,7 +40,7 @@ class Session:
         self._ready = False
         self._learnable = 0
         self._evaluated: dict[tuple[int, int], int] = {}
-        self._held_bytes = 0
+        self._held_bytes = self._kept_bytes = 0
         self._closed = False
         # The round may end (in Flower's thread) while this session works (in its stream's thread).
         self._busy = threading.Lock()
@@ -69,8 +69,7 @@ class Session:
         Raises
         ------
         TrunkError
-            A wrong shape, a step out of order, too much in flight, a closed session. Of kind
-            `stale`, if it came before.
+            A wrong shape, a step out of order, too much in flight, a closed session.
         """
         self.check_open()
         self.check_shapes(tuple(h_BTD.shape), None if mask_BT is None else tuple(mask_BT.shape))
@@ -89,7 +88,8 @@ class Session:
         with self._working():
             self.check_fresh(step, micro)
             self._check_compute(step, micro)
-            self._hold(h_BTD.nbytes)
+            self._bench.in_flight.take(h_BTD.nbytes)
+            self._held_bytes += h_BTD.nbytes
             tokens = held_tokens(h_BTD, mask_BT)
             with self._bench.meter.work("forward", tokens):
                 h_out_BTD = self._lane.forward(step, micro, h_BTD, mask_BT, wanted=wanted)
@@ -102,15 +102,15 @@ class Session:
             return h_out_BTD
 
     def check_fresh(self, step: int, micro: int, *, back: bool = False) -> None:
-        """Refuse as `stale` what came before: its codec has decoded it once, and must not twice."""
+        """Refuse what came before: its codec has decoded it once, and must not twice."""
         if not self.round.training:
             return
         if step < self.applied:
             raise TrunkError(
-                f"step {step} came again, step {self.applied} is the current one", kind="stale"
+                f"step {step} came again, step {self.applied} is the current one", kind="order"
             )
         if micro in self._gone_back or (micro in self._pending and not back):
-            raise TrunkError(f"step {step}, micro-batch {micro} came before", kind="stale")
+            raise TrunkError(f"step {step}, micro-batch {micro} came before", kind="order")
 
     def _check_compute(self, step: int, micro: int) -> None:
         if micro >= (most := self._bench.max_micro_batches):
@@ -267,21 +267,23 @@ class Session:
         """Told of the trunk's work."""
         return self._bench.meter
 
+    @property
+    def most_under_way(self) -> int:
+        """Micro-batches that may wait for their backward."""
+        return self._bench.max_graphs
+
     def hold(self, count: int) -> None:
-        """Count bytes that are kept for this session until its step is over, or until it closes."""
+        """Count bytes that are kept for this session until they are released, or it closes."""
         with self._working():
-            self._hold(count)
+            self._bench.in_flight.take(count)
+            self._kept_bytes += count
 
     def release(self, count: int) -> None:
         """Count bytes less that were kept, if they still are."""
         with self._busy:
-            count = min(count, self._held_bytes)
-            self._held_bytes -= count
+            count = min(count, self._kept_bytes)
+            self._kept_bytes -= count
             self._bench.in_flight.give_back(count)
-
-    def _hold(self, count: int) -> None:
-        self._bench.in_flight.take(count)
-        self._held_bytes += count
 
     def leave(self) -> None:
         """Say at once that this session does no more, though its thread may still be at work."""
@@ -295,6 +297,8 @@ class Session:
         with self._busy:
             self._lane.close()
             self._finish_step()
+            self._bench.in_flight.give_back(self._kept_bytes)
+            self._kept_bytes = 0
 
     def _finish_step(self) -> None:
         self._lane.drop()
@@ -321,7 +325,7 @@ class Session:
     def _check_step(self, step: int) -> None:
         if step < self.applied:
             raise TrunkError(
-                f"step {step} came again, step {self.applied} is the current one", kind="stale"
+                f"step {step} came again, step {self.applied} is the current one", kind="order"
             )
         if step != self.applied:
             raise TrunkError(f"step {step} came, step {self.applied} was due", kind="order")

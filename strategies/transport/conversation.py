@@ -24,8 +24,9 @@ from strategies.transport.kept import KeptReplies
 from strategies.transport.payload import Parcel, Payload
 from strategies.transport.talk import Talk
 
-MAX_REPEATS = 64
-"""Frames in a row that may move nothing; a client repeats a question 8 times before it gives up."""
+MAX_REPEATS = 128
+"""Frames in a row that may move nothing; a client repeats a question 8 times before it gives up,
+and after a frame was lost all that it has under way, two for each micro-batch."""
 
 ADVICE = "raise link.max_frame_mb, or lower train.batch_size or data.context"
 """About a frame that is too large."""

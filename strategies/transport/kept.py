@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+from strategies.engine.engine import MAX_GRAPHS
 from strategies.engine.session import Session
 from strategies.errors import TrunkError
 from strategies.transport import trunk_pb2 as pb
 from strategies.transport.frames import checksum_of
 
-_Place = tuple[str, int, int]
-"""What was asked: the frame's body, its step and its micro-batch."""
+UNSEEN = 2
+"""Replies that a client may not have seen, for each micro-batch that may be under way: its
+activations and its gradient. One more is that to the step's end."""
 
 
 class KeptReplies:
-    """The encoded replies of one session's step, until the step is over.
+    """The encoded replies of one session that its client has not seen, by their numbers.
 
-    So the engine computes once, and a codec may have a state, or draw random numbers. At most one
-    reply is kept for a micro-batch, for the client that sent its gradient has seen its activations;
-    the reply to a step's end is kept until the next one's. All of it counts as in flight.
+    So frames are served strictly in order, the engine computes once, and a codec may have a state,
+    or draw random numbers. All that is kept counts as in flight.
 
     Parameters
     ----------
@@ -26,54 +27,66 @@ class KeptReplies:
 
     def __init__(self, session: Session) -> None:
         self._session = session
-        self._kept: dict[_Place, tuple[bytes, bytes]] = {}
+        self._due = 1
+        self._kept: dict[int, tuple[bytes, bytes]] = {}
 
     def again(self, frame: pb.ClientFrame, raw: bytes) -> bytes | None:
-        """The reply to a frame that came before, byte for byte; None if it did not.
+        """The reply to a frame that came before, byte for byte; None if it is the one due.
 
         Raises
         ------
         TrunkError
-            Of kind `missing`, for a gradient that is not there; of another, once it is closed.
+            Of kind `gap`, if one before it has not come; `stale`, if the client has seen the reply;
+            `missing`, for a gradient that is not there; of another, if it cannot be.
         """
         body = frame.WhichOneof("body")
         if body == "close":
             return None
         self._session.check_open()
-        if body != "get_gradients":
-            kept = self._kept.get(_place(frame))
-            return kept[1] if kept is not None and kept[0] == checksum_of(raw) else None
-        asked = frame.get_gradients
-        if (place := ("backward", asked.step, asked.micro)) in self._kept:
-            return self._kept[place][1]
-        raise TrunkError(
-            f"no gradient of step {asked.step}, micro-batch {asked.micro} is kept: step "
-            f"{self._session.applied} is the current one",
-            kind="missing",
-        )
+        number, kept = frame.number, self._kept.get(frame.number)
+        if body == "get_gradients":
+            if kept is None:
+                raise TrunkError(
+                    f"no gradient is kept of frame {number}; frame {self._due} is due",
+                    kind="missing",
+                )
+            return kept[1]
+        if not number:
+            raise TrunkError(f"a frame of kind '{body}' came without a number", kind="order")
+        if number > self._due:
+            raise TrunkError(f"frame {number} came, frame {self._due} is due", kind="gap")
+        if number == self._due:
+            self._forget(frame.seen)
+            return None
+        if kept is None:
+            raise TrunkError(
+                f"frame {number} came again, and its answer was seen; frame {self._due} is due",
+                kind="stale",
+            )
+        if kept[0] != checksum_of(raw):
+            raise TrunkError(
+                f"frame {number} came again with other bytes: a client sends again what it has "
+                "sent before",
+                kind="order",
+            )
+        return kept[1]
 
     def keep(self, frame: pb.ClientFrame, raw: bytes, reply: bytes) -> None:
         """Keep a reply; `TrunkError` if more is in flight than may be."""
-        body, step, micro = place = _place(frame)
-        if body == "close":
-            self._kept.clear()
+        if frame.WhichOneof("body") == "close":
+            self._kept.clear()  # the session has given back all that it held
             return
-        if body == "apply":
-            self._kept.clear()  # the session has given back what counted for its step
-        elif body == "backward":
-            self._drop(("compute", step, micro))
-        elif not self._session.round.training:
-            for earlier in list(self._kept):  # evaluation goes on when it has the answer
-                self._drop(earlier)
+        if len(self._kept) > (most := UNSEEN * max(MAX_GRAPHS, self._session.most_under_way)):
+            raise TrunkError(
+                f"frame {frame.number} came and {len(self._kept)} answers before it were not seen; "
+                f"at most {most} may be",
+                kind="order",
+            )
         self._session.hold(len(reply))
-        self._kept[place] = checksum_of(raw), reply
+        self._kept[self._due] = checksum_of(raw), reply
+        self._due += 1
 
-    def _drop(self, place: _Place) -> None:
-        _, reply = self._kept.pop(place, (b"", b""))
-        self._session.release(len(reply))
-
-
-def _place(frame: pb.ClientFrame) -> _Place:
-    body = frame.WhichOneof("body") or ""
-    asked = getattr(frame, body)
-    return body, getattr(asked, "step", 0), getattr(asked, "micro", 0)
+    def _forget(self, seen: int) -> None:
+        """Drop what the client will not ask for again."""
+        for number in [each for each in self._kept if each <= seen]:
+            self._session.release(len(self._kept.pop(number)[1]))

@@ -68,8 +68,9 @@ class Link(Sender, Protocol):
     """The trunk as a client sees it.
 
     `computed`, `gradients` and `applied` wait for the answer to the first `compute`, `backward` or
-    `apply` whose answer has not been taken. So several micro-batches can be under way, and both
-    sides take their optimizer steps at the same time.
+    `apply` whose answer has not been taken; answers are taken in the order of the questions. So
+    several micro-batches can be under way, and both sides take their optimizer steps at the same
+    time.
     """
 
     bytes_up: int
@@ -92,12 +93,12 @@ class Request:
     It is encoded once: whoever sends it again sends the same bytes, whatever the codec.
     """
 
-    raw: bytes
+    raw: bytes = field(repr=False)
     answer: str
     step: int = 0
     micro: int = 0
     number: int = 0
-    """Of a session that generates, in place of step and micro-batch."""
+    """In its session, from 1; 0 of what may come at any time."""
     shape: tuple[int, ...] = ()
     """Of the tensor that was sent, which the answer's must have."""
     mask_BT: Tensor | None = None
@@ -116,7 +117,8 @@ class Request:
             return True
         if frame.kind == "generated":
             return bool(body.number == self.number)
-        return body.step == self.step and getattr(body, "micro", 0) == self.micro
+        place = body.step, getattr(body, "micro", 0)
+        return bool(frame.head.number == self.number) and place == (self.step, self.micro)
 
     def take(self, frame: Frame[pb.ServerFrame]) -> None:
         """Keep the answer."""
@@ -136,10 +138,19 @@ class Framed:
 
     def __init__(self, config: LinkConfig, seed: int) -> None:
         self._codecs = crossings(config.codec, seed)
+        self.number = self.taken = 0
+        """Frames that were sent, and answers to them that were taken, which are in their order."""
 
     def send(self, request: Request) -> None:
         """Let a frame go."""
         raise NotImplementedError
+
+    def _send(self, request: Request, parcel: Parcel, **body: object) -> None:
+        """Give a frame its number, and let it go."""
+        self.number += 1
+        request.number = self.number
+        request.raw = client_frame(parcel, number=self.number, seen=self.taken, **body)
+        self.send(request)
 
     def compute(self, step: int, micro: int, h_BTD: Tensor, mask_BT: Tensor | None) -> None:
         """Send activations (B, T, D) through the trunk; see `Session.compute`."""
@@ -150,8 +161,8 @@ class Framed:
             activations=self._codecs.h1.encode(h_BTD, mask_BT, step, micro, parcel),
             mask=encode_mask(mask_BT),
         )
-        raw = client_frame(parcel, compute=frame)
-        self.send(Request(raw, "activations", step, micro, shape=shape, mask_BT=mask_BT))
+        request = Request(b"", "activations", step, micro, shape=shape, mask_BT=mask_BT)
+        self._send(request, parcel, compute=frame)
 
     def backward(
         self,
@@ -167,8 +178,8 @@ class Framed:
         parcel, shape = Parcel(), tuple(grad_BTD.shape)
         gradient = self._codecs.grad_h2.encode(grad_BTD, mask_BT, step, micro, parcel)
         frame = pb.Backward(step=step, micro=micro, gradient=gradient, last=last, tokens=tokens)
-        raw = client_frame(parcel, backward=frame)
-        self.send(Request(raw, "gradients", step, micro, shape=shape, mask_BT=mask_BT))
+        request = Request(b"", "gradients", step, micro, shape=shape, mask_BT=mask_BT)
+        self._send(request, parcel, backward=frame)
 
     def apply(
         self, step: int, counters: StepCounters, gradients: Mapping[str, Tensor] | None = None
@@ -176,7 +187,7 @@ class Framed:
         """Ask for the optimizer step; see `Session.apply`."""
         parcel, frame = Parcel(), pb.Apply(step=step, **vars(counters))
         frame.gradients.extend(encode_named(gradients or {}, parcel))
-        self.send(Request(client_frame(parcel, apply=frame), "applied", step))
+        self._send(Request(b"", "applied", step), parcel, apply=frame)
 
     def read_activations(self, answered: Request) -> Tensor:
         """h2 (B, T, D), of the wire's dtype; `TrunkError` for another shape, or if not finite."""

@@ -128,7 +128,8 @@ class Talk:
             if reply is None:
                 with self._meter.frame(frame.kind):
                     parcel = Parcel()
-                    reply = server_frame(parcel, **self._serve(frame, parcel, started))
+                    answer = self._serve(frame, parcel, started)
+                    reply = server_frame(parcel, number=head.number, **answer)
                 self._keep(head, raw, reply)
             return reply
         except TrunkError as error:
@@ -138,7 +139,7 @@ class Talk:
             self._damaged += error.kind == "damaged"
             if self._damaged > MAX_DAMAGED:
                 raise TrunkError(f"{MAX_DAMAGED} frames in a row: {error}", kind="order") from error
-            return server_frame(failure=self._failure(error, head))
+            return server_frame(failure=self._failure(error, head), number=head.number)
 
     def _count_sent(self, raw: bytes) -> None:
         self._bytes_down += len(raw)

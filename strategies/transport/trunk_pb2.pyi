@@ -111,7 +111,7 @@ class Close(_message.Message):
     def __init__(self, early: _Optional[bool] = ...) -> None: ...
 
 class ClientFrame(_message.Message):
-    __slots__ = ("version", "compute", "backward", "get_gradients", "apply", "close", "generate", "number")
+    __slots__ = ("version", "compute", "backward", "get_gradients", "apply", "close", "generate", "number", "seen")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     COMPUTE_FIELD_NUMBER: _ClassVar[int]
     BACKWARD_FIELD_NUMBER: _ClassVar[int]
@@ -120,6 +120,7 @@ class ClientFrame(_message.Message):
     CLOSE_FIELD_NUMBER: _ClassVar[int]
     GENERATE_FIELD_NUMBER: _ClassVar[int]
     NUMBER_FIELD_NUMBER: _ClassVar[int]
+    SEEN_FIELD_NUMBER: _ClassVar[int]
     version: int
     compute: Compute
     backward: Backward
@@ -128,7 +129,8 @@ class ClientFrame(_message.Message):
     close: Close
     generate: Generate
     number: int
-    def __init__(self, version: _Optional[int] = ..., compute: _Optional[_Union[Compute, _Mapping]] = ..., backward: _Optional[_Union[Backward, _Mapping]] = ..., get_gradients: _Optional[_Union[GetGradients, _Mapping]] = ..., apply: _Optional[_Union[Apply, _Mapping]] = ..., close: _Optional[_Union[Close, _Mapping]] = ..., generate: _Optional[_Union[Generate, _Mapping]] = ..., number: _Optional[int] = ...) -> None: ...
+    seen: int
+    def __init__(self, version: _Optional[int] = ..., compute: _Optional[_Union[Compute, _Mapping]] = ..., backward: _Optional[_Union[Backward, _Mapping]] = ..., get_gradients: _Optional[_Union[GetGradients, _Mapping]] = ..., apply: _Optional[_Union[Apply, _Mapping]] = ..., close: _Optional[_Union[Close, _Mapping]] = ..., generate: _Optional[_Union[Generate, _Mapping]] = ..., number: _Optional[int] = ..., seen: _Optional[int] = ...) -> None: ...
 
 class Opened(_message.Message):
     __slots__ = ("hidden_size", "steps", "codecs", "limit", "chunk")

@@ -131,29 +131,49 @@ def all_in(codec: str) -> dict[str, Any]:
 
 
 def compute_frame(
-    h_BTD: torch.Tensor, mask_BT: torch.Tensor | None = None, *, codec: str = "fp32", **fields: Any
+    h_BTD: torch.Tensor,
+    mask_BT: torch.Tensor | None = None,
+    *,
+    codec: str = "fp32",
+    number: int = 1,
+    seen: int = 0,
+    **fields: Any,
 ) -> bytes:
     """A `Compute` frame; other fields may spoil it."""
     parcel = Parcel()
     h1 = find_codec(codec)().encode(h_BTD, mask_BT, 0, 0, parcel)
     body = {"activations": h1, "mask": encode_mask(mask_BT)} | fields
-    return client_frame(parcel, compute=pb.Compute(**body))
+    return client_frame(parcel, number=number, seen=seen, compute=pb.Compute(**body))
 
 
 def backward_frame(
-    grad_BTD: torch.Tensor, mask_BT: torch.Tensor | None = None, **fields: Any
+    grad_BTD: torch.Tensor,
+    mask_BT: torch.Tensor | None = None,
+    *,
+    codec: str = "fp32",
+    number: int = 1,
+    seen: int = 0,
+    **fields: Any,
 ) -> bytes:
-    """A `Backward` frame in fp32."""
+    """A `Backward` frame."""
     parcel = Parcel()
-    gradient = find_codec("fp32")().encode(grad_BTD, mask_BT, 0, 0, parcel)
-    return client_frame(parcel, backward=pb.Backward(gradient=gradient, **fields))
+    gradient = find_codec(codec)().encode(grad_BTD, mask_BT, 0, 0, parcel)
+    body = pb.Backward(gradient=gradient, **fields)
+    return client_frame(parcel, number=number, seen=seen, backward=body)
 
 
-def apply_frame(gradients: dict[str, torch.Tensor] | None = None, **fields: Any) -> bytes:
+def apply_frame(
+    gradients: dict[str, torch.Tensor] | None = None,
+    *,
+    number: int = 1,
+    seen: int = 0,
+    **fields: Any,
+) -> bytes:
     """An `Apply` frame, with gradients of the ends."""
     parcel = Parcel()
     named = encode_named(gradients or {}, parcel)
-    return client_frame(parcel, apply=pb.Apply(gradients=named, **fields))
+    body = pb.Apply(gradients=named, **fields)
+    return client_frame(parcel, number=number, seen=seen, apply=body)
 
 
 def forward(
@@ -172,10 +192,9 @@ def back(
     return link.gradients()
 
 
-def get_gradients(link: GrpcLink, step: int, micro: int) -> pb.Gradients:
-    """What the trunk answers to a question for a gradient whose reply was lost."""
-    question = pb.GetGradients(step=step, micro=micro)
-    link._connection.send(client_frame(get_gradients=question))
+def get_gradients(link: GrpcLink, number: int) -> pb.Gradients:
+    """What the trunk answers to a question for the gradient that a frame should have brought."""
+    link._connection.send(client_frame(get_gradients=pb.GetGradients(), number=number))
     raw = link._connection.receive(10.0)
     assert raw is not None
     return refuse_failure(read_server_frame(raw)).head.gradients

@@ -18,8 +18,10 @@ from strategies.transport.stream.connection import Connection
 class Asking:
     """A session's questions to the trunk: one stream, or as many as it takes to bring them through.
 
-    Frames that wait for their answers are kept as they were sent, oldest first. Those without one
-    are sent again, over a new stream if the old one broke; the trunk does nothing twice.
+    Frames that wait for their answers are kept as they were sent, oldest first, and answers are
+    taken in that order. What has no answer is sent again as it was: all of it, in order, if a frame
+    did not arrive (the trunk serves none before those in front of it) or the stream broke; the
+    oldest alone, if nothing came for a while. The trunk does nothing twice.
 
     Parameters
     ----------
@@ -39,6 +41,9 @@ class Asking:
         self._connection, self._timeout = connection, timeout
         self._limit, self._too_large = limit, too_large
         self._asked: list[Request] = []
+        # What was said last to be missing: the oldest request without an answer, and the number of
+        # the frame that came instead of it.
+        self._missed: tuple[Request | None, int] = None, 0
         self._over = False
         self.bytes_up = self.bytes_down = 0
         self.trunk_seconds = 0.0
@@ -85,13 +90,13 @@ class Asking:
         self._put(request.raw)
 
     def answer(self, kind: str) -> Request:
-        """The first request of its kind, answered, whatever that takes."""
-        request = next((each for each in self._asked if each.answer == kind), None)
-        if request is None:
-            raise RuntimeError(f"nothing was asked that '{kind}' would answer")
+        """The next request, which must be of this kind, answered, whatever that takes."""
+        request = self._asked[0] if self._asked else None
+        if request is None or request.answer != kind:
+            raise RuntimeError(f"'{kind}' would not answer what was asked next: {request}")
         with self._ending_in_words():
             self._wait_for(request)
-        self._asked.remove(request)
+        self._asked.pop(0)
         self.trunk_seconds += getattr(request.reply, "seconds", 0.0)
         return request
 
@@ -100,7 +105,8 @@ class Asking:
         self._connection.send(raw)
 
     def _wait_for(self, request: Request) -> None:
-        """Receive until a request has its answer, within the deadline of each stream."""
+        """Receive until a request has its answer. Any answer is a sign of life: the deadline, which
+        is that of each stream, counts from the last one."""
         timeout, breaks = self._timeout, 0
         deadline = time.monotonic() + timeout
         while request.reply is None:
@@ -117,41 +123,57 @@ class Asking:
                     breaks += 1
                     self._connection.reopen(error, breaks)
                     deadline = time.monotonic() + timeout
-                elif error.kind != "damaged":
+                    self._repeat()
+                    self._missed = None, 0  # whatever else was under way is gone, too
+                elif error.kind == "damaged":
+                    self._put_again(self._unanswered()[0])
+                else:
                     raise
-                frame = None
+                continue
             if frame is None:
-                self._repeat()
-            else:
-                self._take(frame)
+                self._put_again(self._unanswered()[0])
+            elif self._take(frame):
+                breaks, deadline = 0, time.monotonic() + timeout
 
-    def _take(self, frame: Frame[pb.ServerFrame]) -> None:
+    def _take(self, frame: Frame[pb.ServerFrame]) -> bool:
         """Give a frame to the request that it answers; one that came twice answers none."""
         if frame.kind == "failure":
-            return self._take_failure(frame.head.failure)
+            self._take_failure(frame.head)
+            return False
         for request in self._unanswered():
             if request.fits(frame):
-                return request.take(frame)
-        return None
+                request.take(frame)
+                return True
+        return False
 
     def _unanswered(self) -> list[Request]:
         return [request for request in self._asked if request.reply is None]
 
-    def _repeat(self) -> None:
-        """Ask again for all that has no answer, in the order of the first time."""
-        for request in self._unanswered():
-            self._put_again(request)
+    def _repeat(self, came: int = 0) -> None:
+        """Send again all that has no answer, in the order of the first time.
+
+        After a frame was lost, every later one that was under way with it is refused, too: `came`
+        is its number. They come in order, so one that is not above the last one's was sent again,
+        and something before it was lost again.
+        """
+        unanswered = self._unanswered()
+        oldest, last = self._missed
+        self._missed = unanswered[0], came
+        if not came or oldest is not unanswered[0] or came <= last:
+            for request in unanswered:
+                self._put(request.raw)
 
     def _put_again(self, request: Request) -> None:
+        """Ask again for one answer that is long in coming."""
         self._put(request.raw)
 
-    def _take_failure(self, failure: pb.Failure) -> None:
+    def _take_failure(self, frame: pb.ServerFrame) -> None:
         """Send again what did not arrive; `TrunkError` if the trunk refuses it."""
-        error = TrunkError(failure.message, kind=failure.kind)
+        error = TrunkError(frame.failure.message, kind=frame.failure.kind)
         if not error.passes:
             raise error
-        if error.kind == "damaged":
-            self._repeat()
+        if error.kind in ("damaged", "gap", "missing"):
+            self._repeat(frame.number if error.kind == "gap" else 0)
 
     def _receive(self, timeout: float) -> Frame[pb.ServerFrame] | None:
         raw = self._connection.receive(timeout)

@@ -24,7 +24,7 @@ FIRST_CONNECTION_SECONDS = 30.0
 class GrpcLink(Asking, Framed):
     """A session of training or evaluation over gRPC.
 
-    If the answer to a `Backward` is missing it is asked for with `GetGradients`, which saves
+    If the answer to a `Backward` is long in coming it is asked for with `GetGradients`, which saves
     sending the gradient again.
 
     Parameters
@@ -74,33 +74,30 @@ class GrpcLink(Asking, Framed):
 
     def computed(self) -> Tensor:
         """Wait for the trunk's output h2, on the CPU."""
-        answer = self.answer("activations")
+        answer = self._next("activations")
         with self._ending_in_words():
             return self.read_activations(answer)
 
     def gradients(self) -> tuple[Tensor, float]:
         """Wait for dL/dh1, on the CPU, and the squared norm of the trunk's gradient."""
-        answer = self.answer("gradients")
+        answer = self._next("gradients")
         with self._ending_in_words():
             return self.read_gradients(answer)
 
     def applied(self) -> StepResult:
         """Wait for the result of the optimizer step."""
-        answer = self.answer("applied")
+        answer = self._next("applied")
         with self._ending_in_words():
             return self.read_applied(answer)
+
+    def _next(self, kind: str) -> Request:
+        answer = self.answer(kind)
+        self.taken += 1
+        return answer
 
     def _put_again(self, request: Request) -> None:
         if request.answer == "gradients":
             question = pb.GetGradients(step=request.step, micro=request.micro)
-            self._put(client_frame(get_gradients=question))
+            self._put(client_frame(get_gradients=question, number=request.number))
         else:
             self._put(request.raw)
-
-    def _take_failure(self, failure: pb.Failure) -> None:
-        super()._take_failure(failure)
-        if failure.kind == "missing":
-            for request in self._unanswered():
-                place = (request.answer, request.step, request.micro)
-                if place == ("gradients", failure.step, failure.micro):
-                    self._put(request.raw)

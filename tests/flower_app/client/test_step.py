@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 import pytest
 import torch
 from transformers import PreTrainedModel
@@ -19,23 +17,20 @@ from strategies.transport import trunk_pb2 as pb
 from strategies.transport.codec.registry import find_codec
 from strategies.transport.codec.tensors import encode_named
 from strategies.transport.frames import read_server_frame, server_frame
-from strategies.transport.link import Framed, Link, Request, StepCounters
+from strategies.transport.link import Framed, Request, StepCounters
 from strategies.transport.payload import Parcel
 from tests.strategies.helpers import (
     CUT,
     H,
-    connect,
     engine_for,
     largest_difference,
     link_config,
     place,
     random_steps,
-    served,
     tiny_model,
 )
 
 TRAIN = TrainConfig(lr=1e-2, clip=1.0, accumulate=3)
-COUNT = 2
 
 
 @pytest.fixture(autouse=True)
@@ -46,47 +41,6 @@ def _one_thread(one_thread: None) -> None:
 def fresh(dropout: float) -> PreTrainedModel:
     """Its embedding is tied to its head: the order in which gradients add up counts."""
     return tiny_model("gpt2", resid_pdrop=dropout)
-
-
-def trained(ahead: int, *, over_wire: bool) -> torch.nn.Module:
-    """The model after a round in which so many forwards are sent before the first backward."""
-    # Over the wire both sides work at once, and in this process they share torch's generator.
-    model = fresh(0.0 if over_wire else 0.2)
-    parts = split(model, CUT)
-    engine = engine_for(parts.trunk, TRAIN)
-    engine.open_round(1, 1, training=True)
-    with served(engine) if over_wire else nullcontext() as service:
-        link: Link = (
-            connect(service, "a", COUNT)
-            if service
-            else LocalLink(engine.open("a", client="a", steps=COUNT))
-        )
-        ends = Ends(parts.bottom, parts.top, COUNT, TRAIN, place("a"))
-        for number, batches in enumerate(random_steps(COUNT, seed=5, accumulate=3)):
-            step, square = Step(ends, link, number, batches), 0.0
-            for micro in range(min(ahead, len(batches))):
-                step.compute(micro)
-            for micro in range(len(batches)):
-                step.computed(micro, link.computed())
-                if micro + ahead < len(batches):
-                    step.compute(micro + ahead)
-                grad_BTD, square = link.gradients()
-                step.gradients(micro, grad_BTD)
-            step.apply(square)
-            step.applied(link.applied())
-        link.close()
-    engine.close_round()
-    return model
-
-
-@pytest.mark.parametrize("over_wire", [False, True])
-def test_micro_batches_under_way_together_equal_one_at_a_time(over_wire: bool) -> None:
-    """Invariant 8, to the bit."""
-    alone, two, three = (trained(ahead, over_wire=over_wire) for ahead in (1, 2, 3))
-
-    assert largest_difference(two, alone) == 0
-    assert largest_difference(three, alone) == 0
-    assert largest_difference(alone, fresh(0.0)) > 1e-3
 
 
 def test_a_graph_that_was_dropped_is_made_again_alike() -> None:

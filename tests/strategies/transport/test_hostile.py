@@ -148,7 +148,7 @@ def test_no_tensor_hides_behind_another_of_its_name() -> None:
     named = [*encode_named({"top.w": torch.ones(2**14)}, parcel)]
     named += encode_named({"top.w": torch.ones(3, 2)}, parcel)
     with pytest.raises(TrunkError, match="twice"):
-        talk.answer(client_frame(parcel, apply=pb.Apply(gradients=named)))
+        talk.answer(client_frame(parcel, number=1, apply=pb.Apply(gradients=named)))
 
 
 @pytest.mark.parametrize("value", [1.0, 1e12])

@@ -1,5 +1,6 @@
-"""A session against a model of it: whatever comes in whatever order, steps are taken in order and
-once, a repeated frame is answered alike, and nothing else moves a weight.
+"""A session against a model of it: whatever comes in whatever order, frames are served by their
+numbers, steps are taken in order and once, a repeated frame is answered alike while its answer was
+not seen, and nothing else moves a weight.
 
 Shapes: B sequences, T tokens, D hidden size.
 """
@@ -7,9 +8,7 @@ Shapes: B sequences, T tokens, D hidden size.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import pytest
 import torch
@@ -56,15 +55,12 @@ class Forward:
 
     shape: tuple[int, int]
     tokens: int
-    sent: bytes
-    answer: bytes
     mask_BT: torch.Tensor | None = None
-    gone_back: bytes = b""
-    gradients: bytes = b""
+    gone_back: bool = False
 
 
 class SessionMachine(RuleBasedStateMachine):
-    """Frames in any order; `forwards`, `applied` and `ready` are the model."""
+    """Frames in any order; `forwards`, `applied`, `ready`, `due` and `kept` are the model."""
 
     @initialize(
         policy=st.sampled_from(POLICIES),
@@ -74,7 +70,9 @@ class SessionMachine(RuleBasedStateMachine):
     def open(self, policy: str, clip: float, peace: int) -> None:
         # Hardly a session survives a wrong frame: until so many steps only right ones come.
         self.peace = peace
-        self.sent: list[tuple[Callable[..., None], tuple[Any, ...]]] = []
+        self.due, self.seen, self.lag = 1, 0, 0
+        self.sent: dict[int, bytes] = {}
+        self.kept: dict[int, bytes] = {}
         self.merged = policy == "merged"
         torch.manual_seed(0)
         trunk = OneLayer(HIDDEN)
@@ -93,18 +91,33 @@ class SessionMachine(RuleBasedStateMachine):
         self.talk = Conversation("a", self.session, all_in("fp32"), lambda report: None, LIMIT)
         self.forwards: dict[int, Forward] = {}
         self.applied, self.ready, self.declared, self.over = 0, False, 0, False
-        self.ended, self.result = b"", b""
-        self.raw, self.reply = b"", b""
+        self.reply = b""
         self.weights = self.read_weights()
 
     def read_weights(self) -> list[torch.Tensor]:
         return [p.detach().clone() for p in self.session._lane.parameters]
 
+    def next(self) -> dict[str, int]:
+        """Of the frame that is due."""
+        self.seen = max(self.seen, self.due - 1 - self.lag)
+        return {"number": self.due, "seen": self.seen}
+
     def send(self, raw: bytes) -> pb.ServerFrame | None:
+        """The answer to the frame that is due, or None: the session is over."""
+        answer = self.give(raw)
+        if answer is not None:
+            assert answer.number == self.due
+            assert answer.WhichOneof("body") != "failure"
+            self.kept = {n: reply for n, reply in self.kept.items() if n > self.seen}
+            self.kept[self.due], self.sent[self.due] = self.reply, raw
+            self.due += 1
+        return answer
+
+    def give(self, raw: bytes) -> pb.ServerFrame | None:
         """The answer, a failure after which the session goes on, or None: it is over."""
-        self.raw, self.reply = raw, b""
+        self.reply = b""
         try:
-            self.reply = self.talk.answer(self.raw)
+            self.reply = self.talk.answer(raw)
             answer = read_server_frame(self.reply).head
         except TrunkError as refused:
             self.end()
@@ -127,7 +140,7 @@ class SessionMachine(RuleBasedStateMachine):
         return not self.over and self.applied < STEPS and not self.ready
 
     def waiting(self) -> list[int]:
-        return [micro for micro, each in self.forwards.items() if not each.gradients]
+        return [micro for micro, each in self.forwards.items() if not each.gone_back]
 
     def fresh(self) -> list[int]:
         return [micro for micro in range(MICROS) if micro not in self.forwards]
@@ -162,11 +175,38 @@ class SessionMachine(RuleBasedStateMachine):
     def apply_what_is_due(self, square: float) -> None:
         self.send_apply(self.applied, square, self.declared if self.merged else 1)
 
+    @rule(lag=st.integers(0, 6))
+    def see(self, lag: int) -> None:
+        """From now on the client says so late what it has seen."""
+        self.lag = lag
+
     @precondition(lambda self: not self.over and self.sent)
-    @rule(back=st.integers(1, 6))
+    @rule(back=st.integers(1, 8))
     def repeat(self, back: int) -> None:
-        send, what = self.sent[-min(back, len(self.sent))]
-        send(*what)
+        number = max(1, self.due - back)
+        answer = self.give(self.sent[number])
+        assert answer is not None
+        assert answer.number == number
+        if number in self.kept:
+            assert self.reply == self.kept[number]
+        else:
+            assert answer.failure.kind == "stale"
+
+    @precondition(lambda self: not self.over)
+    @rule(by=st.integers(1, 9), step=steps)
+    def come_before_another(self, by: int, step: int) -> None:
+        """Even what would be in order is not served."""
+        raw = client_frame(apply=pb.Apply(step=step, tokens=1), number=self.due + by, seen=by)
+        answer = self.give(raw)
+        assert answer is not None
+        assert (answer.failure.kind, answer.number) == ("gap", self.due + by)
+
+    @precondition(lambda self: self.at_war() and self.kept)
+    @rule(number=st.integers(0, 9), tokens=st.integers(90, 99))
+    def come_again_with_other_bytes(self, number: int, tokens: int) -> None:
+        number = sorted(self.kept)[number % len(self.kept)] if number else 0
+        raw = client_frame(apply=pb.Apply(step=self.applied, tokens=tokens), number=number)
+        assert self.give(raw) is None
 
     @precondition(lambda self: self.at_war())
     @rule(step=steps, micro=micros, shape=shapes, value=usually_fine, masked=st.booleans())
@@ -178,24 +218,15 @@ class SessionMachine(RuleBasedStateMachine):
     def send_compute(
         self, step: int, micro: int, shape: tuple[int, int], value: float, masked: bool
     ) -> None:
-        self.sent.append((self.send_compute, (step, micro, shape, value, masked)))
         h_BTD = torch.full((*shape, HIDDEN), 0.25)
         h_BTD[0, 0, 0] = value
         mask_BT = torch.ones(shape, dtype=torch.long)
         mask_BT[0, 1:] = 0
         mask = mask_BT if masked else None
-        answer = self.send(compute_frame(h_BTD, mask, step=step, micro=micro))
-        known = self.forwards.get(micro)
-        if known and step == self.applied and self.raw == known.sent and not known.gradients:
-            assert self.reply == known.answer
-        elif not math.isfinite(value):
-            assert answer is None
-        elif step < self.applied or (step == self.applied and known):
-            assert answer is not None
-            assert answer.failure.kind == "stale"
-        elif (
-            step != self.applied or step >= STEPS or micro >= MICROS
-            or self.ready or len(self.waiting()) >= GRAPHS
+        answer = self.send(compute_frame(h_BTD, mask, step=step, micro=micro, **self.next()))
+        if (
+            step != self.applied or step >= STEPS or micro >= MICROS or micro in self.forwards
+            or not math.isfinite(value) or self.ready or len(self.waiting()) >= GRAPHS
             or (self.merged and abs(value) > LARGEST)
         ):  # fmt: skip
             assert answer is None
@@ -203,7 +234,7 @@ class SessionMachine(RuleBasedStateMachine):
             assert answer is not None
             assert answer.activations.activations.shape == [*shape, HIDDEN]
             tokens = int(mask_BT.sum()) if masked else mask_BT.numel()
-            self.forwards[micro] = Forward(shape, tokens, self.raw, self.reply, mask)
+            self.forwards[micro] = Forward(shape, tokens, mask)
 
     @precondition(lambda self: self.at_war())
     @rule(step=steps, micro=micros, value=usually_fine, last=st.booleans(), tokens=small)
@@ -219,24 +250,15 @@ class SessionMachine(RuleBasedStateMachine):
     def send_backward(
         self, step: int, micro: int, shape: tuple[int, int], value: float, last: bool, tokens: int
     ) -> None:
-        self.sent.append((self.send_backward, (step, micro, shape, value, last, tokens)))
         known, waiting = self.forwards.get(micro), self.waiting()
         grad_BTD = torch.full((*shape, HIDDEN), 0.5)
         grad_BTD[0, 0, 0] = value
         mask = known.mask_BT if known and known.shape == shape else None
         place = {"step": step, "micro": micro, "last": last, "tokens": tokens}
-        answer = self.send(backward_frame(grad_BTD, mask, **place))
-        if step < self.applied:
-            assert answer is not None
-            assert answer.failure.kind == "stale"
-        elif step == self.applied and known and known.gradients:
-            assert answer is not None
-            if self.raw == known.gone_back:
-                assert self.reply == known.gradients
-            else:
-                assert answer.failure.kind == "stale"
-        elif (
-            step != self.applied or not known or known.shape != shape or not math.isfinite(value)
+        answer = self.send(backward_frame(grad_BTD, mask, **place, **self.next()))
+        if (
+            step != self.applied or not known or known.gone_back
+            or known.shape != shape or not math.isfinite(value)
             or (last and waiting != [micro])
             or (self.merged and (micro != waiting[0] or not tokens or abs(value) > LARGEST))
             or (self.merged and self.declared not in (0, tokens))
@@ -245,20 +267,19 @@ class SessionMachine(RuleBasedStateMachine):
         else:
             assert answer is not None
             assert answer.gradients.gradient.shape == [*shape, HIDDEN]
-            known.gone_back, known.gradients = self.raw, self.reply
+            known.gone_back = True
             self.ready, self.declared = self.ready or last, tokens
 
     @precondition(lambda self: not self.over)
-    @rule(step=steps, micro=micros)
-    def get_gradients(self, step: int, micro: int) -> None:
-        answer = self.send(client_frame(get_gradients=pb.GetGradients(step=step, micro=micro)))
-        known = self.forwards.get(micro)
+    @rule(back=st.integers(-2, 8))
+    def get_gradients(self, back: int) -> None:
+        number = max(0, self.due - back)
+        answer = self.give(client_frame(get_gradients=pb.GetGradients(), number=number))
         assert answer is not None
-        if step == self.applied and known and known.gradients:
-            assert self.reply == known.gradients
+        if number in self.kept:
+            assert self.reply == self.kept[number]
         else:
-            assert answer.failure.kind == "missing"
-            assert (answer.failure.step, answer.failure.micro) == (step, micro)
+            assert (answer.failure.kind, answer.number) == ("missing", number)
 
     @precondition(lambda self: self.at_war())
     @rule(step=steps, square=norms, tokens=st.integers(0, 13))
@@ -271,19 +292,13 @@ class SessionMachine(RuleBasedStateMachine):
         self.send_apply(self.applied, square, 0)
 
     def send_apply(self, step: int, square: float, tokens: int) -> None:
-        self.sent.append((self.send_apply, (step, square, tokens)))
         place = {"step": step, "client_square_norm": square, "tokens": tokens}
-        answer = self.send(apply_frame(**place))
+        answer = self.send(apply_frame(**place, **self.next()))
         most = sum(each.tokens for each in self.forwards.values())
         empty = self.merged and not tokens and not self.forwards
         fine = math.isfinite(square) and square >= 0
         fine = fine and not (self.merged and square > LARGEST**2)
-        if self.result and step == self.applied - 1 and self.raw == self.ended:
-            assert self.reply == self.result
-        elif step < self.applied:
-            assert answer is not None
-            assert answer.failure.kind == "stale"
-        elif (
+        if (
             step != self.applied or step >= STEPS or not fine
             or (not empty and (not self.ready or not 0 < tokens <= most))
             or (self.merged and not empty and tokens != self.declared)
@@ -300,7 +315,7 @@ class SessionMachine(RuleBasedStateMachine):
         moved = any(not torch.equal(a, b) for a, b in zip(weights, self.weights, strict=True))
         assert moved or empty or answer.applied.grad_norm > 1e6  # clipped to next to nothing
         assert not (moved and empty)
-        self.weights, self.ended, self.result = weights, self.raw, self.reply
+        self.weights = weights
         self.forwards, self.ready, self.declared = {}, False, 0
         self.applied += 1
 
@@ -316,7 +331,7 @@ class SessionMachine(RuleBasedStateMachine):
     @precondition(lambda self: not self.over and self.applied)
     @rule(early=st.booleans())
     def close(self, early: bool) -> None:
-        answer = self.send(client_frame(close=pb.Close(early=early)))
+        answer = self.give(client_frame(close=pb.Close(early=early)))
         assert answer is not None
         assert answer.closed.steps == self.applied
         self.over = True
@@ -325,7 +340,7 @@ class SessionMachine(RuleBasedStateMachine):
     @rule(step=steps)
     def after_the_end(self, step: int) -> None:
         with pytest.raises(TrunkError):
-            self.talk.answer(client_frame(apply=pb.Apply(step=step, tokens=1)))
+            self.talk.answer(apply_frame(step=step, tokens=1, number=self.due))
         assert read_server_frame(self.talk.answer(client_frame(close=pb.Close()))).kind == "closed"
 
     @invariant()
@@ -344,8 +359,7 @@ class SessionMachine(RuleBasedStateMachine):
     def bytes_in_flight_are_those_of_the_forwards(self) -> None:
         if hasattr(self, "session"):
             held = [math.prod(each.shape) * HIDDEN * 4 for each in self.forwards.values()]
-            kept = [len(each.gradients or each.answer) for each in self.forwards.values()]
-            known = sum(held) + sum(kept) + len(self.result)
+            known = sum(held) + sum(map(len, self.kept.values()))
             assert self.engine.in_flight.bytes == (0 if self.over else known)
 
     def teardown(self) -> None:
@@ -388,6 +402,14 @@ SABOTAGE = {
     "nothing is given back": (
         "strategies.engine.checks.InFlight.give_back",
         lambda self, count: None,
+    ),
+    "frames are served as they come": (
+        "strategies.transport.kept.KeptReplies.again",
+        lambda self, frame, raw: None,
+    ),
+    "what was seen is kept": (
+        "strategies.transport.kept.KeptReplies._forget",
+        lambda self, seen: None,
     ),
     "norms are not checked": (
         "strategies.engine.session.Session._check_apply",

@@ -36,6 +36,7 @@ from tests.strategies.helpers import (
     connect,
     engine_for,
     forward,
+    get_gradients,
     largest_difference,
     link_config,
     open_engine,
@@ -124,7 +125,8 @@ def test_many_faults_change_no_bit(
 
 
 def test_a_lost_gradient_is_fetched_and_not_sent_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """GetGradients brings the reply that was lost; a `Backward` that was lost is sent again."""
+    """GetGradients brings the reply that is long in coming; a `Backward` that was lost is sent
+    again, and so is whatever was under way when a stream broke."""
     sent: list[str] = []
     send = Stream.send
 
@@ -133,18 +135,19 @@ def test_a_lost_gradient_is_fetched_and_not_sent_again(monkeypatch: pytest.Monke
         send(self, raw)
 
     monkeypatch.setattr(Stream, "send", noted)
-    for fault, expected in (
-        ((DOWN, 2), ["compute", "backward", "get_gradients"]),
-        ((UP, 1), ["compute", "backward", "get_gradients", "backward"]),
+    for fault, kind, expected in (
+        ((DOWN, 2), "lose", ["compute", "backward", "get_gradients"]),
+        ((UP, 1), "lose", ["compute", "backward", "get_gradients", "backward"]),
+        ((DOWN, 2), "break", ["compute", "backward", "backward"]),
     ):
         sent.clear()
-        with served(open_engine()) as service:  # with time enough that nothing is repeated
-            faults = Faults({fault: "break"})
+        with served(open_engine()) as service:  # with time enough that nothing is repeated twice
+            faults = Faults({fault: kind})
             link = GrpcLink(
                 admit(service, "a"),
                 NODE_KEY,
                 steps=1,
-                config=link_config(),
+                config=link_config(timeout=8.0),
                 interceptors=[faults],
             )
             forward(link, 0, 0, H, None)
@@ -392,7 +395,8 @@ def test_one_who_only_repeats_itself_is_given_up() -> None:
     with served(open_engine(strategy="splitfed-v2")) as service:
         link = connect(service, "a", 1)
         forward(link, 0, 0, H, None)
-        with pytest.raises(TrunkError, match="64 frames in a row moved nothing"):
-            for _ in range(70):
-                forward(link, 0, 0, H, None)
+        with pytest.raises(TrunkError, match="128 frames in a row moved nothing"):
+            for _ in range(130):
+                get_gradients(link, 1)
+        link._connection.drop()
         assert forward(connect(service, "b", 1), 0, 0, H, None).shape == H.shape

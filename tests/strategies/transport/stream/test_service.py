@@ -203,10 +203,10 @@ def test_a_session_cannot_reach_anothers_gradients() -> None:
         forward(mine, 0, 0, H, None)
         back(mine, 0, 0, torch.ones_like(H), last=True)
 
-        with pytest.raises(TrunkError, match="no gradient of step 0"):
-            get_gradients(other, 0, 0)
+        with pytest.raises(TrunkError, match="no gradient is kept of frame 2"):
+            get_gradients(other, 2)
 
-        assert get_gradients(mine, 0, 0).square_norm > 0
+        assert get_gradients(mine, 2).square_norm > 0
         mine.apply(0, ONE)
         mine.applied()
         mine.close()
@@ -219,7 +219,7 @@ def test_a_session_cannot_reach_anothers_gradients() -> None:
         (_sealed(b"\xff\xff\xff\xff", None), "is not a Graft frame"),
         (sealed(pb.ClientFrame(version=7, close=pb.Close())), "version 7 came"),
         (sealed(pb.ClientFrame(version=WIRE_VERSION)), "without a body"),
-        (client_frame(compute=pb.Compute()), "activations: 0 dimensions"),
+        (client_frame(number=1, compute=pb.Compute()), "activations: 0 dimensions"),
         (
             compute_frame(torch.ones(2, 3, 9)),
             r"\(2, 3, 9\); the trunk takes \(B, T, 32\)",
@@ -388,9 +388,9 @@ def test_ports_are_reported_and_steps_counted_once() -> None:
         for step in range(2):
             forward(link, step, 0, H, None)
             back(link, step, 0, torch.ones_like(H), last=True)
-            for _ in range(2):  # its reply was lost, say
-                link.apply(step, StepCounters(client_square_norm=0.0, tokens=7, loss=1.5))
-                link.applied()
+            link.apply(step, StepCounters(client_square_norm=0.0, tokens=7, loss=1.5))
+            link._put(link._asked[0].raw)  # its reply was lost, say
+            link.applied()
         link.close()
 
     assert [(r.client, r.step, r.tokens, r.loss) for r in reports] == [
@@ -476,7 +476,17 @@ def test_no_frame_carries_ids_or_labels(monkeypatch: pytest.MonkeyPatch) -> None
     leaked = [*frames, b"x" + batches[0].labels.numpy().tobytes()]
     assert secrets_found(leaked, batches), "the check itself sees nothing"
 
-    counters = {"version", "step", "micro", "last", "tokens", "loss", "client_square_norm"}
+    counters = {
+        "version",
+        "number",
+        "seen",
+        "step",
+        "micro",
+        "last",
+        "tokens",
+        "loss",
+        "client_square_norm",
+    }
     counters |= {"seconds_bottom", "seconds_network", "seconds_top"}
     counters |= {"mask", "frozen", "number"}
     tensor = {"shape", "codec", "offset", "size"}
