@@ -72,7 +72,7 @@ QUICK = (
 )
 """The figures of docs/wire.md, in a few minutes."""
 
-WAYS = (("bf16", 1), ("bf16", 4))
+WAYS: Sequence[tuple[str, int]] = (("bf16", 1), ("bf16", 4))
 """Codecs and windows of them."""
 
 RTTS, BANDWIDTHS, MICROS = (0.0, 0.02, 0.05, 0.1, 0.2), (1e7, 1e8, 1e9), (1, 4, 8)
@@ -93,7 +93,7 @@ def points_of(
     if full or rtts or bandwidths or micros:
         some = (RTTS, BANDWIDTHS, MICROS) if full else ((0.05,), (1e8,), (1, 4))
         places = list(itertools.product(rtts or some[0], bandwidths or some[1], micros or some[2]))
-    ways = WAYS
+    ways: Sequence[tuple[str, int]] = WAYS
     if full or codecs or windows:
         ways = tuple(itertools.product(codecs or CODECS, windows or WINDOWS))
     found = {

@@ -113,7 +113,12 @@ def test_each_crossing_has_its_own_codec(result: dict[str, Any]) -> None:
     crossings = result["tiny"]["codecs"]["bf16/fp32/fp16/fp32"]["crossings"]
 
     bits = {name: round(each["bits"], 1) for name, each in crossings.items()}
-    assert bits == {"h1": 16.0, "h2": 32.0, "grad_h2": pytest.approx(16.0, abs=0.1), "grad_h1": 32.0}
+    assert bits == {
+        "h1": 16.0,
+        "h2": 32.0,
+        "grad_h2": pytest.approx(16.0, abs=0.1),
+        "grad_h1": 32.0,
+    }
     assert 1e-4 < crossings["h1"]["error"] < 2**-8
     assert crossings["h2"]["error"] == crossings["grad_h1"]["error"] == 0.0
     assert 1e-5 < crossings["grad_h2"]["error"] < 2**-11
