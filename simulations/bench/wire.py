@@ -248,12 +248,15 @@ class _Timed:
 def _row(point: Point, client: _Timed, unsplit: list[float], loss: float) -> dict[str, Any]:
     own = {phase: client.median(phase) for phase in PHASES}
     split_s, unsplit_s = client.median("split"), statistics.median(unsplit[1:])
+    # Of turns, as a machine may be slower for some of them.
+    both = zip((each["split"] for each in client.taken[1:]), unsplit[1:], strict=True)
+    ratio = statistics.median(one / other for one, other in both)
     waiting = split_s - own["bottom"] - own["top"]
     return {
         **asdict(point),
         "unsplit_seconds": round(unsplit_s, 4),
         "split_seconds": round(split_s, 4),
-        "ratio": round(split_s / unsplit_s, 3),
+        "ratio": round(ratio, 3),
         **{f"{phase}_seconds": round(own[phase], 4) for phase in ("bottom", "top", "trunk")},
         "waiting_seconds": round(waiting, 4),
         "network_seconds": round(max(0.0, waiting - own["trunk"]), 4),
