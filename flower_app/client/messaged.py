@@ -109,6 +109,7 @@ class Mail(Framed):
 
     def __init__(self, site: Site, parked: Parked) -> None:
         super().__init__(site.config.link, site.asked.codec_seed)
+        self.codecs.load_state_dict(parked.kept("codec"))
         self._numbers = parked.numbers
         self._numbers["bytes-down"] += sum(map(len, site.asked.frames))
         self.frames = [refuse_failure(read_server_frame(raw)) for raw in site.asked.frames]
@@ -321,6 +322,7 @@ def _answered(
 
 def _go_on(parked: Parked, mail: Mail, steps: int) -> RecordDict:
     """Keep the state, and reply with the frames."""
+    parked.keep("codec", mail.codecs.state_dict())
     parked.put_away()
     return RecordDict({FRAMES: ConfigRecord({"frames": mail.out, "steps": steps})})
 

@@ -10,7 +10,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from conf.schema import Config
 from flower_app.client.place import Place
-from flower_app.data.client import Batch, batches, num_steps, steps
+from flower_app.data.batches import Batch, collate, num_steps, plan_steps
 from flower_app.data.text import Example
 from models import Part
 from strategies.optim import derive_seed
@@ -50,35 +50,36 @@ class Plan:
         self._seed = derive_seed(config.seed, place.round, place.client, "order")
 
     def __iter__(self) -> Iterator[list[Batch]]:
+        return (self._collated(step) for step in self._planned())
+
+    def __getitem__(self, step: int) -> list[Batch]:
+        return self._collated(next(itertools.islice(self._planned(), step, None)))
+
+    def _collated(self, step: Sequence[Sequence[int]]) -> list[Batch]:
+        return [collate(self._examples, indices, self._pad_id) for indices in step]
+
+    def _planned(self) -> Iterator[list[list[int]]]:
+        """Which examples each micro-batch of each step has: cheap, though all before is planned."""
         generator = torch.Generator().manual_seed(self._seed)
         if self._sizes:
             return self._drawn(generator)
-        return steps(
-            self._examples,
+        return plan_steps(
+            len(self._examples),
             batch_size=self._train.batch_size,
             accumulate=self._train.accumulate,
             steps=self.count,
-            pad_id=self._pad_id,
             generator=generator,
         )
 
-    def __getitem__(self, step: int) -> list[Batch]:
-        return next(itertools.islice(iter(self), step, None))
-
-    def _drawn(self, generator: torch.Generator) -> Iterator[list[Batch]]:
+    def _drawn(self, generator: torch.Generator) -> Iterator[list[list[int]]]:
         """Without replacement until all examples were seen, then anew."""
         order: list[int] = []
+        most = self._train.batch_size
         for size in self._sizes:
             while len(order) < size:
                 order += torch.randperm(len(self._examples), generator=generator).tolist()
             chosen, order = order[:size], order[size:]
-            yield list(
-                batches(
-                    [self._examples[index] for index in chosen],
-                    self._train.batch_size,
-                    pad_id=self._pad_id,
-                )
-            )
+            yield [chosen[start : start + most] for start in range(0, size, most)]
 
 
 def padding_id(bottom: Part, tokenizer: PreTrainedTokenizerBase) -> int:

@@ -51,13 +51,8 @@ def batches(
     ValueError
         If `batch_size` is below 1.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
-    order = range(len(examples))
-    if generator is not None:
-        order = torch.randperm(len(examples), generator=generator).tolist()
-    for start in range(0, len(order), batch_size):
-        yield _collate([examples[index] for index in order[start : start + batch_size]], pad_id)
+    for indices in _epoch(len(examples), batch_size, generator):
+        yield collate(examples, indices, pad_id)
 
 
 def steps(
@@ -80,11 +75,31 @@ def steps(
     ValueError
         If there are no examples, or `batch_size` or `accumulate` is below 1.
     """
+    planned = plan_steps(
+        len(examples),
+        batch_size=batch_size,
+        accumulate=accumulate,
+        steps=steps,
+        generator=generator,
+    )
+    for step in planned:
+        yield [collate(examples, indices, pad_id) for indices in step]
+
+
+def plan_steps(
+    examples: int,
+    *,
+    batch_size: int,
+    accumulate: int,
+    steps: int,
+    generator: torch.Generator | None = None,
+) -> Iterator[list[list[int]]]:
+    """Yield which examples, by index, each micro-batch of each optimizer step has; see `steps`."""
     if not examples or accumulate < 1:
-        raise ValueError(f"no steps from {len(examples)} examples with accumulate={accumulate}")
+        raise ValueError(f"no steps from {examples} examples with accumulate={accumulate}")
     done = 0
     while done < steps:
-        epoch = list(batches(examples, batch_size, pad_id=pad_id, generator=generator))
+        epoch = _epoch(examples, batch_size, generator)
         for start in range(0, len(epoch), accumulate):
             if done == steps:
                 return
@@ -98,6 +113,21 @@ def num_steps(examples: int, train: TrainConfig) -> int:
         return train.local_steps
     micro_batches = math.ceil(examples / train.batch_size)
     return train.local_epochs * math.ceil(micro_batches / train.accumulate)
+
+
+def _epoch(examples: int, batch_size: int, generator: torch.Generator | None) -> list[list[int]]:
+    """Which examples each batch of an epoch has."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
+    order = list(range(examples))
+    if generator is not None:
+        order = torch.randperm(examples, generator=generator).tolist()
+    return [order[start : start + batch_size] for start in range(0, examples, batch_size)]
+
+
+def collate(examples: Sequence[Example], indices: Sequence[int], pad_id: int) -> Batch:
+    """Put these examples into one batch."""
+    return _collate([examples[index] for index in indices], pad_id)
 
 
 def _collate(examples: Sequence[Example], pad_id: int) -> Batch:

@@ -1,4 +1,4 @@
-"""Commands that measure the wire: steps over slow networks, frames and codecs."""
+"""Commands that measure the wire: steps over slow networks, several clients, frames and codecs."""
 
 from __future__ import annotations
 
@@ -55,6 +55,40 @@ def bench_wire(
         typer.echo(json.dumps(result, indent=2))
     else:
         table(*columns(result))
+
+
+@bench.command("clients")
+def bench_clients(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    clients: Annotated[str, typer.Option(help="Clients at once, each in turn.")] = "1,2,4,8",
+    strategies: Annotated[str, typer.Option(help="Policies; empty: all.")] = "",
+    micro: Annotated[int, typer.Option(help="Micro-batches of a step.", min=1)] = 1,
+    window: Annotated[int, typer.Option(help="Of them under way at once.", min=1)] = 4,
+    codec: Annotated[str, typer.Option(help="As link.codec.")] = "fp32",
+    turns: Annotated[int, typer.Option(help="Timed turns, of three steps each.", min=1)] = 3,
+    client_threads: Annotated[int, typer.Option(help="Torch's, of each client.", min=1)] = 1,
+    trunk_threads: Annotated[int, typer.Option(help="Torch's, of the trunk.", min=1)] = 1,
+) -> None:
+    """Compare clients that train at once on one trunk with the unsplit model on all cores."""
+    from simulations.bench import clients as several
+
+    asked = several.Asked(
+        clients=tuple(_list(clients, int)) or several.Asked.clients,
+        strategies=tuple(_list(strategies, str)),
+        micros=micro,
+        window=window,
+        codec=codec,
+        turns=turns,
+        client_threads=client_threads,
+        trunk_threads=trunk_threads,
+    )
+    result = several.bench_clients(asked, progress)
+    if as_json:
+        typer.echo(json.dumps(result, indent=2))
+        return
+    rows = result.pop("rows")
+    table(list(rows[0]), [list(row.values()) for row in rows])
+    figures(result, False)
 
 
 @bench.command("frames")

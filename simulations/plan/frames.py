@@ -69,6 +69,7 @@ class FramedLink(Framed):
 
     def _answered(self) -> Request:
         request = self._asked.pop(0)
+        self.taken += 1
         self.trunk_seconds += request.reply.seconds
         return request
 

@@ -137,7 +137,7 @@ class Framed:
     """
 
     def __init__(self, config: LinkConfig, seed: int) -> None:
-        self._codecs = crossings(config.codec, seed)
+        self.codecs = crossings(config.codec, seed)
         self.number = self.taken = 0
         """Frames that were sent, and answers to them that were taken, which are in their order."""
 
@@ -158,7 +158,7 @@ class Framed:
         frame = pb.Compute(
             step=step,
             micro=micro,
-            activations=self._codecs.h1.encode(h_BTD, mask_BT, step, micro, parcel),
+            activations=self.codecs.h1.encode(h_BTD, mask_BT, step, micro, parcel),
             mask=encode_mask(mask_BT),
         )
         request = Request(b"", "activations", step, micro, shape=shape, mask_BT=mask_BT)
@@ -176,7 +176,7 @@ class Framed:
     ) -> None:
         """Send dL/dh2 back through the trunk; see `Session.backward`."""
         parcel, shape = Parcel(), tuple(grad_BTD.shape)
-        gradient = self._codecs.grad_h2.encode(grad_BTD, mask_BT, step, micro, parcel)
+        gradient = self.codecs.grad_h2.encode(grad_BTD, mask_BT, step, micro, parcel)
         frame = pb.Backward(step=step, micro=micro, gradient=gradient, last=last, tokens=tokens)
         request = Request(b"", "gradients", step, micro, shape=shape, mask_BT=mask_BT)
         self._send(request, parcel, backward=frame)
@@ -193,7 +193,7 @@ class Framed:
         """h2 (B, T, D), of the wire's dtype; `TrunkError` for another shape, or if not finite."""
         reply = answered.reply
         what = f"the trunk's output of step {reply.step}"
-        return _read(self._codecs.h2, reply.activations, what, answered)
+        return _read(self.codecs.h2, reply.activations, what, answered)
 
     def read_gradients(self, answered: Request) -> tuple[Tensor, float]:
         """dL/dh1, checked like h2, and the squared norm of the trunk's gradient."""
@@ -201,7 +201,7 @@ class Framed:
         what = f"the trunk's gradient of step {reply.step}"
         if reply.square_norm < 0:
             raise TrunkError(f"{what} came with a square norm of {reply.square_norm:g}")
-        return _read(self._codecs.grad_h1, reply.gradient, what, answered), reply.square_norm
+        return _read(self.codecs.grad_h1, reply.gradient, what, answered), reply.square_norm
 
     def read_applied(self, answered: Request) -> StepResult:
         """The trunk's step, with the ends' tensors after it under `train.sync=step`."""

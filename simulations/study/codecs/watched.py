@@ -124,7 +124,7 @@ class WatchedLink(FramedLink):
     def __init__(self, config: LinkConfig, session: Session) -> None:
         self.watch = Watch()
         super().__init__(config, WatchedTalk(config, session, self.watch))
-        self._codecs = self.watch.over(self._codecs)
+        self.codecs = self.watch.over(self.codecs)
 
     def summary(self) -> Mapping[str, dict[str, float | int]]:
         """What each crossing came to."""

@@ -8,6 +8,7 @@ Shapes: B sequences, T tokens, D hidden size; N positions that hold a token.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
@@ -63,6 +64,13 @@ class Codec:
         It must take no more memory than the shape does.
         """
         raise NotImplementedError
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What a session needs that goes on in another process."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from a `state_dict`."""
 
     def encode(
         self, tensor_BTD: Tensor, mask_BT: Tensor | None, step: int, micro: int, parcel: Parcel

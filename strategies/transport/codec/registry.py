@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from conf.registry import kinds
 from conf.rules import ConfigError, check_known
 from conf.sections.link import CROSSINGS
@@ -21,6 +23,22 @@ class Crossings:
     h2: Codec
     grad_h2: Codec
     grad_h1: Codec
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What all of them need in another process, by crossing and name."""
+        return {
+            f"{way}/{name}": tensor
+            for way, codec in vars(self).items()
+            for name, tensor in codec.state_dict().items()
+        }
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from a `state_dict`."""
+        for way, codec in vars(self).items():
+            own = {
+                n.removeprefix(f"{way}/"): t for n, t in state.items() if n.startswith(f"{way}/")
+            }
+            codec.load_state_dict(own)
 
     def most_bytes(self, elements: int, width: int) -> int:
         """Most bytes that so many elements, in rows of this width, take on any of the ways."""

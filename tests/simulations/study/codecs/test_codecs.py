@@ -15,15 +15,22 @@ from conf.sections.link import CROSSINGS
 from models.tiny import byte_llama
 from simulations.study.codecs import study as tool
 from simulations.study.codecs.report import markdown, summary
-from simulations.study.codecs.settings import Condition, condition, parse_mix
+from simulations.study.codecs.settings import Condition, Mix, condition, parse_mix
 from strategies.transport import codec as folder_of_codecs
 
-ZEROS = '''
-"""A codec that forgets all."""
+TOYS = '''
+"""A codec that forgets all, and one that forgets nothing and has a name of its own."""
 
 import torch
 
 from strategies.transport.codec.codec import Codec
+from strategies.transport.codec.raw import Fp32
+
+
+class Same(Fp32):
+    """The base."""
+
+    name = "same"
 
 
 class Zeros(Codec):
@@ -34,7 +41,7 @@ class Zeros(Codec):
     def sizes(self, rows, width):
         return 1, 1
 
-    def pack(self, tensor, generator):
+    def pack(self, rows_ND, generator):
         return b"0"
 
     def unpack(self, data, shape):
@@ -44,13 +51,13 @@ MIXED = "h1=bf16 h2=fp32 grad_h2=fp16 grad_h1=fp32"
 
 
 @pytest.fixture(scope="module")
-def zeros(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def toys(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     path = tmp_path_factory.mktemp("codecs")
-    (path / "toy_zeros.py").write_text(ZEROS)
+    (path / "toys.py").write_text(TOYS)
     folder_of_codecs.__path__.append(str(path))
     yield
     folder_of_codecs.__path__.remove(str(path))
-    sys.modules.pop(f"{folder_of_codecs.__name__}.toy_zeros", None)
+    sys.modules.pop(f"{folder_of_codecs.__name__}.toys", None)
 
 
 @pytest.fixture(scope="module")
@@ -86,23 +93,24 @@ def _without_times(tree: Any) -> Any:
     return {key: _without_times(each) for key, each in tree.items() if "ms_per_mb" not in key}
 
 
-MIXES = [parse_mix(name) for name in ("bf16", MIXED)]
+def mixes() -> list[Mix]:
+    return [parse_mix(name) for name in ("bf16", MIXED, "same", "zeros")]
 
 
 @pytest.fixture(scope="module")
-def result(tiny: Condition, folder: Path, zeros: None) -> dict[str, Any]:
-    return tool.study_codecs(tiny, [*MIXES, parse_mix("zeros")], (0, 1), folder, say=lambda _: None)
+def result(tiny: Condition, folder: Path, toys: None) -> dict[str, Any]:
+    return tool.study_codecs(tiny, mixes(), (0, 1), folder, say=lambda _: None)
 
 
-def test_the_base_loses_nothing_and_takes_32_bits(result: dict[str, Any]) -> None:
-    base = result["tiny"]["codecs"]["fp32"]
-
-    assert base["factor"] == 1.0
-    for way in ("gap_with", "gap_without"):
-        assert base[way] == {"mean": 0.0, "low": 0.0, "high": 0.0}
-    for crossing in CROSSINGS:
-        assert base["crossings"][crossing]["bits"] == 32.0
-        assert base["crossings"][crossing]["error"] == 0.0
+def test_what_rounds_nothing_loses_nothing_and_takes_32_bits(result: dict[str, Any]) -> None:
+    for name in ("fp32", "same"):  # the latter is trained by itself, and last
+        row = result["tiny"]["codecs"][name]
+        assert row["factor"] == 1.0
+        for way in ("gap_with", "gap_without"):
+            assert row[way] == {"mean": 0.0, "low": 0.0, "high": 0.0}
+        for crossing in CROSSINGS:
+            assert row["crossings"][crossing]["bits"] == 32.0
+            assert row["crossings"][crossing]["error"] == 0.0
 
 
 def test_training_lowers_the_loss_that_gaps_are_shares_of(result: dict[str, Any]) -> None:
@@ -113,7 +121,12 @@ def test_each_crossing_has_its_own_codec(result: dict[str, Any]) -> None:
     crossings = result["tiny"]["codecs"]["bf16/fp32/fp16/fp32"]["crossings"]
 
     bits = {name: round(each["bits"], 1) for name, each in crossings.items()}
-    assert bits == {"h1": 16.0, "h2": 32.0, "grad_h2": pytest.approx(16.0, abs=0.1), "grad_h1": 32.0}
+    assert bits == {
+        "h1": 16.0,
+        "h2": 32.0,
+        "grad_h2": pytest.approx(16.0, abs=0.1),
+        "grad_h1": 32.0,
+    }
     assert 1e-4 < crossings["h1"]["error"] < 2**-8
     assert crossings["h2"]["error"] == crossings["grad_h1"]["error"] == 0.0
     assert 1e-5 < crossings["grad_h2"]["error"] < 2**-11
@@ -126,6 +139,7 @@ def test_a_codec_that_forgets_all_is_seen(result: dict[str, Any]) -> None:
     assert codecs["zeros"]["crossings"]["h1"]["error"] == 1.0
     assert codecs["zeros"]["gap_without"]["low"] > 0.03
     assert codecs["zeros"]["gap_with"]["low"] > 0.03
+    assert codecs["zeros"]["gap_with"] != codecs["zeros"]["gap_without"]
     assert abs(codecs["bf16"]["gap_with"]["mean"]) < 0.003
 
 
@@ -136,7 +150,7 @@ def test_a_study_that_was_cut_off_gives_the_same_table(
     (tmp_path / tool.RUNS).write_text("".join(lines[:2]) + lines[2][:100])
     said: list[str] = []
 
-    again = tool.study_codecs(tiny, [*MIXES, parse_mix("zeros")], (0, 1), tmp_path, say=said.append)
+    again = tool.study_codecs(tiny, mixes(), (0, 1), tmp_path, say=said.append)
 
     assert len(said) == len(lines) - 2
     assert _without_times(again) == _without_times(result)
@@ -145,7 +159,7 @@ def test_a_study_that_was_cut_off_gives_the_same_table(
 def test_nothing_runs_twice(result: dict[str, Any], tiny: Condition, folder: Path) -> None:
     said: list[str] = []
 
-    assert tool.study_codecs(tiny, MIXES, (0, 1), folder, say=said.append) == result
+    assert tool.study_codecs(tiny, mixes(), (0, 1), folder, say=said.append) == result
     assert said == []
     assert (folder / "codecs.md").read_text() == markdown(result)
     assert (folder / "codecs.png").read_bytes().startswith(b"\x89PNG")
@@ -164,7 +178,7 @@ def test_other_settings_are_refused_in_words(
     other = Condition(model=tiny.model, steps=7, batch_size=4, lr=1e-2, heldout=8)
 
     with pytest.raises(ValueError, match="'tiny' with other settings .steps=6 there, 7 here."):
-        tool.study_codecs(other, MIXES, (0,), folder)
+        tool.study_codecs(other, mixes(), (0,), folder)
 
 
 def test_epochs_take_the_same_steps_over_fewer_examples() -> None:
