@@ -103,7 +103,7 @@ def test_any_shape_crosses(name: str, shape: tuple[int, int]) -> None:
     rows_ND = torch.randn(*shape, generator=torch.Generator().manual_seed(0))
     back_ND, size = there_and_back(name, rows_ND)
     assert back_ND.shape == shape
-    assert size < 16 + 2 * shape[0] + (bits_of(name) + 1) * max(8, rows_ND.numel()) / 8
+    assert size < 16 + 2 * shape[0] + (bits_of(name) + 1) * (rows_ND.numel() + 8) / 8
     assert (back_ND - rows_ND).norm() / rows_ND.norm() < 1.6 * NORMAL[name]
 
 
