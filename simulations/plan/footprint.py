@@ -162,8 +162,8 @@ def _measure(
         peaks[phase] = max(peaks.get(phase, 0), held)
         live.forget_peak()
 
-    # The last of these meets gradients and as many graphs as a window holds; more change nothing.
-    micros = min(config.train.accumulate, config.link.window + 1)
+    # So many meet gradients, and fill a window's forwards and backwards; more change nothing.
+    micros = min(config.train.accumulate, 2 * config.link.window)
     counter = Operations()
     with live, counter:
         phases = Phases(lambda: counter.flops, ended)
