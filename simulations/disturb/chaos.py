@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 
 from simulations.disturb.chaos_run import POLICIES, Plan, Result, draw_plan, run_plan, undisturbed
 
-WINDOWS, CODECS = (4,), ("fp32", "bf16")
+WINDOWS, CODECS = (4,), ("fp32", "int4")
 """Of a run's `link.window` and `link.codec`, by default."""
 
 WORKERS = 6
