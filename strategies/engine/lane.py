@@ -58,15 +58,18 @@ class Lane:
     def begin(self) -> None:
         """Wait until a micro-batch may be worked on; `TrunkError` if that takes too long."""
 
-    def forward(self, step: int, micro: int, h_BTD: Tensor, mask_BT: Tensor | None) -> Tensor:
-        """The trunk's output (B, T, D), detached."""
+    def forward(
+        self, step: int, micro: int, h_BTD: Tensor, mask_BT: Tensor | None, *, wanted: bool = True
+    ) -> Tensor:
+        """The trunk's output (B, T, D), detached; `wanted` says whether dL/dh1 will be."""
         with torch.no_grad():
             return self.bench.forward(self.module, h_BTD, mask_BT)
 
     def backward(
-        self, step: int, micro: int, grad_BTD: Tensor, *, last: bool, tokens: int
-    ) -> tuple[Tensor, float]:
-        """dL/dh1 (B, T, D), and if `last` the squared norm of the trunk's gradient, else 0."""
+        self, step: int, micro: int, grad_BTD: Tensor | None, *, last: bool, tokens: int
+    ) -> tuple[Tensor | None, float]:
+        """dL/dh1 (B, T, D) if it is wanted, and if `last` the squared norm of the trunk's gradient,
+        else 0. The gradient may be missing where nothing learns from it."""
         raise TrunkError("this session evaluates: it has no backward", kind="order")
 
     def step(
@@ -123,12 +126,16 @@ class OwnLane(Lane):
         super().__init__(module, member, bench)
         self.parameters, self._optimizer, self._anchor = parameters, optimizer, anchor
         self._dropout = has_dropout(module)
-        self._graphs: dict[int, tuple[Tensor, Tensor]] = {}
+        self._graphs: dict[int, tuple[Tensor, Tensor] | None] = {}
+        """Input and output of each micro-batch under way; None where nothing learns from it."""
         self._square = 0.0
 
-    def forward(self, step: int, micro: int, h_BTD: Tensor, mask_BT: Tensor | None) -> Tensor:
-        # A fresh leaf: the gradient with respect to it is what the client waits for.
-        h_in_BTD = h_BTD.detach().requires_grad_()
+    def forward(
+        self, step: int, micro: int, h_BTD: Tensor, mask_BT: Tensor | None, *, wanted: bool = True
+    ) -> Tensor:
+        # A fresh leaf: the gradient with respect to it is what the client waits for. Where it waits
+        # for none, autograd's graph begins at the first block that learns.
+        h_in_BTD = h_BTD.detach().requires_grad_(wanted)
         if self._dropout:
             place = (self.member.client, step, micro, "trunk")
             h_out_BTD = self.bench.seeded_forward(
@@ -136,15 +143,17 @@ class OwnLane(Lane):
             )
         else:
             h_out_BTD = self.bench.forward(self.module, h_in_BTD, mask_BT)
-        self._graphs[micro] = h_in_BTD, h_out_BTD
+        self._graphs[micro] = (h_in_BTD, h_out_BTD) if h_out_BTD.requires_grad else None
         return h_out_BTD.detach()
 
     def backward(
-        self, step: int, micro: int, grad_BTD: Tensor, *, last: bool, tokens: int
-    ) -> tuple[Tensor, float]:
-        h_in_BTD, h_out_BTD = self._graphs.pop(micro)
-        torch.autograd.backward(h_out_BTD, grad_BTD.to(h_out_BTD.device, h_out_BTD.dtype))
-        grad_in_BTD = input_gradient(h_in_BTD)
+        self, step: int, micro: int, grad_BTD: Tensor | None, *, last: bool, tokens: int
+    ) -> tuple[Tensor | None, float]:
+        grad_in_BTD = None
+        if (graph := self._graphs.pop(micro)) is not None and grad_BTD is not None:
+            h_in_BTD, h_out_BTD = graph
+            torch.autograd.backward(h_out_BTD, grad_BTD.to(h_out_BTD.device, h_out_BTD.dtype))
+            grad_in_BTD = input_gradient(h_in_BTD) if h_in_BTD.requires_grad else None
         if not last:
             return grad_in_BTD, 0.0
         if self._anchor is not None:

@@ -35,6 +35,7 @@ class Session:
         self.moves = 0
         """Grows with everything that a frame moves."""
         self._pending: dict[int, tuple[int, ...]] = {}
+        self._unwanted: set[int] = set()
         self._gone_back: set[int] = set()
         self._ready = False
         self._learnable = 0
@@ -44,7 +45,9 @@ class Session:
         # The round may end (in Flower's thread) while this session works (in its stream's thread).
         self._busy = threading.Lock()
 
-    def compute(self, step: int, micro: int, h_BTD: Tensor, mask_BT: Tensor | None) -> Tensor:
+    def compute(
+        self, step: int, micro: int, h_BTD: Tensor, mask_BT: Tensor | None, *, wanted: bool = True
+    ) -> Tensor:
         """Run the trunk forward on one micro-batch.
 
         Parameters
@@ -55,6 +58,8 @@ class Session:
             The bottom's output, floating point.
         mask_BT : Tensor or None
             1 where there is a token, 0 where there is padding; None if nothing is padded.
+        wanted : bool
+            False if the bottom learns nothing: `backward` returns no gradient then.
 
         Returns
         -------
@@ -87,7 +92,9 @@ class Session:
             self._held_bytes += h_BTD.nbytes
             tokens = held_tokens(h_BTD, mask_BT)
             with self._bench.meter.work("forward", tokens):
-                h_out_BTD = self._lane.forward(step, micro, h_BTD, mask_BT)
+                h_out_BTD = self._lane.forward(step, micro, h_BTD, mask_BT, wanted=wanted)
+            if not wanted:
+                self._unwanted.add(micro)
             self._pending[micro] = tuple(h_BTD.shape)
             # No step can learn from more tokens than it holds: a client's weight is its tokens.
             self._learnable += tokens
@@ -120,17 +127,23 @@ class Session:
         if self._ready:
             raise TrunkError(f"step {step} had its last micro-batch: apply it", kind="order")
 
+    def learns(self, micro: int) -> bool:
+        """Whether anything, trunk or bottom, learns from a micro-batch that was computed; if not,
+        its `backward` needs no gradient."""
+        return bool(self._lane.parameters) or micro not in self._unwanted
+
     def backward(
-        self, step: int, micro: int, grad_BTD: Tensor, *, last: bool, tokens: int = 0
-    ) -> tuple[Tensor, float]:
+        self, step: int, micro: int, grad_BTD: Tensor | None, *, last: bool, tokens: int = 0
+    ) -> tuple[Tensor | None, float]:
         """Run the trunk backward on one micro-batch; its gradients add up until `apply`.
 
         Parameters
         ----------
         step, micro : int
             As given to `compute`.
-        grad_BTD : Tensor
-            Gradient of the loss with respect to the trunk's output.
+        grad_BTD : Tensor or None
+            Gradient of the loss with respect to the trunk's output; None only where nothing
+            `learns` from it.
         last : bool
             True for the last micro-batch of the step.
         tokens : int
@@ -139,8 +152,8 @@ class Session:
 
         Returns
         -------
-        grad_BTD : Tensor
-            Gradient of the loss with respect to the trunk's input.
+        grad_BTD : Tensor or None
+            Gradient of the loss with respect to the trunk's input, if it is wanted.
         square_norm : float
             Squared norm of the trunk's accumulated gradient if `last`, else 0. Under `merged` it is
             the gradient of the whole cohort's loss.
@@ -155,8 +168,11 @@ class Session:
             self.moves += 1
             return answer
 
-    def check_due(self, step: int, micro: int, shape: tuple[int, ...]) -> None:
-        """Refuse a gradient, before it is read, that is not of a forward which waits for it."""
+    def check_due(self, step: int, micro: int, shape: tuple[int, ...] | None) -> None:
+        """Refuse a gradient, before it is read, that is not of a forward which waits for it.
+
+        `shape` is None where none came.
+        """
         if not self.round.training:
             raise TrunkError("this session evaluates: it has no backward", kind="order")
         self.check_fresh(step, micro, back=True)
@@ -165,15 +181,23 @@ class Session:
             raise TrunkError(
                 f"step {step}, micro-batch {micro} has no forward to go back through", kind="order"
             )
-        if shape != self._pending[micro]:
+        if shape is None:
+            if self.learns(micro):
+                raise TrunkError(
+                    f"step {step}, micro-batch {micro} goes back without a gradient; trunk or "
+                    "bottom learns from it",
+                    kind="shape",
+                )
+        elif shape != self._pending[micro]:
             raise TrunkError(
                 f"gradient has shape {shape}, its activations had {self._pending[micro]}",
                 kind="shape",
             )
 
-    def _check_backward(self, step: int, micro: int, grad_BTD: Tensor, last: bool) -> None:
-        self.check_due(step, micro, tuple(grad_BTD.shape))
-        check_finite(grad_BTD, f"the gradient of step {step}")
+    def _check_backward(self, step: int, micro: int, grad_BTD: Tensor | None, last: bool) -> None:
+        self.check_due(step, micro, None if grad_BTD is None else tuple(grad_BTD.shape))
+        if grad_BTD is not None:
+            check_finite(grad_BTD, f"the gradient of step {step}")
         if last and (others := sorted(self._pending.keys() - {micro})):
             raise TrunkError(
                 f"step {step}: micro-batches {others} still wait for their backward, so this one "
@@ -279,6 +303,7 @@ class Session:
     def _finish_step(self) -> None:
         self._lane.drop()
         self._pending.clear()
+        self._unwanted.clear()
         self._gone_back.clear()
         self._ready, self._learnable = False, 0
         self._bench.in_flight.give_back(self._held_bytes)

@@ -29,6 +29,8 @@ class Micro:
     member: Member
     h_BTD: Tensor
     mask_BT: Tensor | None
+    wanted: bool = True
+    """Whether dL/dh1 will be."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -87,7 +89,9 @@ class Batch:
             start += sequences
             self.padded += sequences * (longest - tokens)
         self.positions = start * longest
-        self._h_in_BTD = torch.cat([_padded(micro, longest) for micro in micros]).requires_grad_()
+        self._wanted = {micro.member for micro in micros if micro.wanted}
+        h_in_BTD = torch.cat([_padded(micro, longest) for micro in micros])
+        self._h_in_BTD = h_in_BTD.requires_grad_(bool(self._wanted))
         self._mask_BT = torch.cat([_padded_mask(micro, longest) for micro in micros])
         self._h_out_BTD: Tensor | None = run(self._h_in_BTD, self._mask_BT, micros, step)
         self._grad_out_BTD = torch.zeros_like(self._h_out_BTD)
@@ -110,16 +114,19 @@ class Batch:
         Returns
         -------
         dict
-            Gradients with respect to their micro-batches (B, T, D).
+            Gradients with respect to their micro-batches (B, T, D), of those who want them.
         """
         assert self._h_out_BTD is not None
         grad_out_BTD = torch.zeros_like(self._h_out_BTD)
         for member, grad_BTD in gradients.items():
             grad_out_BTD[self._place(member)] = grad_BTD.to(grad_out_BTD)
         self._grad_out_BTD += grad_out_BTD
-        torch.autograd.backward(self._h_out_BTD, grad_out_BTD, retain_graph=later)
-        grad_in_BTD = input_gradient(self._h_in_BTD)
-        answers = {member: grad_in_BTD[self._place(member)] for member in gradients}
+        answers: dict[Member, Tensor] = {}
+        if self._h_out_BTD.requires_grad and gradients:
+            torch.autograd.backward(self._h_out_BTD, grad_out_BTD, retain_graph=later)
+            wanting = gradients.keys() & self._wanted
+            grad_in_BTD = input_gradient(self._h_in_BTD) if wanting else self._h_in_BTD
+            answers = {member: grad_in_BTD[self._place(member)] for member in wanting}
         if not later:
             self._h_in_BTD, self._h_out_BTD = self._h_in_BTD.detach(), None
         return answers

@@ -100,27 +100,32 @@ class Group:
         """Expect one member less."""
         self._meeting.miss()
 
-    def forward(self, member: Member, h_BTD: Tensor, mask_BT: Tensor | None) -> Tensor:
+    def forward(
+        self, member: Member, h_BTD: Tensor, mask_BT: Tensor | None, *, wanted: bool
+    ) -> Tensor:
         """The trunk's output (B, T, D) for this member's micro-batch."""
-        micro = Micro(member=member, h_BTD=h_BTD, mask_BT=mask_BT)
+        micro = Micro(member=member, h_BTD=h_BTD, mask_BT=mask_BT, wanted=wanted)
         answer: Tensor = self._meeting.ask(Request(member, "forward", (micro,)))
         return answer
 
     def backward(
-        self, member: Member, grad_BTD: Tensor, tokens: int, *, last: bool
-    ) -> tuple[Tensor, float]:
+        self, member: Member, grad_BTD: Tensor | None, tokens: int, *, last: bool
+    ) -> tuple[Tensor | None, float]:
         """Go back through the member's micro-batch.
 
         Returns
         -------
-        grad_BTD : Tensor
-            dL/dh1 (B, T, D) of the member's own mean loss over its step's `tokens` tokens.
+        grad_BTD : Tensor or None
+            dL/dh1 (B, T, D) of the member's own mean loss over its step's `tokens` tokens, if it
+            is wanted.
         square_norm : float
             If `last`, squared norm of the common trunk's gradient, for which all have come to
             their last micro-batch; else 0.
         """
         kind = "last backward" if last else "backward"
-        answer: tuple[Tensor, float] = self._meeting.ask(Request(member, kind, (grad_BTD, tokens)))
+        answer: tuple[Tensor | None, float] = self._meeting.ask(
+            Request(member, kind, (grad_BTD, tokens))
+        )
         return answer
 
     def step(
@@ -193,7 +198,7 @@ class Group:
             # A power of two near the step's tokens keeps gradients in range and loses no bit.
             self._reference = 2.0 ** round(math.log2(sum(r.payload[1] for r in requests)))
         for request in requests:
-            if request.grad_BTD is None:
+            if not request.gone_back:
                 self._backward_batch(self._batches[request.member][0])
         for request in requests:
             request.answer = request.grad_BTD, 0.0
@@ -205,7 +210,7 @@ class Group:
             for member, request in self._meeting.waiting().items()
             if self._batches.get(member)
             and request.kind.endswith("backward")
-            and request.grad_BTD is None
+            and not request.gone_back
             and self._batches[member][0] is batch
         }  # fmt: skip
         # Who has more under way than another comes to a common batch later than it.
@@ -215,13 +220,16 @@ class Group:
         weighed = {
             member: request.payload[0] * (request.payload[1] / self._reference)
             for member, request in waiting.items()
+            if request.payload[0] is not None
         }
         answers = batch.backward(weighed, later=later)
         self._gone_back.append(batch)
         for member, request in waiting.items():
             self._batches[member].pop(0)
             tokens = self._tokens[member] = request.payload[1]
-            request.grad_BTD = answers[member] * (self._reference / tokens)
+            request.gone_back = True
+            if (grad_BTD := answers.get(member)) is not None:
+                request.grad_BTD = grad_BTD * (self._reference / tokens)
 
     def _last_backward(self, requests: list[Request]) -> None:
         self._backward(requests)

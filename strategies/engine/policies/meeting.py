@@ -20,13 +20,15 @@ logger = logging.getLogger(__name__)
 
 @dataclass(eq=False)
 class Request:
-    """What one member asks for, and the answer. `grad_BTD` is a part of it, known before."""
+    """What one member asks for, and the answer."""
 
     member: Member
     kind: str
     payload: tuple[Any, ...]
     answer: Any = None
     grad_BTD: Tensor | None = None
+    """A part of the answer, known before it once the request has `gone_back`."""
+    gone_back: bool = False
     error: Exception | None = None
     done: bool = False
 

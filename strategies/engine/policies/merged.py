@@ -119,15 +119,17 @@ class _GroupLane(Lane):
         self._declared = 0
         group.join(member)
 
-    def forward(self, step: int, micro: int, h_BTD: Tensor, mask_BT: Tensor | None) -> Tensor:
+    def forward(
+        self, step: int, micro: int, h_BTD: Tensor, mask_BT: Tensor | None, *, wanted: bool = True
+    ) -> Tensor:
         check_bounded(h_BTD, f"the tensor of activations of step {step}")
-        h_out_BTD = self._group.forward(self.member, h_BTD, mask_BT)
+        h_out_BTD = self._group.forward(self.member, h_BTD, mask_BT, wanted=wanted)
         self._due.append(micro)
         return h_out_BTD
 
     def backward(
-        self, step: int, micro: int, grad_BTD: Tensor, *, last: bool, tokens: int
-    ) -> tuple[Tensor, float]:
+        self, step: int, micro: int, grad_BTD: Tensor | None, *, last: bool, tokens: int
+    ) -> tuple[Tensor | None, float]:
         if micro != (due := self._due[0]):
             raise TrunkError(
                 f"micro-batch {micro} goes back before {due}; merged needs them in the order of "
@@ -141,7 +143,8 @@ class _GroupLane(Lane):
                 f"micro-batch {micro} of step {step} comes with {tokens} tokens, the step began "
                 f"with {self._declared}"
             )
-        check_bounded(grad_BTD, f"the gradient of step {step}")
+        if grad_BTD is not None:
+            check_bounded(grad_BTD, f"the gradient of step {step}")
         answer = self._group.backward(self.member, grad_BTD, tokens, last=last)
         self._declared = tokens
         del self._due[0]
