@@ -86,6 +86,8 @@ class Ends:
         self._count, self.config, self._place = count, config, place
         self._device = next(itertools.chain(bottom.parameters(), top.parameters())).device
         self._parameters = trainable(bottom, top)
+        self.bottom_learns = bool(trainable(bottom))
+        """Whether dL/dh1 is of any use."""
         both = set(map(id, bottom.parameters())) & set(map(id, top.parameters()))
         self._tied = [p for p in self._parameters if id(p) in both]
         self._tied_below: list[Tensor | None] = [None] * len(self._tied)
