@@ -162,7 +162,7 @@ class Step:
     def applied(self, result: StepResult) -> None:
         """Take over what the trunk made of the step, if it did it for all."""
         if self._ends.config.sync == "step":
-            self._ends.load(result.state)
+            self._ends.load(result.state, result.rows)
 
 
 class Evaluation:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from strategies.engine.session import Session
@@ -14,8 +15,9 @@ from strategies.errors import TrunkError
 from strategies.transport import trunk_pb2 as pb
 from strategies.transport.codec.registry import crossings
 from strategies.transport.codec.tensors import (
+    check_named,
+    decode_changed,
     decode_mask,
-    decode_named,
     encode_named,
     shape_of,
 )
@@ -173,17 +175,13 @@ class Conversation(Talk):
         return reply
 
     def _apply(self, frame: pb.Apply, payload: Payload, parcel: Parcel) -> pb.Applied:
-        shapes = {each.name: shape_of(each.tensor, f"'{each.name}'") for each in frame.gradients}
-        if len(shapes) != len(frame.gradients):
-            # One that hides behind another of its name would be read unchecked.
-            raise TrunkError("a name comes twice among the ends' gradients", kind="shape")
-        self.session.check_ends(shapes)
+        gradients = self._gradients_of_ends(frame, payload)
         started = time.perf_counter()
         result = self.session.apply(
             frame.step,
             client_square_norm=frame.client_square_norm,
             tokens=frame.tokens,
-            gradients=decode_named(frame.gradients, payload),
+            gradients=gradients,
         )
         seconds = time.perf_counter() - started
         self._masks.clear()
@@ -216,5 +214,20 @@ class Conversation(Talk):
             grad_norm=result.grad_norm,
             lr=result.lr,
             seconds=seconds,
-            state=encode_named(result.state, parcel),
+            state=encode_named(result.state, parcel, result.since),
         )
+
+    def _gradients_of_ends(self, frame: pb.Apply, payload: Payload) -> dict[str, Tensor]:
+        """The gradients of the ends, of which those that are zero did not come."""
+        ends = self.session.ends
+        if frame.gradients and not ends:
+            raise TrunkError(
+                f"gradients of {len(frame.gradients)} of the ends' tensors came; without "
+                "train.sync=step they stay with their client",
+                kind="shape",
+            )
+        check_named(frame.gradients, {name: tensor.shape for name, tensor in ends.items()})
+        if not frame.tokens:
+            return {}
+        zero = {name: torch.zeros(tensor.shape) for name, tensor in ends.items()}
+        return zero | decode_changed(frame.gradients, payload, zero)

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from conf.schema import LinkConfig
@@ -209,7 +210,9 @@ class Framed:
     ) -> None:
         """Ask for the optimizer step; see `Session.apply`."""
         parcel, frame = Parcel(), pb.Apply(step=step, **vars(counters))
-        frame.gradients.extend(encode_named(gradients or {}, parcel))
+        gradients = gradients or {}
+        zero = {name: torch.zeros((), device=each.device) for name, each in gradients.items()}
+        frame.gradients.extend(encode_named(gradients, parcel, zero))
         self._send(Request(b"", "applied", step), parcel, apply=frame)
 
     def read_activations(self, answered: Request) -> Tensor:
@@ -232,14 +235,17 @@ class Framed:
         return _read(self.codecs.grad_h1, reply.gradient, what, answered), reply.square_norm
 
     def read_applied(self, answered: Request) -> StepResult:
-        """The trunk's step, with the ends' tensors after it under `train.sync=step`."""
+        """The trunk's step, with what it changed of the ends under `train.sync=step`."""
         reply = answered.reply
         state = decode_named(reply.state, answered.payload)
         for name, tensor in state.items():
             check_finite(tensor, f"'{name}' after step {reply.step}")
         if not math.isfinite(reply.grad_norm):
             raise norm_error(reply.step, reply.grad_norm)
-        return StepResult(step=reply.step, grad_norm=reply.grad_norm, lr=reply.lr, state=state)
+        rows = {each.name: torch.tensor(each.rows[:]) for each in reply.state if each.rows}
+        return StepResult(
+            step=reply.step, grad_norm=reply.grad_norm, lr=reply.lr, state=state, rows=rows
+        )
 
 
 def _read(codec: Codec, message: pb.Tensor, what: str, answered: Request) -> Tensor:
