@@ -70,6 +70,7 @@ class Group:
         bench: Bench,
     ) -> None:
         self._parameters, self._optimizer, self.ends = parameters, optimizer, ends
+        # All that follows belongs to whoever does the work; others change it by `Meeting.note`.
         self._train, self._run = bench.train, Runner(trunk, bench)
         self._meeting = Meeting(KINDS, self._do, gather(bench.timeout))
         self.padded = self.positions = 0
@@ -92,14 +93,17 @@ class Group:
         """Take part from the next step on."""
         with self._meeting.changed:
             self._meeting.join(member)
-            self._announced.append(member.steps)
+            self._meeting.note(lambda: self._announced.append(member.steps))
 
     def leave(self, member: Member) -> None:
         """Take part no longer; a thread of this member that waits here learns so at once."""
         with self._meeting.changed:
             self._meeting.leave(member, TrunkError("the session has ended", kind="closed"))
-            self._batches.pop(member, None)
-            self._torn |= self._tokens.pop(member, None) is not None
+            self._meeting.note(lambda: self._forget(member))
+
+    def _forget(self, member: Member) -> None:
+        self._batches.pop(member, None)
+        self._torn |= self._tokens.pop(member, None) is not None
 
     def miss(self) -> None:
         """Expect one member less."""
@@ -212,7 +216,7 @@ class Group:
         """Go back once, for all that have rows in the batch, though it be the last for some."""
         waiting = {
             member: request
-            for member, request in self._meeting.waiting().items()
+            for member, request in self._meeting.waiting.items()
             if self._batches.get(member)
             and request.kind.endswith("backward")
             and not request.gone_back
