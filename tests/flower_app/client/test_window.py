@@ -12,12 +12,15 @@ from typing import Any
 import pytest
 import torch
 
+from conf.load import load_config
+from conf.rules import ConfigError
 from conf.schema import TrainConfig
 from flower_app.client import streamed
 from flower_app.client.step import Outcome
 from flower_app.data.client import Batch
 from models import Parts, split
 from simulations.equality.fold import fold
+from strategies.engine.engine import MAX_GRAPHS
 from strategies.errors import TrunkError
 from strategies.transport.frames import read_client_frame
 from strategies.transport.stream.channel import Stream
@@ -238,3 +241,11 @@ def test_the_next_steps_forwards_wait_for_their_turn(monkeypatch: pytest.MonkeyP
         list(pool.map(work, ("a", "b")))
 
     assert done == [(name, step) for step in range(3) for name in "ab" for _ in range(2)]
+
+
+def test_a_window_is_no_larger_than_what_the_trunk_holds() -> None:
+    """One beyond is refused before the run begins, not by the trunk in the middle of a step."""
+    assert load_config("demo", f"link.window={MAX_GRAPHS}").link.window == MAX_GRAPHS
+    for window in (0, MAX_GRAPHS + 1):
+        with pytest.raises(ConfigError, match=r"link.window.* from 1 to 8"):
+            load_config("demo", f"link.window={window}")
