@@ -7,7 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -20,6 +20,7 @@ from flower_app.build import build_client, build_trunk
 from flower_app.client.place import Place
 from flower_app.client.streamed import Trainer
 from simulations.bench.worker import worker
+from simulations.network import relay
 from simulations.plan.families import VOCABULARY, family_config
 from simulations.plan.footprint import client_footprint, server_footprint
 from simulations.plan.hollow import read_shape
@@ -49,8 +50,12 @@ CASES: dict[str, tuple[str, int, int, list[str]]] = {
     "phi-micro-batches": ("phi", 256, 5, ["train.accumulate=2"]),
     "opt-lora": ("opt", 384, 5, LORA),
     "mixtral": ("mixtral", 256, 5, []),
+    "llama-far": ("llama", 256, 6, ["train.accumulate=4", "link.codec=bf16", "link.window=4"]),
 }
 """Family, width, blocks, and what else is set."""
+
+FAR = {"llama-far": Network(bandwidth=1e8, latency=0.05)}
+"""Cases over another network than loopback."""
 
 KEYS = {
     "client_mb": "client MB",
@@ -107,7 +112,9 @@ def bench_plan(
             cases = {}
             for name in names:
                 say(name)
-                cases[name] = _case(_config(name), trunk, steps)
+                network = FAR.get(name, LOOPBACK)
+                with _between(trunk, network, _config(name)) as invitation:
+                    cases[name] = _case(_config(name), network, invitation, trunk.pid, steps)
     finally:
         torch.set_num_threads(before)
     errors = {kind: max(_errors(cases.values(), kind)) for kind in BOUNDS}
@@ -130,9 +137,24 @@ def _config(name: str) -> Config:
     return family_config(family, width, blocks, [*SIZES, *threads, *overrides])
 
 
-def _case(config: Config, trunk: _Trunk, steps: int) -> dict[str, Any]:
-    client = _Client(config, trunk)
-    planner = Planner(config, Setting(network=LOOPBACK, clients=1))
+@contextmanager
+def _between(trunk: _Trunk, network: Network, config: Config) -> Iterator[tuple[Ticket, bytes]]:
+    """What the trunk's process invites a client with, over a network."""
+    trunk.pipe.send(to_json(config))
+    ticket, node_key = trunk.pipe.recv()
+    if network is LOOPBACK:
+        yield ticket, node_key
+        return
+    slow = relay.Network(rtt=network.latency, bandwidth=network.bandwidth)
+    with worker(relay.serve, ticket.address, slow) as (pipe, _):
+        yield replace(ticket, address=pipe.recv()), node_key
+
+
+def _case(
+    config: Config, network: Network, invitation: tuple[Ticket, bytes], trunk: int, steps: int
+) -> dict[str, Any]:
+    client = _Client(config, invitation, trunk)
+    planner = Planner(config, Setting(network=network, clients=1))
     turns = []
     for turn in range(TURNS):
         if turn:
@@ -174,34 +196,37 @@ class _Spent:
 class _Client:
     """The client of a case, its trunk in another process."""
 
-    def __init__(self, config: Config, trunk: _Trunk) -> None:
-        trunk.pipe.send(to_json(config))
-        ticket, node_key = trunk.pipe.recv()
+    def __init__(self, config: Config, invitation: tuple[Ticket, bytes], trunk: int) -> None:
+        ticket, node_key = invitation
         bottom, top = build_client(config)
         self.link = GrpcLink(ticket, node_key, steps=STEPS, config=config.link)
         place = Place(seed=0, client="bench", round=1, rounds=1)
-        self._trainer = Trainer(bottom, top, self.link, STEPS, alone(config.train), place)
+        train, window = alone(config.train), config.link.window
+        self._trainer = Trainer(bottom, top, self.link, STEPS, train, place, window=window)
         rows, tokens = config.train.batch_size, config.data.context
         self._batches = [
             make_batch(rows, tokens, VOCABULARY) for _ in range(config.train.accumulate)
         ]
-        self._number, self._trunk = 0, psutil.Process(trunk.pid)
+        self._number, self._trunk = 0, psutil.Process(trunk)
         self.up = self.down = 0
 
     def time(self, steps: int) -> _Spent:
-        """Time so many steps, after one that warms up."""
+        """Time so many steps in a row, between one that warms up and one that is the last."""
         self._step()
         before = self._processors()
         wall = statistics.median(self._step() for _ in range(steps))
-        return _Spent(wall=wall, cpu=(self._processors() - before) / steps)
+        cpu = (self._processors() - before) / steps
+        self._step(last=True)
+        return _Spent(wall=wall, cpu=cpu)
 
-    def _step(self) -> float:
+    def _step(self, last: bool = False) -> float:
         """Take one, and note its bytes."""
         up, down = self.link.bytes_up, self.link.bytes_down
         started = time.perf_counter()
-        self._trainer.step(self._number, self._batches)
+        self._trainer.step(self._number, self._batches, None if last else self._batches)
         spent = time.perf_counter() - started
-        self.up, self.down = self.link.bytes_up - up, self.link.bytes_down - down
+        if not last:  # which sends nothing of a next one
+            self.up, self.down = self.link.bytes_up - up, self.link.bytes_down - down
         self._number += 1
         return spent
 

@@ -137,13 +137,15 @@ class SplitStep:
         parts = split(make_model(sizes), cut)
         self.link = GrpcLink(ticket, node_key, steps=total, config=link)
         place = Place(seed=0, client="bench", round=1, rounds=1)
-        self.trainer = streamed.Trainer(parts.bottom, parts.top, self.link, total, train, place)
+        self.trainer = streamed.Trainer(
+            parts.bottom, parts.top, self.link, total, train, place, window=link.window
+        )
         self._batches = batches
         self.loss = 0.0
 
     def __call__(self, index: int, last: bool = True) -> None:
         """Take a step; unless it is the last in a row, the next may begin before it has ended."""
-        self.loss, _ = self.trainer.step(index, self._batches)
+        self.loss, _ = self.trainer.step(index, self._batches, None if last else self._batches)
 
 
 def make_model(sizes: Sizes = SIZES) -> PreTrainedModel:

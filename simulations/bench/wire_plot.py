@@ -9,7 +9,7 @@ from typing import Any
 PARTS = {
     "bottom": ("#9cc3e6", "bottom, client"),
     "top": ("#4a7fb5", "top, client"),
-    "trunk": ("#3a8f5c", "trunk"),
+    "trunk": ("#3a8f5c", "trunk, waited for"),
     "network": ("#c43c39", "network, frames, codec"),
 }
 DASHES = ("-", "--", ":", "-.")
@@ -71,7 +71,7 @@ def _draw_bars(rows: list[dict[str, Any]], path: Path) -> Path:
     places = range(len(rows))
     before = [0.0] * len(rows)
     for part, (colour, label) in PARTS.items():
-        width = [_shown(row, part) / row["unsplit_seconds"] for row in rows]
+        width = [row["ratio"] * _shown(row, part) / row["split_seconds"] for row in rows]
         axes.barh(places, width, left=before, color=colour, label=label, height=0.72)
         before = [start + own for start, own in zip(before, width, strict=True)]
     for place, row in zip(places, rows, strict=True):

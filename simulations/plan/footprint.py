@@ -91,7 +91,8 @@ def client_footprint(shape: PretrainedConfig, config: Config) -> Footprint:
 
         def make(micros: int, phases: Phases) -> _Side:
             batches = _batches(shape, config, micros)
-            return ClientSide(bottom, top, config.train, batches, phases, kind)
+            window = config.link.window
+            return ClientSide(bottom, top, config.train, batches, phases, kind, window)
 
         return _measure([bottom, top], make, config)
 
@@ -106,7 +107,7 @@ def server_footprint(shape: PretrainedConfig, config: Config, clients: int = 1) 
         fill_hollow([trunk])
 
         def make(micros: int, phases: Phases) -> _Side:
-            return ServerSide(trunk, train, size, micros, phases, kind)
+            return ServerSide(trunk, train, size, micros, phases, kind, config.link.window)
 
         return _measure([trunk], make, config)
 
@@ -161,8 +162,8 @@ def _measure(
         peaks[phase] = max(peaks.get(phase, 0), held)
         live.forget_peak()
 
-    # A second micro-batch meets the first one's gradients; a third changes nothing.
-    micros = min(config.train.accumulate, 2)
+    # So many meet gradients, and fill a window's forwards and backwards; more change nothing.
+    micros = min(config.train.accumulate, 2 * config.link.window)
     counter = Operations()
     with live, counter:
         phases = Phases(lambda: counter.flops, ended)

@@ -88,7 +88,6 @@ class StepFrames:
     """Bytes of a micro-batch's frames with h1, h2, dL/dh2 and dL/dh1."""
     largest: int
     """Bytes of the largest one."""
-    round_trips: int
     seconds: float
     """Of this machine, to make frames of tensors and tensors of frames, on both sides together."""
 
@@ -164,7 +163,6 @@ def step_frames(config: Config, width: int) -> StepFrames:
         down=link.bytes_down - before[1],
         crossings=(sizes[0], sizes[1], sizes[2], sizes[3]),
         largest=max(sizes),
-        round_trips=2 * micros + 1,
         seconds=min(own),
     )
 

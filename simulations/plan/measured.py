@@ -60,7 +60,8 @@ def measure_step(config: Config, vocabulary: int) -> Measured:
         live.side = CLIENT
         link = FramedLink(config.link, talk, at_server)
         place = Place(seed=0, client="plan", round=1, rounds=1)
-        trainer = Trainer(bottom, top, link, STEPS, alone(config.train), place)
+        train, window = alone(config.train), config.link.window
+        trainer = Trainer(bottom, top, link, STEPS, train, place, window=window)
         trainer.step(0, batches)
         live.forget_peak()
         up, down = link.bytes_up, link.bytes_down

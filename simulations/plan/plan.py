@@ -14,6 +14,7 @@ from simulations.plan.cuts import Budgets, Memory, best_cut, some_cuts
 from simulations.plan.footprint import MERGED, Footprint
 from simulations.plan.frames import StepFrames, step_frames
 from simulations.plan.hollow import outline_parts, read_shape
+from simulations.plan.schedule import round_trips
 from simulations.plan.seconds import Network, StepSeconds, step_seconds, whole_seconds
 from simulations.plan.speed import Pieces, at_speed, count_operations, measure, torch_threads
 
@@ -192,7 +193,7 @@ class Planner:
             "down": frames.down,
             "per_token": (frames.up + frames.down) / (rows * tokens * self._micros),
             "largest_frame": frames.largest,
-            "round_trips": frames.round_trips,
+            "round_trips": round_trips(self._micros, self._config.link.window),
             "ends": ends,
             "round_up": self._steps * frames.up + ends,
             "round_down": self._steps * frames.down + ends,
@@ -211,6 +212,7 @@ class Planner:
             clients=self._setting.clients,
             strategy=self._config.train.strategy,
             micros=self._micros,
+            window=self._config.link.window,
         )
 
     def _round(self, cut: Cut) -> dict[str, float]:

@@ -129,6 +129,8 @@ class ClientSide:
         which is no work of the client's.
     received : torch.dtype
         Type in which activations and gradients come out of the wire.
+    window : int
+        Micro-batches under way at once.
     """
 
     def __init__(
@@ -139,10 +141,11 @@ class ClientSide:
         batches: Sequence[Batch],
         phases: Phases,
         received: torch.dtype,
+        window: int = 1,
     ) -> None:
         place = Place(seed=0, client="plan", round=1, rounds=1)
         link = _Wire(phases, received)
-        self._trainer = Trainer(bottom, top, link, STEPS, alone(train), place)
+        self._trainer = Trainer(bottom, top, link, STEPS, alone(train), place, window=window)
         self._batches, self._number = batches, 0
 
     def step(self) -> None:
@@ -166,7 +169,7 @@ class ServerSide:
         Micro-batches of a step.
     phases : Phases
         Told of ``trunk forward``, ``trunk backward``, ``trunk step`` and ``wire``.
-    received : torch.dtype
+    received, window
         As for `ClientSide`.
     """
 
@@ -178,6 +181,7 @@ class ServerSide:
         micros: int,
         phases: Phases,
         received: torch.dtype,
+        window: int = 1,
     ) -> None:
         self._engine = TrunkEngine(
             trunk, hidden_size=shape[-1], train=alone(train), max_in_flight=2**62
@@ -185,21 +189,27 @@ class ServerSide:
         self._engine.open_round(1, 1, training=True)
         self._session: Session = self._engine.open("plan", client="plan", steps=STEPS)
         self._shape, self._micros, self._phases = shape, micros, phases
-        self._received, self._number = received, 0
+        self._received, self._window, self._number = received, window, 0
 
     def step(self) -> None:
         """Take one optimizer step."""
         number, phases, tokens = self._number, self._phases, self._shape[0]
+        for micro in range(min(self._window, self._micros)):
+            self._forward(micro)
         for micro in range(self._micros):
-            self._session.compute(number, micro, self._received_tensor(), None)
-            phases.end("trunk forward")
             last = micro == self._micros - 1
             gradient_BTD = self._received_tensor()
             self._session.backward(number, micro, gradient_BTD, last=last, tokens=tokens)
             phases.end("trunk backward")
+            if micro + self._window < self._micros:
+                self._forward(micro + self._window)
         self._session.apply(number, client_square_norm=1.0, tokens=tokens)
         phases.end("trunk step")
         self._number += 1
+
+    def _forward(self, micro: int) -> None:
+        self._session.compute(self._number, micro, self._received_tensor(), None)
+        self._phases.end("trunk forward")
 
     def _received_tensor(self) -> Tensor:
         tensor = torch.randn(self._shape).to(self._received)

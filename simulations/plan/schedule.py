@@ -110,6 +110,14 @@ def step_time(legs: Legs, micros: int, window: int) -> float:
     return ends[-2] - ends[-3]
 
 
+def round_trips(micros: int, window: int) -> int:
+    """How many of them a step waits for."""
+    only = Legs(
+        rising=0, across=0, back=0, forward=0, backward=0, client_step=0, trunk_step=0, latency=0.5
+    )
+    return round(step_time(only, micros, window))
+
+
 def _one_step(run: _Run, micros: int, window: int) -> None:
     due = deque(("activations", micro) for micro in range(min(window, micros)))
     while due:

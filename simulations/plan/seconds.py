@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from models.cut import Cut
 from simulations.plan.frames import StepFrames
-from simulations.plan.schedule import Legs, step_time
+from simulations.plan.schedule import Legs, round_trips, step_time
 from simulations.plan.speed import Pieces
 
 
@@ -84,7 +84,7 @@ def step_seconds(
     computing = micros * (legs.rising + legs.across + legs.back) + legs.client_step
     working = micros * (legs.forward + legs.backward)
     wire = network.transfer(frames.up) + network.transfer(frames.down)
-    latency = frames.round_trips * network.latency
+    latency = round_trips(micros, window) * network.latency
     alone = step_time(legs, micros, window)
     first = legs.rising + legs.h1 + network.latency / 2
     total = {

@@ -17,6 +17,8 @@ CASES = {
     "gemma2": ["tuning.bottom=lora", "tuning.trunk=lora", "tuning.top=lora"],
     "qwen3": ["train.precision=bf16", "train.strategy=splitfed-v2"],
     "mixtral": ["tuning.trunk=lora", "link.codec=fp16"],
+    "mistral": ["train.accumulate=4", "link.window=2"],
+    "phi": ["train.accumulate=2", "link.window=1", "tuning.bottom=frozen"],
 }
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from simulations.plan.schedule import Legs, step_time
+from simulations.plan.schedule import Legs, round_trips, step_time
 
 NOTHING = Legs(
     rising=0.0, across=0.0, back=0.0, forward=0.0, backward=0.0, client_step=0.0, trunk_step=0.0
@@ -24,6 +24,7 @@ NOTHING = Legs(
     ],
 )
 def test_round_trips(micros: int, window: int, trips: int) -> None:
+    assert round_trips(micros, window) == trips
     assert step_time(replace(NOTHING, latency=0.5), micros, window) == pytest.approx(trips)
 
 

@@ -19,7 +19,6 @@ FRAMES = StepFrames(
     down=1_000_000,
     crossings=(1_000_000, 500_000, 1_000_000, 500_000),
     largest=1,
-    round_trips=3,
     seconds=0.01,
 )
 NETWORK = Network(bandwidth=8e6, latency=0.5)

@@ -97,8 +97,11 @@ def stranger(tmp_path: Path) -> Iterator[None]:
 
 
 def test_the_codecs_that_ship() -> None:
-    assert list(codecs()) == ["bf16", "fp16", "fp32"]
-    with pytest.raises(ValueError, match="one of bf16, fp16, fp32, got 'fp8'"):
+    assert list(codecs()) == [
+        *("bf16", "fp16", "fp32"),
+        *("int2", "int3", "int4", "int5", "int6", "int8"),
+    ]
+    with pytest.raises(ValueError, match="one of bf16, fp16, fp32, int2, .*, got 'fp8'"):
         find_codec("fp8")
 
 
