@@ -173,10 +173,10 @@ class _Link(GrpcLink):
         self.run.links.append(self)
         super().__init__(ticket, node_key, interceptors=[self.faults], **settings)
 
-    def compute(self, *args: Any) -> None:
+    def compute(self, *args: Any, **settings: Any) -> None:
         """See `GrpcLink`."""
         self._live_on()
-        super().compute(*args)
+        super().compute(*args, **settings)
 
     def backward(self, *args: Any, **settings: Any) -> None:
         """See `GrpcLink`."""
