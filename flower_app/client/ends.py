@@ -22,7 +22,7 @@ from conf.schema import TrainConfig
 from flower_app.client.place import Place
 from flower_app.data.client import Batch
 from flower_app.data.text import IGNORED
-from models import load_client_state, named_trainable
+from models import client_state, load_client_state, named_trainable
 from models.bridge import Regression
 from strategies.optim import (
     ALONE,
@@ -86,6 +86,8 @@ class Ends:
         self._count, self.config, self._place = count, config, place
         self._device = next(itertools.chain(bottom.parameters(), top.parameters())).device
         self._parameters = trainable(bottom, top)
+        self.bottom_learns = bool(trainable(bottom))
+        """Whether dL/dh1 is of any use."""
         both = set(map(id, bottom.parameters())) & set(map(id, top.parameters()))
         self._tied = [p for p in self._parameters if id(p) in both]
         self._tied_below: list[Tensor | None] = [None] * len(self._tied)
@@ -198,9 +200,32 @@ class Ends:
             for name, parameter in named_trainable(self._bottom, self._top).items()  # type: ignore[arg-type]
         }
 
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        """Take over common tensors, and forget the gradients that led to them."""
-        load_client_state(self._bottom, self._top, state)  # type: ignore[arg-type]
+    def load(self, changed: Mapping[str, Tensor], rows: Mapping[str, Tensor]) -> None:
+        """Take over what changed of the common tensors, and forget the gradients that led to it.
+
+        Parameters
+        ----------
+        changed : mapping
+            Tensors by name in the whole model; those that are missing stay.
+        rows : mapping
+            Which rows of it a tensor is (int64); those without are whole.
+
+        Raises
+        ------
+        ValueError
+            For a name, a shape or a row that the ends do not have.
+        """
+        own = client_state(self._bottom, self._top)  # type: ignore[arg-type]
+        whole = {**own, **changed}
+        for name, numbers in rows.items():
+            known, came = own.get(name), changed[name]
+            if known is None or numbers.max() >= len(known) or came.shape[1:] != known.shape[1:]:
+                raise ValueError(
+                    f"the server sends rows of '{name}' {tuple(came.shape)} that the ends have not"
+                )
+            whole[name] = known.clone()
+            whole[name][numbers.to(known.device)] = came.to(known)
+        load_client_state(self._bottom, self._top, whole)  # type: ignore[arg-type]
         self.set_gradients({})
 
     def set_gradients(self, gradients: Mapping[int, Tensor]) -> None:

@@ -20,6 +20,7 @@ from conf.schema import TrainConfig
 from flower_app.client.ends import Clock, Ends, on_device, token_loss
 from flower_app.data.client import Batch
 from strategies.engine.lane import StepResult
+from strategies.errors import TrunkError
 from strategies.memory import MEGABYTE, peak_bytes
 from strategies.optim import autocast
 from strategies.transport.link import Sender, StepCounters
@@ -95,7 +96,10 @@ class Step:
         batch = self.batches[micro]
         h1_BTD = self._ends.up(self.number, micro, batch)
         self._h1_BTD[micro] = h1_BTD
-        self._link.compute(self.number, micro, h1_BTD.detach(), self._ends.mask(batch))
+        frozen = not self._ends.bottom_learns
+        self._link.compute(
+            self.number, micro, h1_BTD.detach(), self._ends.mask(batch), frozen=frozen
+        )
 
     def forget(self) -> None:
         """Drop bottom's graphs; those that are needed again are computed again, alike."""
@@ -112,9 +116,17 @@ class Step:
         # While the trunk goes back.
         self._ends.teach_bridge(self.number, micro, batch, self._h1_BTD.get(micro), h2_BTD)
 
-    def gradients(self, micro: int, grad_BTD: Tensor) -> None:
-        """Back through the bottom, with dL/dh1."""
+    def gradients(self, micro: int, grad_BTD: Tensor | None) -> None:
+        """Back through the bottom, with dL/dh1; there is none if the bottom learns nothing."""
         h1_BTD = self._h1_BTD.pop(micro, None)
+        if not self._ends.bottom_learns:
+            return
+        if grad_BTD is None:
+            raise TrunkError(
+                f"the trunk sent no gradient of step {self.number}, micro-batch {micro}, and the "
+                "bottom learns",
+                kind="shape",
+            )
         if h1_BTD is None:
             h1_BTD = self._ends.up(self.number, micro, self.batches[micro])
         self._ends.down(h1_BTD, grad_BTD)
@@ -150,7 +162,7 @@ class Step:
     def applied(self, result: StepResult) -> None:
         """Take over what the trunk made of the step, if it did it for all."""
         if self._ends.config.sync == "step":
-            self._ends.load(result.state)
+            self._ends.load(result.state, result.rows)
 
 
 class Evaluation:

@@ -18,14 +18,22 @@ class LocalLink:
     def __init__(self, session: Session) -> None:
         self._session = session
         self._computed: deque[Tensor] = deque()
-        self._gradients: deque[tuple[Tensor, float]] = deque()
+        self._gradients: deque[tuple[Tensor | None, float]] = deque()
         self._applied: deque[StepResult] = deque()
         self.bytes_up = self.bytes_down = 0
         self.trunk_seconds = 0.0
 
-    def compute(self, step: int, micro: int, h_BTD: Tensor, mask_BT: Tensor | None) -> None:
+    def compute(
+        self,
+        step: int,
+        micro: int,
+        h_BTD: Tensor,
+        mask_BT: Tensor | None,
+        *,
+        frozen: bool = False,
+    ) -> None:
         """See `Session.compute`."""
-        self._computed.append(self._session.compute(step, micro, h_BTD, mask_BT))
+        self._computed.append(self._session.compute(step, micro, h_BTD, mask_BT, wanted=not frozen))
 
     def computed(self) -> Tensor:
         """The output of the first `compute` that was not taken."""
@@ -45,7 +53,7 @@ class LocalLink:
         done = self._session.backward(step, micro, grad_BTD, last=last, tokens=tokens)
         self._gradients.append(done)
 
-    def gradients(self) -> tuple[Tensor, float]:
+    def gradients(self) -> tuple[Tensor | None, float]:
         """The result of the first `backward` that was not taken."""
         return self._gradients.popleft()
 

@@ -59,7 +59,7 @@ class FramedLink(Framed):
         """The trunk's output."""
         return self.read_activations(self._answered())
 
-    def gradients(self) -> tuple[Tensor, float]:
+    def gradients(self) -> tuple[Tensor | None, float]:
         """dL/dh1, and the squared norm of the trunk's gradient."""
         return self.read_gradients(self._answered())
 

@@ -72,7 +72,15 @@ class _Wire:
         self._step = self.bytes_up = self.bytes_down = 0
         self.trunk_seconds = 0.0
 
-    def compute(self, step: int, micro: int, h_BTD: Tensor, mask_BT: Tensor | None) -> None:
+    def compute(
+        self,
+        step: int,
+        micro: int,
+        h_BTD: Tensor,
+        mask_BT: Tensor | None,
+        *,
+        frozen: bool = False,
+    ) -> None:
         self._phases.end("bottom forward")
         self._shape = tuple(h_BTD.shape)
 

@@ -32,7 +32,11 @@ class StepResult:
     grad_norm: float
     lr: float
     state: Mapping[str, Tensor] = field(default_factory=dict)
-    """With `train.sync=step`, the clients' common tensors after the step."""
+    """With `train.sync=step`, the clients' common tensors after the step, or what changed of them:
+    a tensor as a whole, or its `rows` (int64, in order)."""
+    rows: Mapping[str, Tensor] = field(default_factory=dict)
+    since: Mapping[str, Tensor] | None = None
+    """Those before the step, where the client has just these; None if it has others."""
 
 
 class Lane:
@@ -78,14 +82,10 @@ class Lane:
         """Clip by the norm over all parts, `square` being that of the client's, and step."""
         raise TrunkError("this session evaluates: it takes no step", kind="order")
 
-    def check_ends(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Refuse gradients of the client's ends, by name and shape, before any is read."""
-        if shapes:
-            raise TrunkError(
-                f"gradients of {len(shapes)} of the ends' tensors came; without train.sync=step "
-                "they stay with their client",
-                kind="shape",
-            )
+    @property
+    def ends(self) -> Mapping[str, Tensor]:
+        """The clients' common tensors as they are now, where this step moves them."""
+        return {}
 
     def drop(self) -> None:
         """Forget what is under way of a step; a second call does nothing."""

@@ -336,9 +336,10 @@ class Session:
         """Refuse a shape before anything is made of it: activations (B, T, D) and mask (B, T)."""
         self._bench.check_shapes(shape, mask_shape)
 
-    def check_ends(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Refuse gradients of the ends by name and shape, before any is read."""
-        self._lane.check_ends(shapes)
+    @property
+    def ends(self) -> Mapping[str, Tensor]:
+        """The clients' common tensors as they are now, where a step of this session moves them."""
+        return self._lane.ends
 
 
 def held_tokens(h_BTD: Tensor, mask_BT: Tensor | None) -> int:

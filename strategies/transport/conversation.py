@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from strategies.engine.session import Session
@@ -14,8 +15,9 @@ from strategies.errors import TrunkError
 from strategies.transport import trunk_pb2 as pb
 from strategies.transport.codec.registry import crossings
 from strategies.transport.codec.tensors import (
+    check_named,
+    decode_changed,
     decode_mask,
-    decode_named,
     encode_named,
     shape_of,
 )
@@ -138,50 +140,48 @@ class Conversation(Talk):
         session.check_fresh(step, micro)
         mask_BT = decode_mask(frame.mask, shape[:2])
         h_BTD = self._codecs.h1.decode(frame.activations, mask_BT, payload, "activations")
-        h_BTD = session.compute(step, micro, h_BTD, None if mask_BT is None else mask_BT.long())
+        mask = None if mask_BT is None else mask_BT.long()
+        h_BTD = session.compute(step, micro, h_BTD, mask, wanted=not frame.frozen)
+        frozen = False
         if session.round.training:
-            self._masks[micro] = mask_BT
+            self._masks[micro], frozen = mask_BT, not session.learns(micro)
         return pb.Activations(
             step=step,
             micro=micro,
             activations=self._codecs.h2.encode(h_BTD, mask_BT, step, micro, parcel),
             seconds=time.perf_counter() - started,
+            frozen=frozen,
         )
 
     def _backward(
         self, frame: pb.Backward, payload: Payload, parcel: Parcel, started: float
     ) -> pb.Gradients:
         step, micro = frame.step, frame.micro
-        self.session.check_due(step, micro, shape_of(frame.gradient, "gradient"))
-        mask_BT = self._masks[micro]
+        came = frame.HasField("gradient")
+        shape = shape_of(frame.gradient, "gradient") if came else None
+        self.session.check_due(step, micro, shape)
+        mask_BT, grad_BTD = self._masks[micro], None
+        if came:
+            grad_BTD = self._codecs.grad_h2.decode(frame.gradient, mask_BT, payload, "gradient")
         grad_BTD, square = self.session.backward(
-            step,
-            micro,
-            self._codecs.grad_h2.decode(frame.gradient, mask_BT, payload, "gradient"),
-            last=frame.last,
-            tokens=frame.tokens,
+            step, micro, grad_BTD, last=frame.last, tokens=frame.tokens
         )
         del self._masks[micro]
-        return pb.Gradients(
-            step=step,
-            micro=micro,
-            gradient=self._codecs.grad_h1.encode(grad_BTD, mask_BT, step, micro, parcel),
-            square_norm=square,
-            seconds=time.perf_counter() - started,
-        )
+        reply = pb.Gradients(step=step, micro=micro, square_norm=square)
+        if grad_BTD is not None:
+            gradient = self._codecs.grad_h1.encode(grad_BTD, mask_BT, step, micro, parcel)
+            reply.gradient.CopyFrom(gradient)
+        reply.seconds = time.perf_counter() - started
+        return reply
 
     def _apply(self, frame: pb.Apply, payload: Payload, parcel: Parcel) -> pb.Applied:
-        shapes = {each.name: shape_of(each.tensor, f"'{each.name}'") for each in frame.gradients}
-        if len(shapes) != len(frame.gradients):
-            # One that hides behind another of its name would be read unchecked.
-            raise TrunkError("a name comes twice among the ends' gradients", kind="shape")
-        self.session.check_ends(shapes)
+        gradients = self._gradients_of_ends(frame, payload)
         started = time.perf_counter()
         result = self.session.apply(
             frame.step,
             client_square_norm=frame.client_square_norm,
             tokens=frame.tokens,
-            gradients=decode_named(frame.gradients, payload),
+            gradients=gradients,
         )
         seconds = time.perf_counter() - started
         self._masks.clear()
@@ -214,5 +214,20 @@ class Conversation(Talk):
             grad_norm=result.grad_norm,
             lr=result.lr,
             seconds=seconds,
-            state=encode_named(result.state, parcel),
+            state=encode_named(result.state, parcel, result.since),
         )
+
+    def _gradients_of_ends(self, frame: pb.Apply, payload: Payload) -> dict[str, Tensor]:
+        """The gradients of the ends, of which those that are zero did not come."""
+        ends = self.session.ends
+        if frame.gradients and not ends:
+            raise TrunkError(
+                f"gradients of {len(frame.gradients)} of the ends' tensors came; without "
+                "train.sync=step they stay with their client",
+                kind="shape",
+            )
+        check_named(frame.gradients, {name: tensor.shape for name, tensor in ends.items()})
+        if not frame.tokens:
+            return {}
+        zero = {name: torch.zeros(tensor.shape) for name, tensor in ends.items()}
+        return zero | decode_changed(frame.gradients, payload, zero)

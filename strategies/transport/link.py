@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from conf.schema import LinkConfig
@@ -46,7 +47,15 @@ class StepCounters:
 class Sender(Protocol):
     """The halves of each verb that only send; see `Framed`."""
 
-    def compute(self, step: int, micro: int, h_BTD: Tensor, mask_BT: Tensor | None) -> None: ...
+    def compute(
+        self,
+        step: int,
+        micro: int,
+        h_BTD: Tensor,
+        mask_BT: Tensor | None,
+        *,
+        frozen: bool = False,
+    ) -> None: ...
 
     def backward(
         self,
@@ -79,7 +88,7 @@ class Link(Sender, Protocol):
 
     def computed(self) -> Tensor: ...
 
-    def gradients(self) -> tuple[Tensor, float]: ...
+    def gradients(self) -> tuple[Tensor | None, float]: ...
 
     def applied(self) -> StepResult: ...
 
@@ -138,6 +147,8 @@ class Framed:
 
     def __init__(self, config: LinkConfig, seed: int) -> None:
         self.codecs = crossings(config.codec, seed)
+        self._unwanted: set[tuple[int, int]] = set()
+        """Micro-batches of which the trunk wants no dL/dh2."""
         self.number = self.taken = 0
         """Frames that were sent, and answers to them that were taken, which are in their order."""
 
@@ -152,14 +163,24 @@ class Framed:
         request.raw = client_frame(parcel, number=self.number, seen=self.taken, **body)
         self.send(request)
 
-    def compute(self, step: int, micro: int, h_BTD: Tensor, mask_BT: Tensor | None) -> None:
-        """Send activations (B, T, D) through the trunk; see `Session.compute`."""
+    def compute(
+        self,
+        step: int,
+        micro: int,
+        h_BTD: Tensor,
+        mask_BT: Tensor | None,
+        *,
+        frozen: bool = False,
+    ) -> None:
+        """Send activations (B, T, D) through the trunk; see `Session.compute`. With `frozen`, for
+        the bottom learns nothing, no dL/dh1 comes back."""
         parcel, shape = Parcel(), tuple(h_BTD.shape)
         frame = pb.Compute(
             step=step,
             micro=micro,
             activations=self.codecs.h1.encode(h_BTD, mask_BT, step, micro, parcel),
             mask=encode_mask(mask_BT),
+            frozen=frozen,
         )
         request = Request(b"", "activations", step, micro, shape=shape, mask_BT=mask_BT)
         self._send(request, parcel, compute=frame)
@@ -176,8 +197,11 @@ class Framed:
     ) -> None:
         """Send dL/dh2 back through the trunk; see `Session.backward`."""
         parcel, shape = Parcel(), tuple(grad_BTD.shape)
-        gradient = self.codecs.grad_h2.encode(grad_BTD, mask_BT, step, micro, parcel)
-        frame = pb.Backward(step=step, micro=micro, gradient=gradient, last=last, tokens=tokens)
+        frame = pb.Backward(step=step, micro=micro, last=last, tokens=tokens)
+        if (step, micro) not in self._unwanted:
+            gradient = self.codecs.grad_h2.encode(grad_BTD, mask_BT, step, micro, parcel)
+            frame.gradient.CopyFrom(gradient)
+        self._unwanted.discard((step, micro))
         request = Request(b"", "gradients", step, micro, shape=shape, mask_BT=mask_BT)
         self._send(request, parcel, backward=frame)
 
@@ -186,32 +210,42 @@ class Framed:
     ) -> None:
         """Ask for the optimizer step; see `Session.apply`."""
         parcel, frame = Parcel(), pb.Apply(step=step, **vars(counters))
-        frame.gradients.extend(encode_named(gradients or {}, parcel))
+        gradients = gradients or {}
+        zero = {name: torch.zeros((), device=each.device) for name, each in gradients.items()}
+        frame.gradients.extend(encode_named(gradients, parcel, zero))
         self._send(Request(b"", "applied", step), parcel, apply=frame)
 
     def read_activations(self, answered: Request) -> Tensor:
         """h2 (B, T, D), of the wire's dtype; `TrunkError` for another shape, or if not finite."""
         reply = answered.reply
         what = f"the trunk's output of step {reply.step}"
+        if reply.frozen:
+            self._unwanted.add((reply.step, reply.micro))
         return _read(self.codecs.h2, reply.activations, what, answered)
 
-    def read_gradients(self, answered: Request) -> tuple[Tensor, float]:
-        """dL/dh1, checked like h2, and the squared norm of the trunk's gradient."""
+    def read_gradients(self, answered: Request) -> tuple[Tensor | None, float]:
+        """dL/dh1, checked like h2, and the squared norm of the trunk's gradient; None if the trunk
+        sends no dL/dh1."""
         reply = answered.reply
         what = f"the trunk's gradient of step {reply.step}"
         if reply.square_norm < 0:
             raise TrunkError(f"{what} came with a square norm of {reply.square_norm:g}")
+        if not reply.HasField("gradient"):
+            return None, reply.square_norm
         return _read(self.codecs.grad_h1, reply.gradient, what, answered), reply.square_norm
 
     def read_applied(self, answered: Request) -> StepResult:
-        """The trunk's step, with the ends' tensors after it under `train.sync=step`."""
+        """The trunk's step, with what it changed of the ends under `train.sync=step`."""
         reply = answered.reply
         state = decode_named(reply.state, answered.payload)
         for name, tensor in state.items():
             check_finite(tensor, f"'{name}' after step {reply.step}")
         if not math.isfinite(reply.grad_norm):
             raise norm_error(reply.step, reply.grad_norm)
-        return StepResult(step=reply.step, grad_norm=reply.grad_norm, lr=reply.lr, state=state)
+        rows = {each.name: torch.tensor(each.rows[:]) for each in reply.state if each.rows}
+        return StepResult(
+            step=reply.step, grad_norm=reply.grad_norm, lr=reply.lr, state=state, rows=rows
+        )
 
 
 def _read(codec: Codec, message: pb.Tensor, what: str, answered: Request) -> Tensor:

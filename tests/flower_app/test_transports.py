@@ -86,6 +86,7 @@ CHANGES = {
     "v1-lora-exact": "tuning.bottom=lora tuning.trunk=lora tuning.top=lora train.lr=0.02 "
     "aggregation.lora=exact",
     "v1-sgd": "train.optimizer=sgd train.momentum=0.9 train.lr=0.05",
+    "v1-frozen": "tuning.bottom=frozen train.accumulate=2",
     "v1-fedadam": "aggregation.optimizer=fedadam aggregation.lr=0.01",
     "merged": "train.strategy=merged",
     "merged-common": "train.strategy=merged train.sync=step train.accumulate=2",

@@ -87,7 +87,15 @@ class Echo:
         self.trunk_seconds, self.bytes_up, self.bytes_down = 0.0, 0, 0
         self._sent: deque[Tensor] = deque()
 
-    def compute(self, step: int, micro: int, h_BTD: Tensor, mask_BT: Tensor | None) -> None:
+    def compute(
+        self,
+        step: int,
+        micro: int,
+        h_BTD: Tensor,
+        mask_BT: Tensor | None,
+        *,
+        frozen: bool = False,
+    ) -> None:
         self._sent.append(h_BTD.clone())
 
     def computed(self) -> Tensor:

@@ -37,6 +37,9 @@ logger = logging.getLogger(__name__)
 KINDS = ("forward", "backward", "last backward", "step")
 """What members ask for, in the order in which it is done."""
 
+StepAnswer = tuple[float, float, dict[str, Tensor], dict[str, Tensor] | None]
+"""Norm, learning rate, the clients' tensors after the step and, if a client has them, before."""
+
 MOST_TIMES = 16
 """The round's schedule is at most so many times as long as what the median member announced."""
 
@@ -67,12 +70,15 @@ class Group:
         bench: Bench,
     ) -> None:
         self._parameters, self._optimizer, self.ends = parameters, optimizer, ends
+        # All that follows belongs to whoever does the work; others change it by `Meeting.note`.
         self._train, self._run = bench.train, Runner(trunk, bench)
         self._meeting = Meeting(KINDS, self._do, gather(bench.timeout))
         self.padded = self.positions = 0
         self._announced: list[int] = []
         self._batches: dict[Member, list[Batch]] = {}
         """Of each member, those through which it has still to go back, in order."""
+        self._has: dict[Member, int] = {}
+        """The common tensors after so many steps are what a member has, from its first step on."""
         # The step that is under way.
         self._step = 0
         self._gone_back: list[Batch] = []
@@ -87,14 +93,17 @@ class Group:
         """Take part from the next step on."""
         with self._meeting.changed:
             self._meeting.join(member)
-            self._announced.append(member.steps)
+            self._meeting.note(lambda: self._announced.append(member.steps))
 
     def leave(self, member: Member) -> None:
         """Take part no longer; a thread of this member that waits here learns so at once."""
         with self._meeting.changed:
             self._meeting.leave(member, TrunkError("the session has ended", kind="closed"))
-            self._batches.pop(member, None)
-            self._torn |= self._tokens.pop(member, None) is not None
+            self._meeting.note(lambda: self._forget(member))
+
+    def _forget(self, member: Member) -> None:
+        self._batches.pop(member, None)
+        self._torn |= self._tokens.pop(member, None) is not None
 
     def miss(self) -> None:
         """Expect one member less."""
@@ -130,7 +139,7 @@ class Group:
 
     def step(
         self, member: Member, square: float, tokens: int, gradients: Mapping[str, Tensor]
-    ) -> tuple[float, float, dict[str, Tensor]]:
+    ) -> StepAnswer:
         """Take the common step.
 
         Returns
@@ -142,10 +151,10 @@ class Group:
             Learning rate of the trunk.
         state : dict[str, Tensor]
             With `train.sync=step`, the clients' tensors after the step.
+        since : dict[str, Tensor], optional
+            Those before it, if this client has them.
         """
-        answer: tuple[float, float, dict[str, Tensor]] = self._meeting.ask(
-            Request(member, "step", (square, tokens, gradients))
-        )
+        answer: StepAnswer = self._meeting.ask(Request(member, "step", (square, tokens, gradients)))
         return answer
 
     def _do(self, kind: str, requests: list[Request]) -> None:
@@ -207,7 +216,7 @@ class Group:
         """Go back once, for all that have rows in the batch, though it be the last for some."""
         waiting = {
             member: request
-            for member, request in self._meeting.waiting().items()
+            for member, request in self._meeting.waiting.items()
             if self._batches.get(member)
             and request.kind.endswith("backward")
             and not request.gone_back
@@ -294,14 +303,19 @@ class Group:
         else:
             clipped_step(self._optimizer, lr=lr, norm=norm, clip=self._train.clip)
         state: dict[str, Tensor] = {}
+        before: dict[str, Tensor] = {}
         if self.ends is not None:
+            before = {name: tensor.clone() for name, tensor in self.ends.state().items()}
             if total:  # else those who had examples in this step have left
                 own_lr = learning_rate(self._train, here)
                 clipped_step(self.ends.optimizer, lr=own_lr, norm=norm, clip=self._train.clip)
             state = self.ends.state()
         for request in requests:
             own_norm = norm if self.ends is not None else math.sqrt(trunk + request.payload[0])
-            request.answer = own_norm, lr, state
+            # Who came in mid-round has what the round began with.
+            has = self._has.get(request.member, 0) == self._step
+            self._has[request.member] = self._step + 1
+            request.answer = own_norm, lr, state, before if has else None
         self._next_step()
 
     def _clients_square(self, requests: list[Request], total: int) -> float:

@@ -6,7 +6,8 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,13 +37,18 @@ class Request:
 class Meeting:
     """Members ask for one thing at a time; when all wait, the last to come serves them.
 
+    It does so without the lock, so that meanwhile others join, leave, are missed, or ask for what
+    comes next, and none of them waits for the work. To the work it is as if they had done so right
+    after it: it is given what was asked for when it began, and what it reads and writes is changed
+    by others through `note` alone.
+
     Parameters
     ----------
     kinds : sequence of str
         Of requests, in the order in which they are served.
     work : callable
         Given a kind and all requests of it, by the members' names: answers them. An error is the
-        answer to all of them.
+        answer to all of them. Never called twice at once.
     patience : float
         Seconds that the first request waits for those of the cohort who have not come.
     """
@@ -55,8 +61,12 @@ class Meeting:
     ) -> None:
         self._kinds, self._work, self._patience = kinds, work, patience
         self.changed = threading.Condition()
-        """Held while anything here changes, and while the work is done."""
+        """Held while anything here changes, but not while the work is done."""
+        self.waiting: dict[Member, Request] = {}
+        """What each member asked for when the work under way began."""
         self._members: dict[Member, Request | None] = {}
+        self._working = False
+        self._noted: list[Callable[[], None]] = []
         self._cohort = self._joined = 0
         self._deadline: float | None = None
 
@@ -69,7 +79,7 @@ class Meeting:
             self._members[member] = None
 
     def leave(self, member: Member, error: Exception) -> None:
-        """Be waited for no more; a request that waits is answered with the error."""
+        """Be waited for no more; a request that waits, or is served, is answered with the error."""
         with self.changed:
             request = self._members.pop(member, None)
             if request is not None and not request.done:
@@ -82,9 +92,13 @@ class Meeting:
             self._cohort -= 1
             self.changed.notify_all()
 
-    def waiting(self) -> dict[Member, Request]:
-        """The requests that are not answered yet."""
-        return {m: request for m, request in self._members.items() if request is not None}
+    def note(self, change: Callable[[], None]) -> None:
+        """Change what the work reads and writes: at once, or after the work that is under way."""
+        with self.changed:
+            if self._working:
+                self._noted.append(change)
+            else:
+                change()
 
     def ask(self, request: Request) -> Any:
         """Wait for the answer; raise the error if it is one."""
@@ -97,15 +111,15 @@ class Meeting:
             while not request.done:
                 if self._all_wait():
                     self._serve()
-                    self.changed.notify_all()
                 else:
-                    self.changed.wait(self._until_deadline())
+                    # Once the deadline is past, only a change is worth waking up for.
+                    self.changed.wait(self._until_deadline() or None)
             if request.error is not None:
                 raise request.error
             return request.answer
 
     def _all_wait(self) -> bool:
-        if any(request is None for request in self._members.values()):
+        if self._working or any(request is None for request in self._members.values()):
             return False
         left = self._until_deadline()
         if left is None:
@@ -129,16 +143,34 @@ class Meeting:
 
     def _serve(self) -> None:
         """Have the first kind of request served; the others go on waiting."""
-        waiting = list(self.waiting().values())
-        kind = next(kind for kind in self._kinds if any(each.kind == kind for each in waiting))
+        self.waiting = {m: each for m, each in self._members.items() if each is not None}
+        asked = self.waiting.values()
+        kind = next(kind for kind in self._kinds if any(each.kind == kind for each in asked))
         # By name, so that the sums do not depend on the order of arrival.
-        chosen = sorted((r for r in waiting if r.kind == kind), key=lambda r: r.member.client)
-        try:
-            self._work(kind, chosen)
-        except (TrunkError, RuntimeError, ValueError) as error:
-            for request in chosen:
-                request.error = error
+        chosen = sorted((r for r in asked if r.kind == kind), key=lambda r: r.member.client)
+        error: Exception | None = None
+        with self._unlocked():
+            try:
+                self._work(kind, chosen)
+            except Exception as caught:  # noqa: BLE001  half done, it must not be done again
+                error = caught
         for request in chosen:
-            request.done = True
+            if not request.done:  # else its member has left meanwhile
+                request.error, request.done = error, True
             if self._members.get(request.member) is request:
                 self._members[request.member] = None
+
+    @contextmanager
+    def _unlocked(self) -> Iterator[None]:
+        """Let others change things meanwhile, but what is noted."""
+        self._working = True
+        self.changed.release()
+        try:
+            yield
+        finally:
+            self.changed.acquire()
+            self._working, self.waiting = False, {}
+            noted, self._noted = self._noted, []
+            for change in noted:
+                change()
+            self.changed.notify_all()

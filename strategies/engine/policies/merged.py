@@ -165,14 +165,12 @@ class _GroupLane(Lane):
             )
         if self._group.ends is not None and tokens:
             self._group.ends.check(gradients)
-        norm, lr, state = self._group.step(self.member, square, tokens, gradients)
-        return StepResult(step=step, grad_norm=norm, lr=lr, state=state)
+        norm, lr, state, since = self._group.step(self.member, square, tokens, gradients)
+        return StepResult(step=step, grad_norm=norm, lr=lr, state=state, since=since)
 
-    def check_ends(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        if self._group.ends is not None and shapes:
-            self._group.ends.check_shapes(shapes)
-        else:
-            super().check_ends(shapes)
+    @property
+    def ends(self) -> Mapping[str, Tensor]:
+        return self._group.ends.parameters if self._group.ends is not None else {}
 
     def drop(self) -> None:
         self._due.clear()

@@ -6,7 +6,7 @@ Shapes: B sequences, T tokens, D hidden size.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -75,21 +75,80 @@ def decode_mask(data: bytes, shape: tuple[int, ...]) -> Tensor | None:
 
 
 def encode_named(
-    tensors: Mapping[str, Tensor],
-    parcel: Parcel,
-    rows: Mapping[str, Tensor] | None = None,
+    tensors: Mapping[str, Tensor], parcel: Parcel, since: Mapping[str, Tensor] | None = None
 ) -> list[pb.NamedTensor]:
-    """Describe named tensors, in fp32; `rows` says which of their rows some of them are (int64)."""
-    return [
-        pb.NamedTensor(
-            name=name,
-            tensor=parcel.put(
-                tensor.shape, NAMED, as_bytes(tensor.detach().to("cpu", torch.float32).contiguous())
-            ),
-            rows=rows[name].tolist() if rows and name in rows else (),
-        )
-        for name, tensor in tensors.items()
-    ]
+    """Describe named tensors, in fp32.
+
+    Parameters
+    ----------
+    tensors : mapping
+        By name in the whole model.
+    parcel : Parcel
+        Takes their data.
+    since : mapping, optional
+        What the other side has of all of them: then only those are described that differ, and of
+        matrices in which fewer than half of the rows do, those rows. An embedding has a gradient
+        in the rows of the tokens that occurred, and no others.
+    """
+    if since is None:
+        return [_named(name, tensor, None, parcel) for name, tensor in tensors.items()]
+    found = []
+    for name, tensor in tensors.items():
+        differs = tensor != since[name]
+        if not bool(differs.any()):
+            continue
+        rows = differs.flatten(1).any(1).nonzero()[:, 0] if tensor.dim() > 1 else None
+        if rows is not None and 2 * len(rows) < len(tensor):
+            found.append(_named(name, tensor[rows], rows, parcel))
+        else:
+            found.append(_named(name, tensor, None, parcel))
+    return found
+
+
+def _named(name: str, tensor: Tensor, rows: Tensor | None, parcel: Parcel) -> pb.NamedTensor:
+    data = as_bytes(tensor.detach().to("cpu", torch.float32).contiguous())
+    numbers = () if rows is None else rows.tolist()
+    return pb.NamedTensor(name=name, tensor=parcel.put(tensor.shape, NAMED, data), rows=numbers)
+
+
+def check_named(messages: Sequence[pb.NamedTensor], shapes: Mapping[str, Sequence[int]]) -> None:
+    """Refuse tensors, before any is read, that are none of these, or not of their shapes.
+
+    Raises
+    ------
+    TrunkError
+        For a name that is not there or comes twice, another shape, or rows that cannot be.
+    """
+    if len({each.name for each in messages}) != len(messages):
+        # One that hides behind another of its name would be read unchecked.
+        raise TrunkError("a name comes twice among the named tensors", kind="shape")
+    for each in messages:
+        what, claimed = f"'{each.name[:80]}'", shape_of(each.tensor, f"'{each.name[:80]}'")
+        if each.name not in shapes:
+            raise TrunkError(f"{what} is none of the ends' common tensors", kind="shape")
+        whole, rows = tuple(shapes[each.name]), np.asarray(each.rows, dtype=np.int64)
+        wanted = (len(rows), *whole[1:]) if len(rows) else whole
+        in_order = bool((np.diff(rows) > 0).all()) and (not len(rows) or rows[-1] < whole[0])
+        if claimed != wanted or not in_order:
+            raise TrunkError(
+                f"{what} came with shape {claimed} and {len(rows)} row numbers; it has {whole}",
+                kind="shape",
+            )
+
+
+def decode_changed(
+    messages: Iterable[pb.NamedTensor], payload: Payload, since: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """What `encode_named` made beside the same `since`: those that differ, whole, in fp32."""
+    found = {}
+    for each in messages:
+        tensor = _decode_one(each, payload)
+        if each.rows:
+            whole = since[each.name].float().clone()
+            whole[torch.tensor(each.rows[:])] = tensor.to(whole.device)
+            tensor = whole
+        found[each.name] = tensor
+    return found
 
 
 def decode_named(messages: Iterable[pb.NamedTensor], payload: Payload) -> dict[str, Tensor]:

@@ -78,7 +78,7 @@ class GrpcLink(Asking, Framed):
         with self._ending_in_words():
             return self.read_activations(answer)
 
-    def gradients(self) -> tuple[Tensor, float]:
+    def gradients(self) -> tuple[Tensor | None, float]:
         """Wait for dL/dh1, on the CPU, and the squared norm of the trunk's gradient."""
         answer = self._next("gradients")
         with self._ending_in_words():

@@ -220,8 +220,8 @@ def test_the_next_steps_forwards_wait_for_their_turn(monkeypatch: pytest.MonkeyP
 
     usual = Session.compute
 
-    def noted(self: Session, step: int, *rest: Any) -> torch.Tensor:
-        output = usual(self, step, *rest)
+    def noted(self: Session, step: int, *rest: Any, **how: Any) -> torch.Tensor:
+        output = usual(self, step, *rest, **how)
         with lock:
             done.append((self.client, step))
         return output

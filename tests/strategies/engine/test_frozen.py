@@ -64,9 +64,6 @@ def batch(seed: int) -> Batch:
 class Unwanting(LocalLink):
     """Says that dL/dh1 is not wanted, and sends no gradient where none is needed."""
 
-    def compute(self, step: int, micro: int, h_BTD: Tensor, mask_BT: Tensor | None) -> None:
-        self._computed.append(self._session.compute(step, micro, h_BTD, mask_BT, wanted=False))
-
     def backward(  # type: ignore[override]
         self, step: int, micro: int, grad_BTD: Tensor | None, mask_BT: Tensor | None, **kw: Any
     ) -> None:

@@ -43,9 +43,9 @@ class Restless(LocalLink):
         self.delays = delays
         compute = self.compute
 
-        def slowly(*args: Any) -> Any:
+        def slowly(*args: Any, **how: Any) -> Any:
             time.sleep(delays.random() * 0.02)
-            answer = compute(*args)
+            answer = compute(*args, **how)
             turns.append((args[0], session.client))  # while the turn is held
             return answer
 

@@ -11,6 +11,8 @@ from strategies.errors import TrunkError
 from strategies.transport.codec.codec import Codec
 from strategies.transport.codec.registry import find_codec
 from strategies.transport.codec.tensors import (
+    check_named,
+    decode_changed,
     decode_mask,
     decode_named,
     encode_mask,
@@ -164,3 +166,55 @@ def test_named_tensors_travel_bit_for_bit() -> None:
     named[0].tensor.codec = "bf16"
     with pytest.raises(TrunkError, match=r"'top.w' came as 'bf16', not as fp32"):
         decode_named(named, Payload(b"".join(parcel.parts)))
+
+
+SINCE = {"embedding": torch.zeros(10, 4), "w": torch.ones(4, 3), "b": torch.ones(5)}
+
+
+def changed() -> dict[str, torch.Tensor]:
+    """Two rows of the first, nothing of the second, one element of the third."""
+    now = {name: tensor.clone() for name, tensor in SINCE.items()}
+    now["embedding"][torch.tensor([3, 8])] = torch.randn(2, 4)
+    now["b"][2] = 7.0
+    return now
+
+
+def test_what_has_changed_travels_and_nothing_else() -> None:
+    now, parcel = changed(), Parcel()
+
+    named = encode_named(now, parcel, SINCE)
+    check_named(named, {name: tensor.shape for name, tensor in SINCE.items()})
+    back = decode_changed(named, Payload(b"".join(parcel.parts)), SINCE)
+
+    assert {each.name: list(each.rows) for each in named} == {"embedding": [3, 8], "b": []}
+    assert sum(map(len, parcel.parts)) == 4 * (2 * 4 + 5)
+    assert all(torch.equal({**SINCE, **back}[name], now[name]) for name in now)
+
+
+def test_most_rows_travel_as_a_whole() -> None:
+    now = {"embedding": torch.ones(10, 4)}
+    assert not encode_named(now, Parcel(), SINCE)[0].rows
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"rows": [3, 10]}, "2 row numbers"),
+        ({"rows": [8, 3]}, "2 row numbers"),
+        ({"rows": [3, 3]}, "2 row numbers"),
+        ({"rows": [3]}, "1 row numbers"),
+        ({"rows": []}, r"shape \(2, 4\) and 0 row numbers; it has \(10, 4\)"),
+        ({"name": "other"}, "'other' is none of the ends'"),
+        ({"name": "b"}, "twice"),
+    ],
+)
+def test_changes_that_cannot_be_are_refused(change: dict, word: str) -> None:
+    named = encode_named(changed(), Parcel(), SINCE)
+    for field, value in change.items():
+        named[0].ClearField(field)
+        if isinstance(value, list):
+            named[0].rows.extend(value)
+        else:
+            named[0].name = value
+    with pytest.raises(TrunkError, match=word):
+        check_named(named, {name: tensor.shape for name, tensor in SINCE.items()})
