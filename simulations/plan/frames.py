@@ -99,15 +99,17 @@ SMALL = 2**22
 class _Echo(nn.Module):
     """A trunk that only hands on."""
 
-    def __init__(self) -> None:
+    def __init__(self, learns: bool) -> None:
         super().__init__()
-        self.scale = nn.Parameter(torch.ones(()))
+        self.scale = nn.Parameter(torch.ones(()), requires_grad=learns)
 
     def forward(self, h_BTD: Tensor, mask_BT: Tensor | None) -> Tensor:
         return h_BTD * self.scale
 
 
-def step_frames(config: Config, width: int) -> StepFrames:
+def step_frames(
+    config: Config, width: int, *, bottom_learns: bool = True, trunk_learns: bool = True
+) -> StepFrames:
     """Send the frames of a step, of random numbers, and weigh them.
 
     Parameters
@@ -116,6 +118,8 @@ def step_frames(config: Config, width: int) -> StepFrames:
         Codec, batch, accumulation.
     width : int
         D.
+    bottom_learns, trunk_learns : bool
+        Gradients that nobody needs do not travel.
     """
     rows, tokens = config.train.batch_size, config.data.context
     shape = (rows, tokens, width)
@@ -127,14 +131,14 @@ def step_frames(config: Config, width: int) -> StepFrames:
         sizes.extend((len(raw), len(reply)))
         return reply
 
-    link = FramedLink(config.link, open_session(_Echo(), config, width), across)
+    link = FramedLink(config.link, open_session(_Echo(trunk_learns), config, width), across)
     micros = config.train.accumulate
     h_BTD = torch.randn(shape)
     attempts = 3 if h_BTD.numel() < SMALL else 1  # the first one warms up
     for attempt in range(attempts):
         before, started = (link.bytes_up, link.bytes_down), time.process_time()
         for micro in range(micros):
-            link.compute(attempt, micro, h_BTD, None)
+            link.compute(attempt, micro, h_BTD, None, frozen=not bottom_learns)
             link.computed()
             link.backward(
                 attempt,
