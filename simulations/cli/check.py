@@ -82,16 +82,33 @@ def chaos(
     policy: Annotated[
         list[str] | None, typer.Option(help="splitfed-v1, splitfed-v2, merged, merged-step.")
     ] = None,
+    window: Annotated[
+        list[int] | None, typer.Option(help="Micro-batches under way at once; may be repeated.")
+    ] = None,
+    codec: Annotated[
+        list[str] | None, typer.Option(help="Of all four crossings; may be repeated.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Disturb whole runs: frames lost, doubled, swapped, cut, delayed, damaged; clients and trunk
-    killed. Each must end like an undisturbed run, bit for bit, or with a documented error."""
+    killed. Each must end like an undisturbed run that waits for every frame's answer, bit for bit,
+    or with a documented error."""
     from simulations.disturb import chaos as tool
     from simulations.disturb.chaos_run import POLICIES
+    from strategies.transport.codec.registry import find_codec
 
     if unknown := sorted(set(policy or ()) - POLICIES.keys()):
         raise ValueError(f"--policy {unknown[0]}: there are {', '.join(POLICIES)}")
-    summary = tool.run_chaos(schedules, seed, policies=policy or POLICIES, say=progress)
+    for name in codec or ():
+        find_codec(name)
+    summary = tool.run_chaos(
+        schedules,
+        seed,
+        policies=policy or POLICIES,
+        windows=window or tool.WINDOWS,
+        codecs=codec or tool.CODECS,
+        say=progress,
+    )
     typer.echo(json.dumps(summary.as_dict(), indent=2) if as_json else tool.render(summary))
     if summary.lost:
         raise typer.Exit(1)

@@ -8,6 +8,7 @@ from the list in docs/reliability.md.
 
 from __future__ import annotations
 
+import itertools
 import json
 import multiprocessing
 import tempfile
@@ -22,6 +23,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from simulations.disturb.chaos_run import POLICIES, Plan, Result, draw_plan, run_plan, undisturbed
+
+WINDOWS, CODECS = (4,), ("fp32", "int4")
+"""Of a run's `link.window` and `link.codec`, by default."""
 
 WORKERS = 6
 """Processes: most of a disturbed run is spent waiting for what does not come."""
@@ -44,6 +48,8 @@ class Summary:
     lost: list[str] = field(default_factory=list)
     """Ended otherwise: which, and how. There must be none."""
     by_policy: Counter[str] = field(default_factory=Counter)
+    by_way: Counter[str] = field(default_factory=Counter)
+    """Schedules by codec and window."""
     reconnects: int = 0
     """Streams that were tried after a session's first."""
 
@@ -55,16 +61,17 @@ class Summary:
         self.trunks_killed += result.trunks_killed
         self.reconnects += result.reconnects
         self.by_policy[plan.policy] += 1
+        self.by_way[f"{plan.codec}, window {plan.window}"] += 1
         if result.verdict == "survived":
             self.survived += 1
         elif result.verdict == "ended":
             self.ended[result.words] += 1
         else:
-            self.lost.append(f"schedule {plan.seed} ({plan.policy}): {result.words}")
+            self.lost.append(f"schedule {plan.seed} ({plan.way}): {result.words}")
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
-        counters = {"faults", "ended", "by_policy"}
+        counters = {"faults", "ended", "by_policy", "by_way"}
         plain = {n: dict(v) if n in counters else v for n, v in vars(self).items()}
         return {**plain, "faults_injected": self.faults.total()}
 
@@ -74,6 +81,8 @@ def run_chaos(
     seed: int = 0,
     *,
     policies: Iterable[str] = tuple(POLICIES),
+    windows: Iterable[int] = WINDOWS,
+    codecs: Iterable[str] = CODECS,
     say: Callable[[str], None] = lambda line: None,
 ) -> Summary:
     """Run schedules, some at a time.
@@ -86,6 +95,8 @@ def run_chaos(
         Of the first.
     policies : iterable of str
         Of `POLICIES`.
+    windows, codecs : iterable
+        Of `link.window` and `link.codec`: every combination with each policy has its turn.
     say : callable
         Takes a line for each schedule.
 
@@ -94,20 +105,24 @@ def run_chaos(
     Summary
         Of all.
     """
-    names = list(policies)
-    plans = [draw_plan(seed + i, names[i % len(names)]) for i in range(schedules)]
+    ways = list(itertools.product(codecs, windows, policies))
+    plans = []
+    for number in range(schedules):
+        codec, window, policy = ways[number % len(ways)]
+        plans.append(draw_plan(seed + number, policy, window=window, codec=codec))
     started, summary = time.monotonic(), Summary()
     context = multiprocessing.get_context("spawn")
     with (
         tempfile.TemporaryDirectory(prefix="graft-chaos-") as folder,
         context.Pool(min(WORKERS, schedules), _prepare, (folder,)) as pool,
     ):
-        pool.map(_keep_undisturbed, sorted(set(names)), chunksize=1)
+        alone = sorted({(plan.policy, plan.codec) for plan in plans})
+        pool.map(_keep_undisturbed, alone, chunksize=1)
         for plan, result in pool.imap_unordered(_run, plans):
             summary.add(plan, result)
             met = ", ".join(f"{count} x {kind}" for kind, count in sorted(result.faults.items()))
             say(
-                f"{summary.schedules:>4}/{schedules}  schedule {plan.seed:<5} {plan.policy:<12} "
+                f"{summary.schedules:>4}/{schedules}  schedule {plan.seed:<5} {plan.way:<28} "
                 f"{result.verdict:<8} {result.seconds:5.1f} s  {plan.deaths():<24} {met}"
                 + (f"  {result.words}" if result.words else "")
             )
@@ -122,7 +137,8 @@ def render(summary: Summary) -> str:
     faults = ", ".join(f"{count} x {kind}" for kind, count in sorted(summary.faults.items()))
     lines = [
         f"{summary.schedules} schedules in {summary.seconds:.0f} s "
-        f"({', '.join(f'{count} {name}' for name, count in sorted(summary.by_policy.items()))})",
+        f"({', '.join(f'{count} {name}' for name, count in sorted(summary.by_policy.items()))}; "
+        f"{', '.join(f'{count} {way}' for way, count in sorted(summary.by_way.items()))})",
         f"injected: {summary.faults.total()} faults of frames ({faults}), "
         f"{summary.clients_killed} clients killed, {summary.trunks_killed} trunks killed",
         f"streams tried after a session's first: {summary.reconnects}",
@@ -144,12 +160,17 @@ def _prepare(folder: str) -> None:
     _common[:] = [Path(folder)]
 
 
-def _keep_undisturbed(policy: str) -> None:
+def _keep_undisturbed(which: tuple[str, str]) -> None:
     """Run undisturbed, and keep what it ends with for all workers."""
-    save_file(undisturbed(policy, _common[0]), _common[0] / f"{policy}.safetensors")
+    policy, codec = which
+    save_file(undisturbed(policy, _common[0], codec), _place(policy, codec))
+
+
+def _place(policy: str, codec: str) -> Path:
+    return _common[0] / f"{policy}-{codec}.safetensors"
 
 
 def _run(plan: Plan) -> tuple[Plan, Result]:
-    result = run_plan(plan, _common[0], load_file(_common[0] / f"{plan.policy}.safetensors"))
+    result = run_plan(plan, _common[0], load_file(_place(plan.policy, plan.codec)))
     json.dumps(asdict(result))  # plain data only goes back
     return plan, result

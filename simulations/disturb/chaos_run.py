@@ -36,7 +36,7 @@ from strategies.errors import TrunkError
 from strategies.transport.stream.link import GrpcLink
 from strategies.transport.stream.service import TrunkService
 
-CLIENTS, ROUNDS, STEPS = 2, 2, 3
+CLIENTS, ROUNDS, STEPS, MICROS = 2, 2, 3, 3
 
 POLICIES = {
     "splitfed-v1": "train.strategy=splitfed-v1",
@@ -57,7 +57,7 @@ _SETTINGS = (
     "eos_token_id: 1, bos_token_id: null, tie_word_embeddings: true, "
     "max_position_embeddings: 64}' data.context=32 data.max_examples=24 data.source=files "
     f"data.partitioner=iid train.rounds={ROUNDS} train.local_steps={STEPS} train.batch_size=2 "
-    "train.accumulate=2 train.lr=0.01 link.timeout=8 link.grace=2 federation.quorum=1 "
+    f"train.accumulate={MICROS} train.lr=0.01 link.timeout=8 link.grace=2 federation.quorum=1 "
     "federation.retries=4 federation.round_timeout=60 output.keep_checkpoints=1"
 )
 RATES = (0.0, 0.05, 0.1, 0.2)
@@ -72,10 +72,17 @@ class Plan:
     policy: str
     rate: float
     """Share of frames that meet a fault."""
+    window: int = 4
+    codec: str = "fp32"
     dying: tuple[int, int, int] | None = None
     """A client, a round, and how many of its calls to the trunk in it succeed."""
     trunk_dies: int | None = None
     """How many steps the trunk takes before it dies."""
+
+    @property
+    def way(self) -> str:
+        """How the run is set up, in words."""
+        return f"{self.policy}, {self.codec}, window {self.window}"
 
     def deaths(self) -> str:
         """Who dies, in words."""
@@ -102,22 +109,30 @@ class Killed(BaseException):
     """A process is gone; no code of its own may catch this."""
 
 
-def draw_plan(seed: int, policy: str) -> Plan:
+def draw_plan(seed: int, policy: str, *, window: int = 4, codec: str = "fp32") -> Plan:
     """Draw what is to happen; equal seeds draw alike."""
     chance = random.Random(f"plan {seed}")
     dying = trunk_dies = None
     if chance.random() < 0.35:
-        calls = STEPS * 5  # two forwards, two backwards and an optimizer step in each
+        calls = STEPS * (2 * MICROS + 1)  # forwards, backwards and an optimizer step in each
         dying = (chance.randrange(CLIENTS), chance.randint(1, ROUNDS), chance.randrange(calls))
     if chance.random() < 0.35:
         trunk_dies = chance.randrange(1, CLIENTS * ROUNDS * STEPS)
     rate = chance.choice(RATES if dying or trunk_dies is not None else RATES[1:])
-    return Plan(seed=seed, policy=policy, rate=rate, dying=dying, trunk_dies=trunk_dies)
+    return Plan(
+        seed=seed,
+        policy=policy,
+        rate=rate,
+        window=window,
+        codec=codec,
+        dying=dying,
+        trunk_dies=trunk_dies,
+    )
 
 
-def undisturbed(policy: str, folder: Path) -> dict[str, Tensor]:
-    """What a run ends with if nothing happens to it."""
-    return _Run(Plan(seed=0, policy=policy, rate=0.0), folder).tensors()
+def undisturbed(policy: str, folder: Path, codec: str = "fp32") -> dict[str, Tensor]:
+    """What a run ends with if nothing happens to it, and each frame waits for the one before it."""
+    return _Run(Plan(seed=0, policy=policy, rate=0.0, window=1, codec=codec), folder).tensors()
 
 
 def run_plan(plan: Plan, folder: Path, wanted: dict[str, Tensor]) -> Result:
@@ -310,5 +325,8 @@ def _config(place: Path, plan: Plan) -> Config:
     texts = place / "texts.jsonl"
     lines = [json.dumps({"text": text[:300]}) for text in list(topics.values())[:48]]
     texts.write_text("\n".join(lines), encoding="utf-8")
-    how = f"{POLICIES[plan.policy]} data.path={texts} output.folder={place}"
+    how = (
+        f"{POLICIES[plan.policy]} data.path={texts} output.folder={place} "
+        f"link.window={plan.window} link.codec={plan.codec}"
+    )
     return load_config("demo", f"{_SETTINGS} {how}")

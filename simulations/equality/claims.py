@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from conf.schema import (
     AggregationConfig,
     Config,
+    LinkConfig,
     TrainConfig,
 )
 from models import Cut, split
@@ -125,11 +126,25 @@ def exact_mean(subject: Subject, claim: Claim) -> Gap:
 
 def transports(subject: Subject, claim: Claim) -> Gap:
     """Both apps whole, once with a stream to the trunk, once with nothing but messages."""
+    links = [LinkConfig(transport=transport) for transport in ("stream", "messages")]
     clients = 1 if claim.train["strategy"] == "splitfed-v2" else 2 if subject.large else 3
+    return _runs(subject, claim, links, clients)
+
+
+def windows(subject: Subject, claim: Claim) -> Gap:
+    """Both apps whole, once with one micro-batch under way at a time, once with several."""
+    links = [LinkConfig(window=window) for window in (1, 4)]
+    return _runs(subject, claim, links, 2 if subject.large else 3, micros=5)
+
+
+def _runs(
+    subject: Subject, claim: Claim, links: Sequence[LinkConfig], clients: int, micros: int = 2
+) -> Gap:
+    """Two runs of the apps that differ in their links."""
     saved = []
     with tempfile.TemporaryDirectory(prefix="graft-parity-") as folder:
-        for transport in ("stream", "messages"):
-            config = app_config(subject, claim, transport, clients, folder)
+        for link in links:
+            config = app_config(subject, claim, link, clients, folder, micros)
             saved.append(run_app(config, clients))
     first = read_tensors(subject.folder)
     # lora_B starts at zero.
@@ -162,7 +177,7 @@ def _federation(
 
 # ---- the claims -------------------------------------------------------------------------------
 
-_SGD, _ADAMW, _MERGED_ADAMW, _TRANSPORTS = 1e-5, 1e-4, 2e-4, 5e-5
+_SGD, _ADAMW, _MERGED_ADAMW, _NONE = 1e-5, 1e-4, 2e-4, 0.0
 """Largest differences of weights. AdamW divides by the root of the second moment."""
 
 _FEDAVG = "splitfed-v1 = FedAvg of the unsplit model"
@@ -177,7 +192,11 @@ _prox = partial(fed_avg, reference=fed_prox_round)
 
 
 def _transports(text: str, **train: Any) -> Claim:
-    return Claim(f"stream = messages: {text}", transports, _TRANSPORTS, "all", "adamw", train)
+    return Claim(f"stream = messages: {text}", transports, _NONE, "all", "adamw", train)
+
+
+def _windows(text: str, **train: Any) -> Claim:
+    return Claim(f"link.window 4 = 1: {text}", windows, _NONE, "all", "adamw", train)
 
 
 CLAIMS: tuple[Claim, ...] = (
@@ -200,6 +219,10 @@ CLAIMS: tuple[Claim, ...] = (
     _transports("splitfed-v2, one client", strategy="splitfed-v2"),
     _transports("merged, sync=round", strategy="merged"),
     _transports("merged, sync=step", **_STEP),
+    _windows("splitfed-v1", strategy="splitfed-v1"),
+    _windows("splitfed-v2", strategy="splitfed-v2", turns="ordered"),
+    _windows("merged, sync=round", strategy="merged"),
+    _windows("merged, sync=step", **_STEP),
     # A resumed run, once there are checkpoints: Claim("resumed = not stopped", resumed, 0.0, "all")
 )
 """Every row of the table; a claim is added here."""

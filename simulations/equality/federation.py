@@ -137,7 +137,13 @@ class Federation:
             steps, link = cohort[client], links[client]
             try:
                 return streamed.train(
-                    *ends[client], link, steps, len(steps), config.train, place
+                    *ends[client],
+                    link,
+                    steps,
+                    len(steps),
+                    config.train,
+                    place,
+                    window=config.link.window,
                 ).tokens
             finally:
                 link.close()

@@ -61,10 +61,12 @@ def train_config(subject: Subject, claim: Claim, **train: Any) -> Config:
     )
 
 
-def app_config(subject: Subject, claim: Claim, transport: str, clients: int, folder: str) -> Config:
+def app_config(
+    subject: Subject, claim: Claim, link: LinkConfig, clients: int, folder: str, micros: int = 2
+) -> Config:
     """The same for the whole app, on the model's folder and the built-in text."""
     steps = 1 if subject.large else 3
-    config = train_config(subject, claim, local_steps=steps, batch_size=2, accumulate=2)
+    config = train_config(subject, claim, local_steps=steps, batch_size=2, accumulate=micros)
     return replace(
         config,
         model=ModelConfig(
@@ -77,7 +79,7 @@ def app_config(subject: Subject, claim: Claim, transport: str, clients: int, fol
         federation=FederationConfig(
             min_clients=clients, quorum=1.0, round_timeout=600.0, fraction_evaluate=0.0
         ),
-        link=LinkConfig(transport=transport),
+        link=link,
         output=OutputConfig(folder=folder),
     ).check()
 

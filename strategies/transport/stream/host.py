@@ -17,6 +17,7 @@ from strategies.engine.meter import Meter
 from strategies.errors import TrunkError
 from strategies.transport import tickets
 from strategies.transport.frames import failure_of, server_frame
+from strategies.transport.stream.ahead import Ahead
 from strategies.transport.stream.bind import bind
 from strategies.transport.stream.options import (
     CONNECTION_KEY,
@@ -206,10 +207,19 @@ class Host:
         self, seat: Seat, talk: Talk, requests: Iterator[bytes], context: grpc.ServicerContext
     ) -> Iterator[bytes]:
         """Answer frames until the client leaves, falls silent, or has another stream."""
+        ahead = Ahead(requests)
+        try:
+            yield from self._answer(seat, talk, ahead, context)
+        finally:
+            ahead.stop()
+
+    def _answer(
+        self, seat: Seat, talk: Talk, ahead: Ahead, context: grpc.ServicerContext
+    ) -> Iterator[bytes]:
         while seat.stream is context:
             # Neither sending nor reading may hold a client up who does not read or send.
             self._wait(seat, context, time.monotonic())
-            raw = _next(requests)
+            raw = ahead.next()
             self._wait(seat, context, None)
             if raw is None:
                 logger.info("session %s: its stream broke", seat.guest.key)
@@ -280,11 +290,3 @@ class Host:
     def _lost(self, words: str) -> TrunkError:
         """What a client is told that comes back too late."""
         return TrunkError(words, kind="lost")
-
-
-def _next(requests: Iterator[bytes]) -> bytes | None:
-    """The client's next frame; None if the stream has ended, which no client does on its own."""
-    try:
-        return next(requests, None)
-    except grpc.RpcError:
-        return None

@@ -130,8 +130,8 @@ def summary() -> chaos.Summary:
 def test_the_summary_names_what_was_lost(summary: chaos.Summary) -> None:
     told = json.loads(json.dumps(summary.as_dict()))
     assert (told["schedules"], told["survived"], told["faults_injected"]) == (3, 1, 2)
-    assert told["lost"] == ["schedule 2 (merged): weights differ"]
+    assert told["lost"] == ["schedule 2 (merged, fp32, window 4): weights differ"]
     text = chaos.render(summary)
     assert "survived: 1" in text
     assert "1 x has no quorum" in text
-    assert "lost: 1\n  schedule 2 (merged): weights differ" in text
+    assert "lost: 1\n  schedule 2 (merged, fp32, window 4): weights differ" in text
