@@ -137,30 +137,7 @@ def step_frames(
     attempts = 3 if h_BTD.numel() < SMALL else 1  # the first one warms up
     for attempt in range(attempts):
         before, started = (link.bytes_up, link.bytes_down), time.process_time()
-        for micro in range(micros):
-            link.compute(attempt, micro, h_BTD, None, frozen=not bottom_learns)
-            link.computed()
-            link.backward(
-                attempt,
-                micro,
-                h_BTD,
-                None,
-                last=micro == micros - 1,
-                tokens=rows * (tokens - 1) * micros,
-            )
-            link.gradients()
-        link.apply(
-            attempt,
-            StepCounters(
-                client_square_norm=1.0,
-                tokens=rows * (tokens - 1) * micros,
-                loss=1.0,
-                seconds_bottom=1.0,
-                seconds_network=1.0,
-                seconds_top=1.0,
-            ),
-        )
-        link.applied()
+        _send_step(link, attempt, h_BTD, micros, frozen=not bottom_learns)
         own.append(time.process_time() - started)
     return StepFrames(
         up=link.bytes_up - before[0],
@@ -169,6 +146,25 @@ def step_frames(
         largest=max(sizes),
         seconds=min(own),
     )
+
+
+def _send_step(link: FramedLink, number: int, h_BTD: Tensor, micros: int, *, frozen: bool) -> None:
+    tokens = h_BTD.shape[0] * (h_BTD.shape[1] - 1) * micros
+    for micro in range(micros):
+        link.compute(number, micro, h_BTD, None, frozen=frozen)
+        link.computed()
+        link.backward(number, micro, h_BTD, None, last=micro == micros - 1, tokens=tokens)
+        link.gradients()
+    counters = StepCounters(
+        client_square_norm=1.0,
+        tokens=tokens,
+        loss=1.0,
+        seconds_bottom=1.0,
+        seconds_network=1.0,
+        seconds_top=1.0,
+    )
+    link.apply(number, counters)
+    link.applied()
 
 
 def open_session(trunk: nn.Module, config: Config, width: int) -> Conversation:
