@@ -99,7 +99,8 @@ class TrunkEngine:
         self._round: Round | None = None
         self._kept: dict[str, Any] | None = None
         self._sessions: dict[str, Session] = {}
-        self._lock = threading.Lock()
+        self._opening: set[str] = set()
+        self._lock = threading.Condition()
 
     def open_round(
         self, number: int, rounds: int, *, training: bool, cohort: int = 0, revocable: bool = False
@@ -144,13 +145,23 @@ class TrunkEngine:
         with self._lock:
             if self._round is None:
                 raise TrunkError("no round is open: the session came too late", kind="closed")
-            if key in self._sessions:
+            if key in self._sessions or key in self._opening:
                 raise TrunkError(f"session '{key}' was opened before: a ticket serves once")
             if self._round.training:
                 self._check_steps(steps)
             member = Member(client=client, steps=steps, round=self._round)
-            session = Session(self.policy.open(key, member, cut), self.bench)
-            self._sessions[key] = session
+            # Who shares the trunk joins the cohort whose size was just read.
+            lane = None if self.policy.replicates else self.policy.open(key, member, cut)
+            self._opening.add(key)
+        try:
+            # A replica is a copy of the trunk, for which nobody else has to wait.
+            session = Session(lane or self.policy.open(key, member, cut), self.bench)
+            with self._lock:
+                self._sessions[key] = session
+        finally:
+            with self._lock:
+                self._opening.discard(key)
+                self._lock.notify_all()
         self.meter.opened()
         return session
 
@@ -192,8 +203,9 @@ class TrunkEngine:
 
     def _close_sessions(self) -> None:
         with self._lock:
-            sessions, self._sessions = self._sessions, {}
             self._round = None
+            self._lock.wait_for(lambda: not self._opening)
+            sessions, self._sessions = self._sessions, {}
         for session in sessions.values():
             session.close()
 
@@ -223,7 +235,7 @@ class TrunkEngine:
         with self._lock:
             if self._round is not None:
                 self._round = replace(self._round, cohort=self._round.cohort - 1)
-        self.policy.miss()
+            self.policy.miss()
 
     def finish(self, key: str) -> tuple[int, int]:
         """End session `key` for good; returns the tokens and the optimizer steps it took part in.

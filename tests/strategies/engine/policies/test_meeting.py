@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import threading
 import time
-from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -21,41 +19,12 @@ from strategies.engine.policies.merged import Merged
 from strategies.engine.session import Session
 from strategies.errors import TrunkError
 from tests.strategies.helpers import CUT, H, engine_for, largest_difference, tiny_model
-
-PATIENT = 20.0
-"""Seconds after which a test that waits has failed."""
+from tests.strategies.pauses import PATIENT, Pause, at_once
 
 
 def member(client: str, cohort: int = 1) -> Member:
     round = Round(number=1, rounds=1, training=True, cohort=cohort)
     return Member(client=client, steps=3, round=round)
-
-
-class Pause:
-    """Stops the threads that run into it until the test lets them go on."""
-
-    def __init__(self) -> None:
-        self.reached, self.go = threading.Event(), threading.Event()
-
-    def stop(self) -> None:
-        self.reached.set()
-        assert self.go.wait(PATIENT), "the test never let the work go on"
-
-    def wait(self) -> None:
-        assert self.reached.wait(PATIENT), "the work never began"
-
-
-@pytest.fixture
-def pool() -> Iterator[ThreadPoolExecutor]:
-    with ThreadPoolExecutor(6) as pool:
-        yield pool
-
-
-@pytest.fixture
-def pause() -> Iterator[Pause]:
-    pause = Pause()
-    yield pause
-    pause.go.set()
 
 
 class Worked:
@@ -85,11 +54,6 @@ def waits(meeting: Meeting, who: Member) -> None:
     while meeting._members[who] is None:
         assert time.monotonic() < end
         time.sleep(0.001)
-
-
-def at_once(pool: ThreadPoolExecutor, call: Callable[[], Any]) -> None:
-    """Done while the work stands still; a call that waits for it fails the test."""
-    pool.submit(call).result(PATIENT / 4)
 
 
 def test_others_join_ask_leave_and_are_missed_while_the_work_runs(
