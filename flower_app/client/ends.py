@@ -24,6 +24,7 @@ from flower_app.data.client import Batch
 from flower_app.data.text import IGNORED
 from models import client_state, load_client_state, named_trainable
 from models.bridge import Regression
+from strategies.engine.checks import has_dropout
 from strategies.optim import (
     ALONE,
     Progress,
@@ -85,6 +86,7 @@ class Ends:
         self._bottom, self._top = bottom.train(), top.train()
         self._count, self.config, self._place = count, config, place
         self._device = next(itertools.chain(bottom.parameters(), top.parameters())).device
+        self._draws = has_dropout(bottom) or has_dropout(top)
         self._parameters = trainable(bottom, top)
         self.bottom_learns = bool(trainable(bottom))
         """Whether dL/dh1 is of any use."""
@@ -250,7 +252,13 @@ class Ends:
 
     @contextmanager
     def _seeded(self, step: int, micro: int, part: str) -> Iterator[None]:
-        """Draw dropout from the place in the run, and leave the process's generator as it was."""
+        """Draw dropout from the place in the run, and leave the process's generator as it was.
+
+        Only then do clients of one process, of which torch has one generator, go one by one.
+        """
+        if not self._draws:
+            yield
+            return
         place, device = self._place, self._device
         with ALONE, torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(derive_seed(place.seed, place.round, place.client, step, micro, part))

@@ -69,9 +69,10 @@ def bench_frames(megabytes: float = 16.8, repeats: int = 7) -> dict[str, Any]:
             name: {
                 "encode_ms_per_mb": round(encode / size, 3),
                 "decode_ms_per_mb": round(decode / size, 3),
+                "gradient_encode_ms_per_mb": round(gradient / size, 3),
                 "bits_per_element": round(8 * weight / h_BTD.numel(), 3),
             }
-            for name, (encode, decode, weight) in kinds.items()
+            for name, (encode, decode, gradient, weight) in kinds.items()
         },
     }
 
@@ -89,22 +90,25 @@ def _frame(h_BTD: Tensor, repeats: int) -> tuple[float, float]:
     return build, _ms(read, repeats)
 
 
-def _codec(name: str, h_BTD: Tensor, repeats: int) -> tuple[float, float, float]:
-    """Milliseconds to encode and to decode it, and its bytes."""
-    here, there = (crossings(read_codecs(name), 0).h1 for _ in range(2))
+def _codec(name: str, h_BTD: Tensor, repeats: int) -> tuple[float, float, float, float]:
+    """Milliseconds to encode and to decode it, to encode it as a gradient, and its bytes."""
+    here, there = (crossings(read_codecs(name), 0) for _ in range(2))
     sent: dict[int, tuple[pb.Tensor, Payload]] = {}
 
     def encode(number: int) -> None:
         parcel = Parcel()
-        message = here.encode(h_BTD, None, number, 0, parcel)
+        message = here.h1.encode(h_BTD, None, number, 0, parcel)
         sent[number] = message, Payload(parcel.parts[0])
 
     def decode(number: int) -> None:
         message, payload = sent[number]
-        there.decode(message, None, payload, "h1")
+        there.h1.decode(message, None, payload, "h1")
 
-    encoding, decoding = _ms(encode, repeats), _ms(decode, repeats)
-    return encoding, decoding, statistics.median(each.size for each, _ in sent.values())
+    def gradient(number: int) -> None:
+        here.grad_h2.encode(h_BTD, None, number, 0, Parcel())
+
+    encoding, decoding, back = (_ms(each, repeats) for each in (encode, decode, gradient))
+    return encoding, decoding, back, statistics.median(each.size for each, _ in sent.values())
 
 
 def _ms(work: Callable[[int], object], repeats: int) -> float:

@@ -50,7 +50,7 @@ CASES: dict[str, tuple[str, int, int, list[str]]] = {
     "phi-micro-batches": ("phi", 256, 5, ["train.accumulate=2"]),
     "opt-lora": ("opt", 384, 5, LORA),
     "mixtral": ("mixtral", 256, 5, []),
-    "llama-far": ("llama", 256, 6, ["train.accumulate=4", "link.codec=bf16", "link.window=4"]),
+    "llama-far": ("llama", 256, 6, ["train.accumulate=4", "link.codec=int4", "link.window=4"]),
 }
 """Family, width, blocks, and what else is set."""
 

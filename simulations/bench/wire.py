@@ -72,11 +72,11 @@ QUICK = (
 )
 """The figures of docs/wire.md, in a few minutes."""
 
-WAYS: Sequence[tuple[str, int]] = (("bf16", 1), ("bf16", 4))
+WAYS: Sequence[tuple[str, int]] = (("bf16", 1), ("int4", 4))
 """Codecs and windows of them."""
 
 RTTS, BANDWIDTHS, MICROS = (0.0, 0.02, 0.05, 0.1, 0.2), (1e7, 1e8, 1e9), (1, 4, 8)
-CODECS, WINDOWS = ("bf16",), (1, 4)
+CODECS, WINDOWS = ("bf16", "int4"), (1, 4)
 """The whole grid."""
 
 

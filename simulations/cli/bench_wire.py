@@ -22,7 +22,7 @@ def bench_wire(
     rtt: Annotated[str, typer.Option(help="Round trips: 0ms,50ms.")] = "",
     bandwidth: Annotated[str, typer.Option(help="Each way: 10Mbit,1Gbit.")] = "",
     micro: Annotated[str, typer.Option(help="Micro-batches of a step: 1,4,8.")] = "",
-    codec: Annotated[str, typer.Option(help="Codecs: fp32,bf16.")] = "",
+    codec: Annotated[str, typer.Option(help="Codecs: bf16,int4,'h1=int4 h2=int6'.")] = "",
     window: Annotated[str, typer.Option(help="Micro-batches under way: 1,4.")] = "",
     turns: Annotated[int, typer.Option(help="Timed turns, of four steps each.", min=1)] = 3,
     out: Annotated[str, typer.Option(help="Leave JSON and plots in this folder.")] = "",

@@ -101,13 +101,14 @@ def server_footprint(shape: PretrainedConfig, config: Config, clients: int = 1) 
     """The trunk and one session of it; under `merged`, one batch of all clients'."""
     kind, train = received(config), config.train
     sequences = train.batch_size * (clients if train.strategy == MERGED else 1)
-    trunk = outline_parts(shape, config, cut_of(config))[1]
+    bottom, trunk, _ = outline_parts(shape, config, cut_of(config))
+    window, wanted = config.link.window, bool(trainable(bottom))
     size = (sequences, config.data.context, trunk.hidden_size)
     with hollow():
         fill_hollow([trunk])
 
         def make(micros: int, phases: Phases) -> _Side:
-            return ServerSide(trunk, train, size, micros, phases, kind, config.link.window)
+            return ServerSide(trunk, train, size, micros, phases, kind, window, wanted)
 
         return _measure([trunk], make, config)
 

@@ -99,15 +99,17 @@ SMALL = 2**22
 class _Echo(nn.Module):
     """A trunk that only hands on."""
 
-    def __init__(self) -> None:
+    def __init__(self, learns: bool) -> None:
         super().__init__()
-        self.scale = nn.Parameter(torch.ones(()))
+        self.scale = nn.Parameter(torch.ones(()), requires_grad=learns)
 
     def forward(self, h_BTD: Tensor, mask_BT: Tensor | None) -> Tensor:
         return h_BTD * self.scale
 
 
-def step_frames(config: Config, width: int) -> StepFrames:
+def step_frames(
+    config: Config, width: int, *, bottom_learns: bool = True, trunk_learns: bool = True
+) -> StepFrames:
     """Send the frames of a step, of random numbers, and weigh them.
 
     Parameters
@@ -116,6 +118,8 @@ def step_frames(config: Config, width: int) -> StepFrames:
         Codec, batch, accumulation.
     width : int
         D.
+    bottom_learns, trunk_learns : bool
+        Gradients that nobody needs do not travel.
     """
     rows, tokens = config.train.batch_size, config.data.context
     shape = (rows, tokens, width)
@@ -127,36 +131,13 @@ def step_frames(config: Config, width: int) -> StepFrames:
         sizes.extend((len(raw), len(reply)))
         return reply
 
-    link = FramedLink(config.link, open_session(_Echo(), config, width), across)
+    link = FramedLink(config.link, open_session(_Echo(trunk_learns), config, width), across)
     micros = config.train.accumulate
     h_BTD = torch.randn(shape)
     attempts = 3 if h_BTD.numel() < SMALL else 1  # the first one warms up
     for attempt in range(attempts):
         before, started = (link.bytes_up, link.bytes_down), time.process_time()
-        for micro in range(micros):
-            link.compute(attempt, micro, h_BTD, None)
-            link.computed()
-            link.backward(
-                attempt,
-                micro,
-                h_BTD,
-                None,
-                last=micro == micros - 1,
-                tokens=rows * (tokens - 1) * micros,
-            )
-            link.gradients()
-        link.apply(
-            attempt,
-            StepCounters(
-                client_square_norm=1.0,
-                tokens=rows * (tokens - 1) * micros,
-                loss=1.0,
-                seconds_bottom=1.0,
-                seconds_network=1.0,
-                seconds_top=1.0,
-            ),
-        )
-        link.applied()
+        _send_step(link, attempt, h_BTD, micros, frozen=not bottom_learns)
         own.append(time.process_time() - started)
     return StepFrames(
         up=link.bytes_up - before[0],
@@ -165,6 +146,25 @@ def step_frames(config: Config, width: int) -> StepFrames:
         largest=max(sizes),
         seconds=min(own),
     )
+
+
+def _send_step(link: FramedLink, number: int, h_BTD: Tensor, micros: int, *, frozen: bool) -> None:
+    tokens = h_BTD.shape[0] * (h_BTD.shape[1] - 1) * micros
+    for micro in range(micros):
+        link.compute(number, micro, h_BTD, None, frozen=frozen)
+        link.computed()
+        link.backward(number, micro, h_BTD, None, last=micro == micros - 1, tokens=tokens)
+        link.gradients()
+    counters = StepCounters(
+        client_square_norm=1.0,
+        tokens=tokens,
+        loss=1.0,
+        seconds_bottom=1.0,
+        seconds_network=1.0,
+        seconds_top=1.0,
+    )
+    link.apply(number, counters)
+    link.applied()
 
 
 def open_session(trunk: nn.Module, config: Config, width: int) -> Conversation:

@@ -17,6 +17,7 @@ from simulations.plan.hollow import outline_parts, read_shape
 from simulations.plan.schedule import round_trips
 from simulations.plan.seconds import Network, StepSeconds, step_seconds, whole_seconds
 from simulations.plan.speed import Pieces, at_speed, count_operations, measure, torch_threads
+from strategies.optim import trainable
 
 STEPS = 100
 """Of a client in a round, where the configuration counts epochs of data that nobody has read."""
@@ -87,7 +88,13 @@ class Planner:
         """Time what the setting gives no speed for, and the making of frames."""
         config, setting, measured = self._config, self._setting, dict[int, Pieces]()
         with torch_threads(1):
-            self.frames: StepFrames = step_frames(config, self._parts[0].hidden_size)
+            bottom, trunk, _ = self._parts
+            self.frames: StepFrames = step_frames(
+                config,
+                bottom.hidden_size,
+                bottom_learns=bool(trainable(bottom)),
+                trunk_learns=bool(trainable(trunk)),
+            )
 
         def pieces(speed: float, threads: int) -> Pieces:
             if speed:

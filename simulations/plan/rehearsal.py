@@ -69,6 +69,7 @@ class _Wire:
     def __init__(self, phases: Phases, received: torch.dtype) -> None:
         self._phases, self._received = phases, received
         self._shape: tuple[int, ...] = ()
+        self._frozen = False
         self._step = self.bytes_up = self.bytes_down = 0
         self.trunk_seconds = 0.0
 
@@ -82,7 +83,7 @@ class _Wire:
         frozen: bool = False,
     ) -> None:
         self._phases.end("bottom forward")
-        self._shape = tuple(h_BTD.shape)
+        self._shape, self._frozen = tuple(h_BTD.shape), frozen
 
     def computed(self) -> Tensor:
         return self._answer()
@@ -99,8 +100,8 @@ class _Wire:
     ) -> None:
         self._phases.end("top")
 
-    def gradients(self) -> tuple[Tensor, float]:
-        return self._answer(), 1.0
+    def gradients(self) -> tuple[Tensor | None, float]:
+        return None if self._frozen else self._answer(), 1.0
 
     def apply(
         self, step: int, counters: StepCounters, gradients: Mapping[str, Tensor] | None = None
@@ -179,6 +180,8 @@ class ServerSide:
         Told of ``trunk forward``, ``trunk backward``, ``trunk step`` and ``wire``.
     received, window
         As for `ClientSide`.
+    wanted : bool
+        Whether the bottom learns from dL/dh1.
     """
 
     def __init__(
@@ -190,6 +193,7 @@ class ServerSide:
         phases: Phases,
         received: torch.dtype,
         window: int = 1,
+        wanted: bool = True,
     ) -> None:
         self._engine = TrunkEngine(
             trunk, hidden_size=shape[-1], train=alone(train), max_in_flight=2**62
@@ -198,6 +202,7 @@ class ServerSide:
         self._session: Session = self._engine.open("plan", client="plan", steps=STEPS)
         self._shape, self._micros, self._phases = shape, micros, phases
         self._received, self._window, self._number = received, window, 0
+        self._wanted = wanted
 
     def step(self) -> None:
         """Take one optimizer step."""
@@ -206,7 +211,7 @@ class ServerSide:
             self._forward(micro)
         for micro in range(self._micros):
             last = micro == self._micros - 1
-            gradient_BTD = self._received_tensor()
+            gradient_BTD = self._received_tensor() if self._session.learns(micro) else None
             self._session.backward(number, micro, gradient_BTD, last=last, tokens=tokens)
             phases.end("trunk backward")
             if micro + self._window < self._micros:
@@ -216,7 +221,8 @@ class ServerSide:
         self._number += 1
 
     def _forward(self, micro: int) -> None:
-        self._session.compute(self._number, micro, self._received_tensor(), None)
+        h_BTD = self._received_tensor()
+        self._session.compute(self._number, micro, h_BTD, None, wanted=self._wanted)
         self._phases.end("trunk forward")
 
     def _received_tensor(self) -> Tensor:

@@ -12,6 +12,8 @@ from simulations.plan.units import in_bytes, in_short, in_time
 
 FEDAVG = "no cut"
 
+LEAST_TOGETHER = 0.001
+"""Of a step: a smaller share is not told."""
 ALIKE = 0.05
 """Share of a round's seconds that is not worth a word."""
 
@@ -135,7 +137,6 @@ def _step(plan: dict[str, Any]) -> Table:
         ),
         ("round trips", seconds["latency"], str(wire["round_trips"])),
         ("packing", seconds["framing"], "tensors to frames and back, measured here"),
-        ("together", seconds["together"], "less, as much happens at the same time"),
         ("waiting", seconds["waiting"], "while the trunk serves other clients"),
         ("a step", seconds["total"], ""),
         (
@@ -151,6 +152,8 @@ def _step(plan: dict[str, Any]) -> Table:
             f"weights {in_bytes(plan['unsplit']['state'])} each way",
         ),
     ]
+    if seconds["together"] > LEAST_TOGETHER * seconds["total"]:
+        rows.insert(5, ("together", seconds["together"], "less: it happens at the same time"))
     for name, value, note in rows:
         style = "bold" if name in ("a step", "a round") else ""
         table.add_row(name, in_time(value), note, style=style)

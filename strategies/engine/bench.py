@@ -104,6 +104,7 @@ class Bench:
     def _seeded(self, *parts: object) -> Iterator[None]:
         devices = [self.device] if self.device.type == "cuda" else []
         # torch has one generator for dropout in the process, so seeded forwards go one by one.
+        # Those of a trunk without dropout never come here, and run at once.
         with ALONE, torch.random.fork_rng(devices):
             torch.manual_seed(derive_seed(self._seed, *parts))
             yield

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import threading
 from collections.abc import Callable
@@ -16,7 +15,6 @@ from transformers import AutoModelForCausalLM
 
 from conf.schema import Config
 from flower_app.build import build_client
-from flower_app.client.ends import Ends
 from flower_app.client.messaged import PROGRESS, TENSORS
 from tests.flower_app.grid import InProcessGrid
 from tests.flower_app.test_app import run, tiny_config
@@ -28,9 +26,7 @@ TOLERANCE = 2e-6
 
 
 @pytest.fixture(autouse=True)
-def _flower_task(
-    request: pytest.FixtureRequest, one_thread: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def _flower_task(one_thread: None, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("_run_id", "_node_id", "_task_id"):
         monkeypatch.setattr(TaskIdentity, name, 1)
     # Clients of a run have processes of their own; here they share torch's generator.
@@ -41,8 +37,6 @@ def _flower_task(
             return build_client(config)
 
     monkeypatch.setattr("flower_app.client.site.build_client", build)
-    if "merged" in request.node.name:  # no dropout there: nothing need be seeded meanwhile
-        monkeypatch.setattr(Ends, "_seeded", lambda *place: contextlib.nullcontext())
 
 
 def step_losses(metrics: list[dict[str, Any]]) -> dict[tuple[Any, ...], float]:

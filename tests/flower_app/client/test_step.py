@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from transformers import PreTrainedModel
@@ -13,6 +15,7 @@ from flower_app.client.step import Evaluation, Step
 from models import split
 from simulations.equality.local_link import LocalLink
 from strategies.errors import TrunkError
+from strategies.optim import ALONE
 from strategies.transport import trunk_pb2 as pb
 from strategies.transport.codec.registry import find_codec
 from strategies.transport.codec.tensors import encode_named
@@ -64,6 +67,24 @@ def test_a_graph_that_was_dropped_is_made_again_alike() -> None:
         models.append(model)
 
     assert largest_difference(*models) == 0
+
+
+def test_without_dropout_clients_of_one_process_do_not_wait_for_each_other() -> None:
+    """Only who draws random numbers needs the process's generator to itself."""
+    batch = random_steps(1, seed=5)[0][0]
+    with ThreadPoolExecutor(2) as pool:
+        with ALONE:
+            free, waits = (
+                pool.submit(ends_of(attention_dropout=p).up, 0, 0, batch) for p in (0.0, 0.2)
+            )
+            free.result(10.0)
+            assert not waits.done()
+        waits.result(10.0)
+
+
+def ends_of(**changes: float) -> Ends:
+    parts = split(tiny_model(**changes), CUT)
+    return Ends(parts.bottom, parts.top, 1, TRAIN, place("a"))
 
 
 class Told(Framed):

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
         (["/none/such"], "does not exist; nor is it a run"),
         (["none-such", "--cut", "1"], "--cut takes two numbers of blocks"),
         (["--name", "a"], "--name takes NAME=SOURCE"),
-        (["x", "--dtype", "fp99"], "fp99"),
+        (["x", "--codec", "fp99"], "fp99"),
         (["x", "--bind", "0.0.0.0:1"], "link.advertise"),
     ],
 )

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 
+from flower_app.build import cut_of
 from simulations.plan.families import VOCABULARY, family_config
 from simulations.plan.footprint import client_footprint, server_footprint
 from simulations.plan.frames import step_frames
-from simulations.plan.hollow import read_shape
+from simulations.plan.hollow import outline_parts, read_shape
 from simulations.plan.measured import measure_step
+from strategies.optim import trainable
 
 SIZES = ["cut.bottom=1", "cut.top=1", "train.batch_size=4", "data.context=96"]
 CASES = {
@@ -17,8 +19,9 @@ CASES = {
     "gemma2": ["tuning.bottom=lora", "tuning.trunk=lora", "tuning.top=lora"],
     "qwen3": ["train.precision=bf16", "train.strategy=splitfed-v2"],
     "mixtral": ["tuning.trunk=lora", "link.codec=fp16"],
-    "mistral": ["train.accumulate=4", "link.window=2"],
-    "phi": ["train.accumulate=2", "link.window=1", "tuning.bottom=frozen"],
+    "mistral": ["train.accumulate=4", "link.window=2", "tuning.bottom=frozen"],
+    "phi": ["train.accumulate=2", "link.window=1", "tuning.bottom=frozen", "tuning.trunk=frozen"],
+    "opt": ["tuning.bottom=frozen", "tuning.trunk=frozen"],  # its top is tied to its bottom
 }
 
 
@@ -27,7 +30,9 @@ def test_memory_and_bytes_are_those_of_a_real_step(family: str) -> None:
     config = family_config(family, 128, 3, [*SIZES, *CASES[family]])
     shape = read_shape(config)
     client, server = client_footprint(shape, config), server_footprint(shape, config)
-    frames = step_frames(config, 128)
+    bottom, trunk, _ = outline_parts(shape, config, cut_of(config))
+    learns = {"bottom_learns": bool(trainable(bottom)), "trunk_learns": bool(trainable(trunk))}
+    frames = step_frames(config, 128, **learns)
 
     real = measure_step(config, VOCABULARY)
 

@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from conf.schema import TrainConfig
 from simulations.disturb.sessions import OneLayer
 from strategies.engine.engine import TrunkEngine
+from strategies.engine.lane import StepResult
+from strategies.engine.session import Session
 from strategies.errors import LONGEST_MESSAGE, TrunkError
 from strategies.transport import trunk_pb2 as pb
 from strategies.transport.codec.tensors import encode_named
@@ -173,3 +175,27 @@ def test_merged_drops_what_a_client_left_behind_in_a_step_that_nobody_ended(valu
     stays.apply(1, client_square_norm=0.0, tokens=6)
     assert all(torch.isfinite(p).all() for p in engine.trunk.parameters())
     assert not torch.equal(next(engine.trunk.parameters()), before[0])
+
+
+def test_who_comes_in_mid_round_gets_all_of_the_common_ends() -> None:
+    """The others get what the step has changed: to one who has older tensors that is not enough."""
+    engine = open_merged("step")
+    one = torch.ones(2, 3, HIDDEN)
+
+    def steps(session: Session, number: int) -> StepResult:
+        session.compute(number, 0, one, None)
+        session.backward(number, 0, one, last=True, tokens=6)
+        gradients = {"top.w": torch.ones(3, 2)}
+        return session.apply(number, client_square_norm=1.0, tokens=6, gradients=gradients)
+
+    first = engine.open("a", client="a", steps=3)
+    assert steps(first, 0).since is not None
+    late = engine.open("b", client="b", steps=2)
+    with ThreadPoolExecutor(2) as pool:
+        for number, (had, has) in enumerate(((True, False), (True, True))):
+            both = [pool.submit(steps, first, number + 1), pool.submit(steps, late, number)]
+            results = [each.result(10) for each in both]
+            assert [each.since is not None for each in results] == [had, has]
+    before, after = results[0].since, results[0].state
+    assert before is not None
+    assert not torch.equal(before["top.w"], after["top.w"])

@@ -82,6 +82,23 @@ def test_a_session_far_away_does_what_one_nearby_does() -> None:
     assert engine.memory.bytes == 0
 
 
+@pytest.mark.parametrize(("codec", "off"), [("bf16", 0.01), ("int8", 0.02), ("int4", 0.2)])
+def test_tokens_travel_by_any_codec(codec: str, off: float) -> None:
+    """One position at a time, too; and what is sent again after a loss is near it again."""
+    near = Near()
+    with serving(SumEngine(), codec=codec) as service:
+        far = opened(service)
+        for step, h in enumerate((numbers(0) / 7, numbers(1, 2, 1) / 7, numbers(2, 2, 1) / 7)):
+            length = 0 if not step else 2 + step
+            want = near.forward(h, length=length)
+            for _ in range(2):
+                got = far.forward(h, length=length).h_BTD.float()
+                assert (got - want).norm() < off * want.norm()
+                far._forget()
+        assert not torch.equal(got, want)
+        far.close()
+
+
 def test_frames_hold_numbers_masks_and_activations_and_no_ids() -> None:
     watch = Watch()
     with serving(SumEngine()) as service:
