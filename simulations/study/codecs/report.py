@@ -170,11 +170,11 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
     panels = figure.subplots(1, len(result), squeeze=False, sharey=True)[0]
     names = list(dict.fromkeys(name for each in result.values() for name in each["codecs"]))
     colours = dict(zip(names, COLOURS * len(names), strict=False))
+    rows = [row for each in result.values() for row in each["codecs"].values()]
+    most = max(row["factor"] for row in rows)
+    worst = max(row["gap_with"]["high"] for row in rows)
     for axes, (title, each) in zip(panels, result.items(), strict=True):
-        _panel(axes, title, each["codecs"], colours)
-    worst = max(
-        row["gap_with"]["high"] for each in result.values() for row in each["codecs"].values()
-    )
+        _panel(axes, title, each["codecs"], colours, max(most, 8.0))
     gaps = [gap for gap in (-0.5, 0, 0.5, 1, 2, 5, 10, 20, 50) if gap < max(1.1, 200 * worst)]
     panels[0].set_yticks(gaps, [f"{gap:g}" for gap in gaps])
     panels[0].set_ylabel("more held-out loss than fp32, %")
@@ -192,7 +192,9 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def _panel(axes: Any, title: str, codecs: Mapping[str, Any], colours: Mapping[str, str]) -> None:
+def _panel(
+    axes: Any, title: str, codecs: Mapping[str, Any], colours: Mapping[str, str], most: float
+) -> None:
     axes.axhline(100 * TARGET, color="#888888", linewidth=0.8, linestyle="--")
     for name, row in codecs.items():
         if name == BASE:
@@ -214,13 +216,10 @@ def _panel(axes: Any, title: str, codecs: Mapping[str, Any], colours: Mapping[st
             )
     axes.set_xscale("log")
     axes.set_yscale("symlog", linthresh=1.0)
-    ticks = [tick for tick in (2, 4, 8, 16, 32, 64) if tick < 1.5 * _most(codecs)]
+    ticks = (2, 4, 8, 16, 32, 64)
     axes.set_xticks(ticks, [f"{tick}x" for tick in ticks])
+    axes.set_xlim(1.7, 1.25 * most)
     axes.minorticks_off()
     axes.set_title(title, fontsize=10)
     axes.set_xlabel("fewer bytes than four fp32 crossings", fontsize=9)
     axes.grid(alpha=0.25)
-
-
-def _most(codecs: Mapping[str, Any]) -> float:
-    return max(row["factor"] for row in codecs.values())

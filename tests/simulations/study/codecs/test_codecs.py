@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -190,9 +191,14 @@ def test_epochs_take_the_same_steps_over_fewer_examples() -> None:
     assert often.config(3).seed == 3
 
 
-def test_a_frozen_bottom_learns_nothing() -> None:
+def test_a_frozen_bottom_saves_a_crossing(tiny: Condition, tmp_path: Path) -> None:
+    frozen = replace(tiny, frozen_bottom=True)
+
+    base = tool.study_codecs(frozen, [], (0,), tmp_path)["tiny, frozen bottom"]["codecs"]["fp32"]
+
     assert condition("smollm2", frozen_bottom=True).config(0).tuning.bottom == "frozen"
-    assert condition("smollm2").config(0).tuning.bottom == "lora"
+    assert base["crossings"]["grad_h1"]["bits"] == 0.0
+    assert base["factor"] == pytest.approx(4 / 3)
 
 
 @pytest.mark.parametrize(
