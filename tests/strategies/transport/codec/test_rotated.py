@@ -11,6 +11,7 @@ from torch import Tensor
 from strategies.transport.codec.bits import pack_bits, packed_size, unpack_bits
 from strategies.transport.codec.registry import find_codec
 from strategies.transport.codec.rotation import Rotation
+from tests.strategies.transport.codec.tensors import activations
 
 NAMES = ("int8", "int6", "int5", "int4", "int3", "int2")
 NORMAL = {
@@ -22,17 +23,6 @@ NORMAL = {
     "int2": 0.35,
 }
 """Relative error of the best levels for a normal distribution, and 3 % more."""
-
-
-def activations(rows: int = 64, width: int = 576, seed: int = 0) -> Tensor:
-    """Heavy tails, a mean row, channels 50 times the others, and a first row 100 times the rest."""
-    generator = torch.Generator().manual_seed(seed)
-    normal = torch.randn(rows, width, generator=generator)
-    rows_ND = normal * normal.abs() + torch.randn(width, generator=generator)
-    rows_ND[:, [3, width // 2]] += 50 * torch.randn(rows, 2, generator=generator)
-    rows_ND[0] *= 10
-    rows_ND[0, width - 1] = 100 * rows_ND[1].norm()
-    return rows_ND
 
 
 def bits_of(name: str) -> int:
