@@ -30,7 +30,7 @@ from simulations.disturb.sessions import OFTEN, Sessions, Wrong, check_words
 from strategies.errors import TrunkError
 from strategies.memory import peak_bytes
 from strategies.transport import trunk_pb2 as pb
-from strategies.transport.codec.registry import codecs
+from strategies.transport.codec.registry import codecs, find_codec
 from strategies.transport.codec.tensors import decode_mask, shape_of
 from strategies.transport.frames import read_client_frame, read_server_frame, refuse_failure
 
@@ -198,7 +198,10 @@ class Decoder:
 
     def __init__(self, chance: random.Random) -> None:
         self._chance = chance
-        self._inputs = Inputs(chance, hidden=HIDDEN, codec=chance.choice(list(codecs())))
+        codec, gradient = chance.choice(list(codecs())), chance.random() < 0.5
+        self._inputs = Inputs(chance, hidden=HIDDEN, codec=codec, gradient=gradient)
+        # Another than the one that encodes: some of a session's tensors never come here.
+        self._codec = find_codec(codec)(gradient=gradient)
         self._last = b""
 
     def draw(self) -> bytes:
@@ -230,7 +233,7 @@ class Decoder:
                 body = frame.kind or "nothing"
                 for tensor in tensors(frame.head):
                     mask_BT = decode_mask(masks(frame.head), shape_of(tensor, "a tensor")[:2])
-                    self._inputs.codec.decode(tensor, mask_BT, frame.payload, "a tensor")
+                    self._codec.decode(tensor, mask_BT, frame.payload, "a tensor")
             except TrunkError as error:
                 check_words(str(error))
                 refusals.append(error)

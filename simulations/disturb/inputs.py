@@ -54,10 +54,17 @@ class Inputs:
     """Draws inputs for a trunk of hidden size D whose wire has this codec."""
 
     def __init__(
-        self, chance: random.Random, *, hidden: int, codec: str, ends: Sequence[str] = ()
+        self,
+        chance: random.Random,
+        *,
+        hidden: int,
+        codec: str,
+        gradient: bool = False,
+        ends: Sequence[str] = (),
     ) -> None:
         self._chance, self._hidden, self._ends = chance, hidden, ends
-        self.codec: Codec = find_codec(codec)()
+        self.codec: Codec = find_codec(codec)(gradient=gradient)
+        """Of the tensors in what is drawn."""
         self._parcel = Parcel()
         self.number = 1
         """Of the frame that is due in the session that is sent to."""

@@ -23,7 +23,9 @@ def _one_wrong_dimension(message: pb.Tensor, chance: random.Random) -> None:
 
 
 def _wrong_type(message: pb.Tensor, chance: random.Random) -> None:
-    message.codec = chance.choice(("", "fp32", "bf16", "no such codec", "\0", "n" * 3000))
+    message.codec = chance.choice(
+        ("", "fp32", "bf16", "int4", "klt", "no such codec", "\0", "n" * 3000)
+    )
 
 
 def _wrong_place(message: pb.Tensor, chance: random.Random) -> None:
@@ -31,7 +33,8 @@ def _wrong_place(message: pb.Tensor, chance: random.Random) -> None:
 
 
 def _wrong_length(message: pb.Tensor, chance: random.Random) -> None:
-    message.size = chance.choice((0, 1, 4, max(0, message.size - 1), message.size + 1, 2**64 - 1))
+    near = (max(0, message.size - 1), min(message.size + 1, 2**64 - 1))
+    message.size = chance.choice((0, 1, 4, *near, 2**64 - 1))
 
 
 def much_from_little(message: pb.Tensor, chance: random.Random) -> None:

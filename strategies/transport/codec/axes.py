@@ -46,6 +46,12 @@ def axes_size(width: int) -> int:
     return sum(W * W for W in widths(width))
 
 
+def axes_fit(rows: int, width: int) -> bool:
+    """Whether so many rows take more than the axes: else those are not sent, lest one frame be much
+    larger than the others."""
+    return _BITS * axes_size(width) <= 16 * rows * width
+
+
 def turned(rows_ND: Tensor, axes: Sequence[Tensor], *, back: bool = False) -> Tensor:
     """Rows in terms of the axes, or back; as they are if there are none."""
     if not axes:
@@ -115,12 +121,11 @@ class Learning:
     def better_axes(self, rows_ND: Tensor, axes: Sequence[Tensor]) -> list[Tensor]:
         """Axes that would have paid for what they take, had they been known; else nothing.
 
-        What they save is measured on rows that are not learnt from yet. They are sent with a tensor
-        that is larger itself, so that no frame is much larger than the others.
+        What they save is measured on rows that are not learnt from yet.
         """
-        cost = _BITS * sum(each.numel() for each in self._second)
-        if self._seen < self._due or cost > 16 * rows_ND.numel():
+        if self._seen < self._due or not axes_fit(*rows_ND.shape):
             return []
+        cost = _BITS * axes_size(rows_ND.shape[1])
         self._due = self._seen * 3 // 2
         better = [self._principal(second_WW) for second_WW in self._second]
         saved = self._bits(turned(rows_ND, axes)) - self._bits(turned(rows_ND, better))

@@ -19,6 +19,7 @@ from strategies.transport.codec.axes import (
     AXES_CLASS,
     LARGEST,
     Learning,
+    axes_fit,
     axes_of,
     axes_size,
     numbers_of,
@@ -115,6 +116,8 @@ class Klt(Codec):
             return from_bytes(data, shape, torch.float32)
         if flags > _MEAN + _AXES or not (math.isfinite(scale) and scale > 0):
             raise ValueError(f"flags are {flags}, the scale is {scale}")
+        if flags & _AXES and not axes_fit(N, D):
+            raise ValueError(f"axes of {D} channels came with {N} rows")
         self._begin(D)
         if flags & _MEAN:
             self._mean_D = from_bytes(data[: 2 * D], (D,), torch.bfloat16).float()
@@ -186,9 +189,10 @@ class Klt(Codec):
         return rows_ND * _powers(sizes_N)[:, None]
 
     def _begin(self, width: int) -> None:
-        """At first nothing is known."""
-        if not len(self._sizes_D):
+        """At first, and of rows of another width, nothing is known."""
+        if len(self._sizes_D) != width:
             self._mean_D, self._sizes_D = torch.zeros(width), np.zeros(width, np.int32)
+            self._axes, self._learning = [], None
 
     def _plan(
         self, sizes_N: NDArray[np.int32], size: int, seed: int

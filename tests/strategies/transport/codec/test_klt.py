@@ -195,9 +195,22 @@ CHANGES, AXES = written(24, -2), written(24 * 24, 4)
         (HEAD.pack(0, 1.0, 0, 0) + b"\xff" * 2 + CHANGES, "has a size that none can have"),
         (HEAD.pack(0, 1.0, 999, 0) + b"\x01" * 2 + CHANGES, "has a size that none can have"),
         (HEAD.pack(0, 1.0, 0, 0) + b"\x01" * 2 + bytes(3), "3 bytes are no entropy-coded words"),
-        (HEAD.pack(2, 1.0, 0, 0) + b"\x01" * 2 + AXES, "axes are not orthogonal"),
+        (HEAD.pack(2, 1.0, 0, 0) + b"\x01" * 2 + AXES, "axes of 24 channels came with 2 rows"),
     ],
 )
 def test_what_is_no_frame_of_it_is_refused(data: bytes, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         Klt().unpack(memoryview(data), (2, 24))
+
+
+def test_axes_that_are_none_are_refused() -> None:
+    data = HEAD.pack(2, 1.0, 0, 0) + b"\x01" * 10 + AXES
+    with pytest.raises(ValueError, match="axes are not orthogonal"):
+        Klt().unpack(memoryview(data), (10, 24))
+
+
+def test_rows_of_another_width_begin_anew() -> None:
+    pair = Pair()
+    for each in (*related(12), random(4, 24), *related(2)):
+        assert (pair.cross(each) - each).norm() < 0.1 * each.norm()
+    assert pair.sizes[-1] > 1.2 * pair.sizes[-4]
