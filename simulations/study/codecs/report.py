@@ -126,10 +126,11 @@ def _percent(spread: Mapping[str, float]) -> str:
 def note(title: str, each: Mapping[str, Any]) -> str:
     """What a condition is, in a sentence."""
     own = Condition(**each["condition"])
+    before = f"after {own.before} steps in {BASE}, " if own.before else ""
     examples = f"{own.examples} examples, {own.epochs} epochs, " if own.epochs else ""
     return (
-        f"{title}: {examples}{own.steps} steps of {own.batch_size} x 128 tokens at most, learning "
-        f"rate {own.lr:g}; held-out loss over {each['heldout_tokens']:,} tokens "
+        f"{title}: {before}{examples}{own.steps} steps of {own.batch_size} x 128 tokens at most, "
+        f"learning rate {own.lr:g}; held-out loss over {each['heldout_tokens']:,} tokens "
         f"{each['loss_start']['mean']:.3f} -> {each['loss']['mean']:.3f} in {BASE}. "
         "A gap is what the held-out loss has more than the base's of the same seed; mean and range "
         "over the seeds."

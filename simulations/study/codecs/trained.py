@@ -12,7 +12,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from conf.load import from_json, to_json
-from conf.schema import Config, LinkConfig
+from conf.schema import Config, LinkConfig, TuningConfig
 from flower_app.build import build_whole, cut_of, start
 from flower_app.client import streamed
 from flower_app.client.place import Place
@@ -64,14 +64,8 @@ def train(condition: Condition, mix: Mix, seed: int) -> Run:
     """
     started, config = time.perf_counter(), condition.config(seed)
     examples, heldout = _data(config, condition.examples, condition.heldout)
-    parts = _parts(config)
-    engine = TrunkEngine(
-        parts.trunk,
-        hidden_size=parts.trunk.hidden_size,
-        train=config.train,
-        seed=config.seed,
-        max_in_flight=2**62,
-    )
+    parts = _parts(config, condition.before)
+    engine = _engine(parts, config)
     pad_id = padding_id(parts.bottom, load_tokenizer(config.model))
     held = list(batches(heldout, condition.batch_size, pad_id=pad_id))
     base = parse_mix(BASE)
@@ -136,16 +130,39 @@ def _data(config: Config, most: int, heldout: int) -> tuple[list[Example], list[
     return data.train[: most or None], data.heldout[:heldout]
 
 
-def _parts(config: Config) -> Parts:
-    """The configured parts at their start."""
+def _engine(parts: Parts, config: Config) -> TrunkEngine:
+    return TrunkEngine(
+        parts.trunk,
+        hidden_size=parts.trunk.hidden_size,
+        train=config.train,
+        seed=config.seed,
+        max_in_flight=2**62,
+    )
+
+
+def _parts(config: Config, before: int) -> Parts:
+    """The configured parts at their start, which so many steps in fp32 may go before."""
     # Pretrained weights do not depend on the seed.
     base = config if config.model.scratch else replace(config, seed=0)
-    parts = split(copy.deepcopy(_whole(to_json(base))), cut_of(config))
+    parts = split(copy.deepcopy(_whole(to_json(base), before)), cut_of(config))
     start([parts.bottom, parts.trunk, parts.top], config)
     return parts
 
 
 @lru_cache(maxsize=1)
-def _whole(config: str) -> PreTrainedModel:
-    """The base, which takes half a minute to read out of a .gguf file."""
-    return build_whole(from_json(config))
+def _whole(text: str, before: int) -> PreTrainedModel:
+    """The base, which takes half a minute to read out of a .gguf file, or to train."""
+    config = from_json(text)
+    whole = build_whole(config)
+    if before:
+        train = replace(config.train, local_steps=before, lr=4 * config.train.lr)
+        config = replace(
+            config, train=train, tuning=TuningConfig(bottom="full", trunk="full", top="full")
+        )
+        parts = split(whole, cut_of(config))
+        start([parts.bottom, parts.trunk, parts.top], config)
+        examples, _ = _data(config, 0, 0)
+        pad_id = padding_id(parts.bottom, load_tokenizer(config.model))
+        plan = Plan(examples, config, replace(_place(config), round=0), pad_id=pad_id)
+        _train(_engine(parts, config), parts, parse_mix(BASE), plan, config)
+    return whole

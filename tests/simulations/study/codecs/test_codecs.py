@@ -80,7 +80,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Condition:
         },
     }
     (path / "tiny.yaml").write_text(yaml.safe_dump(tree))
-    return Condition(model=str(path / "tiny.yaml"), steps=6, batch_size=4, lr=1e-2, heldout=8)
+    return Condition(
+        model=str(path / "tiny.yaml"), steps=6, batch_size=4, lr=1e-2, before=0, heldout=8
+    )
 
 
 @pytest.fixture(scope="module")
@@ -176,7 +178,7 @@ def test_a_codec_without_its_seeds_base_is_left_out(result: dict[str, Any], fold
 def test_other_settings_are_refused_in_words(
     result: dict[str, Any], tiny: Condition, folder: Path
 ) -> None:
-    other = Condition(model=tiny.model, steps=7, batch_size=4, lr=1e-2, heldout=8)
+    other = Condition(model=tiny.model, steps=7, batch_size=4, lr=1e-2, before=0, heldout=8)
 
     with pytest.raises(ValueError, match="'tiny' with other settings .steps=6 there, 7 here."):
         tool.study_codecs(other, mixes(), (0,), folder)
