@@ -35,9 +35,9 @@ class LinkConfig(Section):
         default_factory=lambda: dict.fromkeys(CROSSINGS, "fp32"),
         metadata={"rule": rules.NAME_FOR_EACH},
     )
-    """How activations and gradients are written on the wire: fp32, fp16, bf16, or what
-    strategies/transport/codec holds besides. One name for all, or one for each of h1, h2, grad_h2
-    and grad_h1, as a mapping or in words (h1=int4 h2=int6)."""
+    """How activations and gradients are written on the wire: fp32, fp16, bf16, int8 to int2, klt,
+    or what strategies/transport/codec holds besides. One name for all, or one for each of h1, h2,
+    grad_h2 and grad_h1, as a mapping or in words (h1=int4 h2=int6)."""
     window: int = setting(4, rules.WINDOW)
     """Micro-batches of a step that may be under way at once over the stream; 1: one at a time, and
     no step begins before the answer to the last one."""

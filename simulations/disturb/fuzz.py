@@ -8,6 +8,7 @@ and the number that bring it back.
 from __future__ import annotations
 
 import faulthandler
+import math
 import os
 import random
 import sys
@@ -202,6 +203,7 @@ class Decoder:
         self._inputs = Inputs(chance, hidden=HIDDEN, codec=codec, gradient=gradient)
         # Another than the one that encodes: some of a session's tensors never come here.
         self._codec = find_codec(codec)(gradient=gradient)
+        self._compresses = self._codec.sizes(2**16, 2**16)[0] < 2**28
         self._last = b""
 
     def draw(self) -> bytes:
@@ -232,7 +234,10 @@ class Decoder:
                 frame = read(raw)
                 body = frame.kind or "nothing"
                 for tensor in tensors(frame.head):
-                    mask_BT = decode_mask(masks(frame.head), shape_of(tensor, "a tensor")[:2])
+                    shape = shape_of(tensor, "a tensor")
+                    if self._compresses and math.prod(shape) > LIMIT:  # a session knows its shapes
+                        raise TrunkError(f"a tensor of shape {shape}", kind="shape")
+                    mask_BT = decode_mask(masks(frame.head), shape[:2])
                     self._codec.decode(tensor, mask_BT, frame.payload, "a tensor")
             except TrunkError as error:
                 check_words(str(error))

@@ -81,6 +81,7 @@ CHANGES = {
     "aggregation.lora=exact",
     "v1-sgd": "train.optimizer=sgd train.momentum=0.9 train.lr=0.05",
     "v1-frozen": "tuning.bottom=frozen train.accumulate=2",
+    "v1-klt": "link.codec=klt train.accumulate=2",
     "v1-fedadam": "aggregation.optimizer=fedadam aggregation.lr=0.01",
     "merged": "train.strategy=merged",
     "merged-common": "train.strategy=merged train.sync=step train.accumulate=2",

@@ -31,6 +31,9 @@ _BITS = 3.2
 _SHRINK = 0.1
 """Share of the covariances that is not believed."""
 
+_ENOUGH = 1024
+"""Most rows of a tensor that covariances are learnt from."""
+
 _PRIOR, _MEMORY = 8, 2048
 """Rows that count for what is expected at first, and that sizes are averaged over at most."""
 
@@ -107,10 +110,11 @@ class Learning:
 
     def take(self, rows_ND: Tensor, axes: Sequence[Tensor]) -> NDArray[np.int32]:
         """Learn from rows; returns the size of each component, in quarters of an octave."""
-        blocks = rows_ND.split([len(each) for each in self._second], 1)
+        some = rows_ND[:: 1 + len(rows_ND) // (_ENOUGH + 1)]
+        blocks = some.split([len(each) for each in self._second], 1)
         for second_WW, block in zip(self._second, blocks, strict=True):
             second_WW.addmm_(block.T, block)
-        self._seen += len(rows_ND)
+        self._seen += len(some)
         self._unpaid += len(rows_ND)
         self._square_D += turned(rows_ND, axes).square().sum(0)
         self._weight += len(rows_ND)
@@ -126,7 +130,7 @@ class Learning:
         if self._seen < self._due or not axes_fit(*rows_ND.shape):
             return []
         cost = _BITS * axes_size(rows_ND.shape[1])
-        self._due = self._seen * 3 // 2
+        self._due = 2 * self._seen
         better = [self._principal(second_WW) for second_WW in self._second]
         saved = self._bits(turned(rows_ND, axes)) - self._bits(turned(rows_ND, better))
         if saved * self._unpaid < cost:

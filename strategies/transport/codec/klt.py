@@ -78,8 +78,10 @@ class Klt(Codec):
         self._learning: Learning | None = None
 
     def sizes(self, rows: int, width: int) -> tuple[int, int]:
-        """No number takes more than 8 bytes; axes travel only with a larger tensor."""
-        return _HEAD.size, _HEAD.size + 2 * width + rows + 12 * (rows + 1) * width + 16
+        """The size of a component that has not changed takes most of a bit, what is zero nothing.
+        No number takes more than 8 bytes; axes travel only with a larger tensor."""
+        least = _HEAD.size + min(4 + rows + width // 16, 4 * rows * width)
+        return least, _HEAD.size + 2 * width + rows + 12 * (rows + 1) * width + 16
 
     def pack(self, rows_ND: Tensor, generator: torch.Generator) -> Data:
         """Less the mean, turned, rounded, coded."""
