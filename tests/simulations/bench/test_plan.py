@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner
@@ -39,7 +40,8 @@ def test_what_is_further_off_than_it_may_is_a_failure(
     case["step_s"] = {"plan": step, "real": 1.0, "ratio": step}
     monkeypatch.setattr(plan, "_case", lambda *_: case)
     monkeypatch.setattr(plan, "_resident", lambda name: {"ratio": 1.0})
-    monkeypatch.setattr(plan, "_trunk_process", lambda: nullcontext(None))
+    monkeypatch.setattr(plan, "_trunk_process", lambda: nullcontext(SimpleNamespace(pid=0)))
+    monkeypatch.setattr(plan, "_between", lambda *_: nullcontext(None))
 
     done = CliRunner().invoke(app, ["bench", "plan", "--cases", "llama"])
 
