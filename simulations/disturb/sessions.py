@@ -62,7 +62,7 @@ KINDS = {
     "merged": Kind(strategy="merged"),
     "merged-int2": Kind(strategy="merged", codec="int2"),
     "merged-step": Kind(strategy="merged", sync="step"),
-    "evaluation": Kind(strategy="splitfed-v1", codec="fp16", training=False),
+    "evaluation": Kind(strategy="splitfed-v1", codec="int6", training=False),
     "llama-v1": Kind(strategy="splitfed-v1", llama=True),
     "llama-merged": Kind(strategy="merged", llama=True),
 }

@@ -26,6 +26,9 @@ class Rotation:
         Of the signs; the same on both sides.
     width : int
         D.
+    rounds : int
+        How often all of this is done. After one round the elements of a row with one large channel
+        have only two sizes; after two, with new signs, they are about normal, whatever the row was.
 
     References
     ----------
@@ -33,25 +36,26 @@ class Rotation:
     "QuIP#: Even Better LLM Quantization with Hadamard Incoherence and Lattice Codebooks", 2024.
     """
 
-    def __init__(self, seed: int, width: int) -> None:
+    def __init__(self, seed: int, width: int, rounds: int = 1) -> None:
+        size = 1 << (width.bit_length() - 1)
+        once = [slice(size)] if size == width else [slice(size), slice(width - size, None)]
+        parts = once * rounds
         generator = torch.Generator().manual_seed(seed)
-        self._signs_2D = torch.randint(0, 2, (2, width), generator=generator) * 2.0 - 1.0
-        self._size = 1 << (width.bit_length() - 1)
+        signs = torch.randint(0, 2, (len(parts), width), generator=generator) * 2.0 - 1.0
+        self._steps = list(zip(signs, parts, strict=True))
 
     def forward(self, rows_ND: Tensor) -> Tensor:
         """The rows, rotated; lengths stay."""
-        rows_ND = self._transformed(rows_ND * self._signs_2D[0], slice(self._size))
-        if self._size < rows_ND.shape[1]:
-            last = slice(rows_ND.shape[1] - self._size, None)
-            rows_ND = self._transformed(rows_ND.mul_(self._signs_2D[1]), last)
+        rows_ND = rows_ND.clone()
+        for signs_D, channels in self._steps:
+            rows_ND = self._transformed(rows_ND.mul_(signs_D), channels)
         return rows_ND
 
     def back(self, rows_ND: Tensor) -> Tensor:
         """The rows as they were; what is given is overwritten."""
-        if self._size < rows_ND.shape[1]:
-            last = slice(rows_ND.shape[1] - self._size, None)
-            rows_ND = self._transformed(rows_ND, last).mul_(self._signs_2D[1])
-        return self._transformed(rows_ND, slice(self._size)).mul_(self._signs_2D[0])
+        for signs_D, channels in reversed(self._steps):
+            rows_ND = self._transformed(rows_ND, channels).mul_(signs_D)
+        return rows_ND
 
     def _transformed(self, rows_ND: Tensor, channels: slice) -> Tensor:
         """The rows after a Hadamard transform of these channels, perhaps in the same memory."""

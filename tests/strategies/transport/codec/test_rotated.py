@@ -63,6 +63,23 @@ def test_a_mean_row_costs_no_levels(name: str) -> None:
     assert (back_ND - own_ND - 20 * mean_D).norm() / own_ND.norm() < 1.2 * NORMAL[name]
 
 
+@pytest.mark.parametrize("gradient", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_mean_row_is_kept_from_rows_that_do_not_have_it(name: str, gradient: bool) -> None:
+    """Zeros, and rows much smaller: what is left of the mean in them would be all that they are."""
+    generator = torch.Generator().manual_seed(0)
+    rows_ND = torch.randn(200, 96, generator=generator) + 20 * torch.randn(96, generator=generator)
+    rows_ND[7] = 0
+    rows_ND[[9, 11]] *= torch.tensor([[1e-4], [100]])
+
+    back_ND, _ = there_and_back(name, rows_ND, gradient=gradient)
+
+    error_N = (back_ND - rows_ND).norm(dim=1) / rows_ND.norm(dim=1)
+    assert not back_ND[7].any()
+    assert error_N[8] < 0.1 * NORMAL[name]  # it is nearly the mean
+    assert error_N[[9, 11]].max() < 1.6 * NORMAL[name]
+
+
 @pytest.mark.parametrize("name", ["int3", "int2"])
 def test_gradients_are_not_biased(name: str) -> None:
     """The scale of the least error would have them 12 % short at 2 bits."""
@@ -78,6 +95,25 @@ def test_gradients_are_not_biased(name: str) -> None:
     along_N = (mean_ND * rows_ND).sum(1) / length_N
     assert torch.allclose(along_N, torch.ones(4), atol=0.01)
     assert (((mean_ND - rows_ND).square().sum(1) / length_N).sqrt() < 2 * error).all()
+
+
+@pytest.mark.parametrize("name", ["int4", "int2"])
+def test_small_gradients_beside_a_large_one_are_not_biased(name: str) -> None:
+    """After one round a spike leaves two levels, and small elements come back four times as large
+    at 2 bits; the scale of activations shortens them. Rows have different ones: none is apart."""
+    generator = torch.Generator().manual_seed(0)
+    rows_ND = torch.randn(64, 128, generator=generator)
+    large = torch.arange(64), torch.randint(128, (64,), generator=generator)
+    rows_ND[large] = 10 * 128**0.5
+    draws = [there_and_back(name, rows_ND, n, gradient=True)[0] for n in range(200)]
+    small_ND = rows_ND.clone()
+    small_ND[large] = 0
+
+    slopes = torch.stack(
+        [(back_ND * small_ND).sum() / small_ND.square().sum() for back_ND in draws]
+    )
+    assert (slopes.mean() - 1).abs() < 5 * slopes.std() / 200**0.5
+    assert slopes.std() / 200**0.5 < 0.02
 
 
 def test_no_two_gradients_are_rotated_alike() -> None:
