@@ -12,7 +12,8 @@ from flower_app.data.client import Batch
 from strategies.engine.checks import has_dropout
 from strategies.optim import trainable
 from strategies.records import from_arrays, to_arrays
-from strategies.transport.cache import NAME, Cache
+from strategies.transport.cache import Cache
+from strategies.transport.rows import NAME
 
 TENSORS, TAGS = "graft-cache", "graft-cache-tags"
 """Records in `context.state`, which lasts as long as Flower's run and the SuperNode."""

@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 import xxhash
 from torch import Tensor
@@ -24,9 +23,17 @@ from strategies.transport import trunk_pb2 as pb
 from strategies.transport.codec.codec import Codec
 from strategies.transport.codec.registry import Crossings, find_codec
 from strategies.transport.payload import Parcel, Payload
-
-NAME = 16
-"""Bytes of an example's name."""
+from strategies.transport.rows import (
+    NAME,
+    decode_rows,
+    encode_rows,
+    first_of_each,
+    from_bits,
+    names_of,
+    split_names,
+    to_bits,
+    tokens_of,
+)
 
 MOST_CHANGED = 0.15
 """Of a row's energy: what has changed by more (the median over an example's rows) is written whole,
@@ -57,16 +64,20 @@ class Cache:
     def __init__(self, limit: int) -> None:
         self.h1: dict[bytes, Tensor] = {}
         self.h2: dict[bytes, Kept] = {}
-        self._room, self._held = limit, set[bytes]()
+        self.tensors = 1
+        """That are kept of an example."""
+        self._room, self._held = limit, dict[bytes, int]()
         self._lock = threading.Lock()
 
-    def reserve(self, name: bytes, size: int) -> bool:
-        """Whether there is room for all that is kept of an example, now and later."""
+    def reserve(self, name: bytes, tensor_nD: Tensor) -> bool:
+        """Whether there is room for all that is kept of an example, now and later, of which this is
+        one tensor."""
+        tokens, size = len(tensor_nD), self.tensors * 4 * tensor_nD.numel()
         with self._lock:  # a session that is being given up may still be at work
             if name not in self._held and size <= self._room:
                 self._room -= size
-                self._held.add(name)
-            return name in self._held
+                self._held[name] = tokens
+            return self._held.get(name) == tokens
 
     def state_dict(self) -> tuple[dict[str, Tensor], dict[str, int]]:
         """Every h2, and its tag, by the example's name in hex."""
@@ -76,7 +87,7 @@ class Cache:
     def load_state_dict(self, tensors: Mapping[str, Tensor], tags: Mapping[str, int]) -> None:
         """Go on from a `state_dict`."""
         for name, h2_nD in tensors.items():
-            if self.reserve(bytes.fromhex(name), h2_nD.nbytes):
+            if self.reserve(bytes.fromhex(name), h2_nD):
                 self.h2[bytes.fromhex(name)] = Kept(h2_nD, tags[name])
 
 
@@ -93,6 +104,7 @@ class TrunkCache:
 
     def __init__(self, cache: Cache, codecs: Crossings) -> None:
         self._cache, self._codecs, self._changes = cache, codecs, _Changes(codecs.h2)
+        cache.tensors = 2 if self._changes.name else 1
 
     def names(self) -> bytes:
         """Of the examples whose h1 is kept."""
@@ -108,10 +120,10 @@ class TrunkCache:
             another length, is said to be known.
         """
         B, T, D = frame.activations.shape
-        names, known_B = _names(frame, B), _bits(frame.known, B)
+        names, known_B = names_of(frame.names, B), from_bits(frame.known, B)
         if frame.tags and len(frame.tags) != B:
             raise TrunkError(f"{len(frame.tags)} tags came with {B} rows", kind="shape")
-        whole_BT = _whole(mask_BT, B, T)
+        whole_BT = tokens_of(mask_BT, B, T)
         rows = {}
         for row in known_B.nonzero()[:, 0].tolist():
             kept, length = self._cache.h1.get(names[row]), int(whole_BT[row].sum())
@@ -121,7 +133,7 @@ class TrunkCache:
                     f"row {row} of {length} tokens names an example that {there}", kind="shape"
                 )
             rows[row] = kept
-        h1_BTD = _decoded(
+        h1_BTD = decode_rows(
             self._codecs.h1, frame.activations, whole_BT & ~known_B[:, None], payload, "activations"
         )
         for row, kept in rows.items():
@@ -143,25 +155,27 @@ class TrunkCache:
         `codec` is the session's, which encodes; what the client will read is kept here as well.
         """
         B, T, _ = h2_BTD.shape
-        h2_BTD, whole_BT = h2_BTD.detach().float().cpu(), _whole(mask_BT, B, T)
-        names, tags = _names(frame, B), list(frame.tags) or [0] * B
+        h2_BTD, whole_BT = h2_BTD.detach().float().cpu(), tokens_of(mask_BT, B, T)
+        names, tags = names_of(frame.names, B), list(frame.tags) or [0] * B
         changed_B, before_BTD = torch.zeros(B, dtype=torch.bool), torch.zeros_like(h2_BTD)
-        for row in _first(names) if self._changes.name else ():
+        for row in first_of_each(names) if self._changes.name else ():
             kept, here_T = self._cache.h2.get(names[row]), whole_BT[row]
             if kept is None or kept.tag != tags[row] or len(kept.h2_nD) != int(here_T.sum()):
                 continue
             h2_nD = h2_BTD[row, here_T]
-            share_n = (h2_nD - kept.h2_nD).square().sum(1) / h2_nD.square().sum(1)
+            share_n = (h2_nD - kept.h2_nD).square().sum(1) / h2_nD.square().sum(1).clamp_min(1e-30)
             if float(share_n.median()) <= MOST_CHANGED:
                 before_BTD[row, here_T], changed_B[row] = kept.h2_nD, True
         place = frame.step, frame.micro
         fields: dict[str, Any] = {
-            "activations": _encoded(codec, h2_BTD, whole_BT & ~changed_B[:, None], place, parcel),
-            "kept": _to_bits([name in self._cache.h1 for name in names]),
+            "activations": encode_rows(
+                codec, h2_BTD, whole_BT & ~changed_B[:, None], place, parcel
+            ),
+            "kept": to_bits([name in self._cache.h1 for name in names]),
         }
         if changed_B.any():
-            fields["changed"] = _to_bits(changed_B.tolist())
-            fields["changes"] = _encoded(
+            fields["changed"] = to_bits(changed_B.tolist())
+            fields["changes"] = encode_rows(
                 self._changes.sender,
                 h2_BTD - before_BTD,
                 whole_BT & changed_B[:, None],
@@ -176,8 +190,7 @@ class TrunkCache:
 
     def _keep(self, name: bytes, h1_nD: Tensor) -> None:
         """Keep an example's h1 if it and its h2 fit."""
-        size = h1_nD.numel() * 4 * (2 if self._changes.name else 1)
-        if name not in self._cache.h1 and self._cache.reserve(name, size):
+        if name not in self._cache.h1 and self._cache.reserve(name, h1_nD):
             self._cache.h1[name] = h1_nD.float().clone()
 
 
@@ -200,7 +213,7 @@ class ClientCache:
         """Take note of what the trunk has kept; `TrunkError` if that cannot be read."""
         if len(opened.names) % NAME:
             raise TrunkError(f"{len(opened.names)} bytes of names came", kind="shape")
-        self._known = set(_split(opened.names))
+        self._known = set(split_names(opened.names))
 
     def write_h1(
         self,
@@ -214,12 +227,12 @@ class ClientCache:
         """h1 (B, T, D) for the frame's fields, without the rows that the trunk has kept."""
         B, T, _ = h1_BTD.shape
         known_B = torch.tensor([name in self._known for name in names])
-        sent_BT = _whole(mask_BT, B, T) & ~known_B[:, None]
+        sent_BT = tokens_of(mask_BT, B, T) & ~known_B[:, None]
         kept = (self.cache.h2.get(name) for name in names)
         return {
-            "activations": _encoded(codec, h1_BTD, sent_BT, place, parcel),
+            "activations": encode_rows(codec, h1_BTD, sent_BT, place, parcel),
             "names": b"".join(names),
-            "known": _to_bits(known_B.tolist()),
+            "known": to_bits(known_B.tolist()),
             "tags": [each.tag if each else 0 for each in kept],
         }
 
@@ -239,9 +252,9 @@ class ClientCache:
             If what came is not one for each row, or a change to what is not here.
         """
         B, T, _ = answer.activations.shape
-        kept_B = _bits(answer.kept, B)
+        kept_B = from_bits(answer.kept, B)
         self._known.update(name for name, kept in zip(names, kept_B.tolist(), strict=True) if kept)
-        whole_BT = _whole(mask_BT, B, T)
+        whole_BT = tokens_of(mask_BT, B, T)
         return self._changes.read(self.cache, answer, names, tags, whole_BT, payload)
 
 
@@ -266,8 +279,8 @@ class _Changes:
     ) -> Tensor:
         """h2 (B, T, D), which is kept where there is room."""
         B = len(names)
-        changed_B, what = _bits(answer.changed, B), "the trunk's output"
-        h2_BTD = _decoded(
+        changed_B, what = from_bits(answer.changed, B), "the trunk's output"
+        h2_BTD = decode_rows(
             self._whole, answer.activations, whole_BT & ~changed_B[:, None], payload, what
         )
         if changed_B.any():
@@ -277,7 +290,7 @@ class _Changes:
                     f"{tuple(answer.activations.shape)}",
                     kind="shape",
                 )
-            h2_BTD += _decoded(
+            h2_BTD += decode_rows(
                 self._reader, answer.changes, whole_BT & changed_B[:, None], payload, what
             )
         if not self.name:
@@ -292,65 +305,10 @@ class _Changes:
             if kept is None or kept.tag != tags[row] or len(kept.h2_nD) != int(here_T.sum()):
                 raise TrunkError(f"{what}: row {row} changes what is not kept here", kind="shape")
             h2_BTD[row, here_T] += kept.h2_nD
-        for row in _first(names):
+        for row in first_of_each(names):
             h2_nD = h2_BTD[row, whole_BT[row]]
-            if names[row] in cache.h2 or cache.reserve(names[row], h2_nD.nbytes):
+            if cache.reserve(names[row], h2_nD):
                 before = tags[row].to_bytes(8, "little") if changed_B[row] else b""
                 tag = xxhash.xxh3_64_intdigest(names[row] + before + data) or 1
                 cache.h2[names[row]] = Kept(h2_nD.clone(), tag)
         return h2_BTD
-
-
-def _encoded(
-    codec: Codec, tensor_BTD: Tensor, sent_BT: Tensor, place: tuple[int, int], parcel: Parcel
-) -> pb.Tensor:
-    """As `Codec.encode`; without data where nothing is to be sent."""
-    if not sent_BT.any():
-        return parcel.put(tensor_BTD.shape, codec.name, b"")
-    return codec.encode(tensor_BTD, sent_BT, *place, parcel)
-
-
-def _decoded(
-    codec: Codec, message: pb.Tensor, sent_BT: Tensor, payload: Payload, what: str
-) -> Tensor:
-    """As `Codec.decode`, in fp32."""
-    if not sent_BT.any():
-        if message.size:
-            raise TrunkError(f"{what}: {message.size} bytes came of no row", kind="shape")
-        return torch.zeros(tuple(message.shape))
-    return codec.decode(message, sent_BT, payload, what).float()
-
-
-def _whole(mask_BT: Tensor | None, B: int, T: int) -> Tensor:
-    return torch.ones(B, T, dtype=torch.bool) if mask_BT is None else mask_BT.bool().cpu()
-
-
-def _names(frame: pb.Compute, B: int) -> list[bytes]:
-    if len(frame.names) != B * NAME:
-        raise TrunkError(
-            f"{len(frame.names)} bytes of names came with {B} rows, which take {B * NAME}",
-            kind="shape",
-        )
-    return _split(frame.names)
-
-
-def _split(names: bytes) -> list[bytes]:
-    return [names[at : at + NAME] for at in range(0, len(names), NAME)]
-
-
-def _first(names: Sequence[bytes]) -> list[int]:
-    """Where each name comes first: a row that comes twice in a batch is kept once."""
-    return list({name: row for row, name in reversed(list(enumerate(names)))}.values())
-
-
-def _to_bits(flags: Sequence[bool]) -> bytes:
-    """A bit for each row; nothing if none is set."""
-    return np.packbits(np.array(flags, bool)).tobytes() if any(flags) else b""
-
-
-def _bits(data: bytes, B: int) -> Tensor:
-    if not data:
-        return torch.zeros(B, dtype=torch.bool)
-    if len(data) != (B + 7) // 8:
-        raise TrunkError(f"{len(data)} bytes of bits came for {B} rows", kind="shape")
-    return torch.from_numpy(np.unpackbits(np.frombuffer(data, np.uint8), count=B)).bool()
