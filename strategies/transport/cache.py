@@ -9,6 +9,7 @@ Shapes: B sequences, T tokens, D hidden size; n tokens of one row that are no pa
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -34,6 +35,8 @@ from strategies.transport.rows import (
     to_bits,
     tokens_of,
 )
+
+logger = logging.getLogger(__name__)
 
 MOST_CHANGED = 0.15
 """Of a row's energy: what has changed by more (the median over an example's rows) is written whole,
@@ -213,7 +216,11 @@ class ClientCache:
         """Take note of what the trunk has kept; `TrunkError` if that cannot be read."""
         if len(opened.names) % NAME:
             raise TrunkError(f"{len(opened.names)} bytes of names came", kind="shape")
-        self._known = set(split_names(opened.names))
+        self._known, own = set(split_names(opened.names)), self.cache.h2.keys()
+        if own and not self._known & own:
+            logger.info("the trunk has kept nothing of this client's examples: all cross once more")
+        elif self._known and self._changes.name and not own:
+            logger.info("this client has kept nothing of its examples: h2 crosses once more")
 
     def write_h1(
         self,
