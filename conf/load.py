@@ -20,6 +20,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from conf.places import follow_model
+from conf.renamed import RENAMED, with_new_names
 from conf.rules import ConfigError, checked, nearest
 from conf.schema import Config
 
@@ -38,6 +39,10 @@ _KINDS = {"experiment": "str", "seed": "int"} | {
     for item in dataclasses.fields(kind)
 }
 _FREE_FORM = "dict[str, Any]"
+_UNLIKE: dict[str, type] = {
+    _FREE_FORM: list, "tuple[str, ...]": dict, "tuple[float, float]": dict
+}  # fmt: skip
+"""By the kind of a key, what OmegaConf cannot merge with its default."""
 
 
 def experiments() -> list[str]:
@@ -120,9 +125,7 @@ def read_value(key: str, text: str) -> Any:
         value = value[name]  # type: ignore[call-overload, index]
     if key not in _KINDS:  # inside a mapping whose keys are its own
         return value
-    section, _, name = key.rpartition(".")
-    item = {each.name: each for each in dataclasses.fields(_SECTIONS.get(section, Config))}[name]
-    return checked(value, str(item.type), item.metadata.get("rule"), key)
+    return _checked(key, value)
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -164,6 +167,24 @@ def from_json(text: str) -> Config:
     return _build(tree).check()
 
 
+def from_before(tree: Mapping[str, Any]) -> tuple[Config, list[str]]:
+    """Build the configuration that this version or one before it wrote down, with what to tell.
+
+    Keys that were not there yet are as by default, which is how runs were without them.
+
+    Raises
+    ------
+    ConfigError
+        If it is no mapping of sections, a key was never one, or a value is wrong.
+    """
+    source = "what was written down"
+    tree, notes = with_new_names(tree, source)
+    keys = set(_leaves(tree, source))
+    if new := sorted(key for key in _KINDS if key not in keys):
+        notes.append(f"{', '.join(new)} was not written down yet, and is as by default")
+    return _build(tree).check(), notes
+
+
 def _find(experiment: str) -> tuple[Path, str]:
     """Return the file and the name of an experiment given by name or by path."""
     given = Path(experiment).expanduser()
@@ -185,12 +206,22 @@ def _read(path: Path, origins: dict[str, str]) -> Any:
     """Read one YAML file and record where each of its keys was set."""
     source = str(path.relative_to(FOLDER.parent) if path.is_relative_to(FOLDER) else path)
     try:
-        layer = OmegaConf.load(path)
-        plain = OmegaConf.to_container(layer)
+        plain = OmegaConf.to_container(OmegaConf.load(path))
     except (yaml.YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{source} cannot be read: {error}") from error
-    origins.update((key, source) for key in _leaves(plain, source))
-    return layer
+    plain, notes = with_new_names(plain, source)
+    for note in notes:
+        logger.warning("%s: %s", source, note)
+    for key in _leaves(plain, source):
+        origins[key] = source
+        section, _, name = key.rpartition(".")
+        value = (plain[section] if section else plain)[name]
+        if isinstance(value, _UNLIKE.get(_KINDS[key], ())):
+            try:
+                _checked(key, value)
+            except ConfigError as error:
+                raise ConfigError(f"{error} (from {source})", key=key) from None
+    return OmegaConf.create(plain)
 
 
 def _leaves(tree: Any, source: str) -> Iterator[str]:
@@ -211,6 +242,8 @@ def _known(key: str, source: str) -> str:
     """Return a dotted key that exists, or refuse it with the nearest one."""
     if key in _KINDS:
         return key
+    if key in RENAMED:
+        raise ConfigError(f"unknown key {key!r} in {source}: it is {RENAMED[key]} now", key=key)
     section, _, name = key.rpartition(".")
     inside = [known.split(".")[1] for known in _KINDS if known.startswith(f"{section}.")]
     same_name = [known for known in _KINDS if known.split(".")[-1] == name]
@@ -268,6 +301,13 @@ def _spread(merged: Any, key: str) -> None:
     if not OmegaConf.is_dict(value) and value is not None:
         whole = getattr(_SECTIONS[section](**{name: value}), name)
         OmegaConf.update(merged, key, whole, merge=False)
+
+
+def _checked(key: str, value: Any) -> Any:
+    """One value as its declared type, or refused in words."""
+    section, _, name = key.rpartition(".")
+    item = {each.name: each for each in dataclasses.fields(_SECTIONS.get(section, Config))}[name]
+    return checked(value, str(item.type), item.metadata.get("rule"), key)
 
 
 def _build(tree: Mapping[str, Any]) -> Config:

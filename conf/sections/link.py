@@ -112,11 +112,22 @@ class LinkConfig(Section):
 
 
 def read_codecs(words: str) -> dict[str, Any]:
-    """Return what `link.codec` is to be, from words such as `int4` or `h1=int4 h2=int6`."""
+    """Return what `link.codec` is to be, from words such as `int4` or `h1=int4 h2=int6`.
+
+    Raises
+    ------
+    ConfigError
+        If a crossing comes twice.
+    """
     if "=" not in words:
         return dict.fromkeys(CROSSINGS, words)
-    each = (item.partition("=") for item in words.replace(",", " ").split())
-    return {way: name for way, _, name in each}
+    each = [item.partition("=") for item in words.replace(",", " ").split()]
+    found = {way: name for way, _, name in each}
+    if len(found) < len(each):
+        raise ConfigError(
+            f"link.codec={words!r} names a crossing twice: keep one of them", key="link.codec"
+        )
+    return found
 
 
 def _check_reachable(link: LinkConfig) -> None:

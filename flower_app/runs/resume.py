@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from conf.load import from_json, override, to_dict
+from conf.load import from_before, override, to_dict
 from conf.places import follow_model
 from conf.rules import ConfigError
 from conf.schema import Config
@@ -125,16 +124,17 @@ def config_of(found: Checkpoint) -> tuple[Config, list[str]]:
     Config
         The run's.
     list of str
-        What to tell of paths that moved.
+        What to tell of keys that were renamed or are new, and of paths that moved.
     """
     run = found.folder.parents[1]
     try:
-        before = from_json(json.dumps(found.facts.config))
+        before, notes = from_before(found.facts.config)
     except ConfigError as error:
         raise ValueError(
             f"{found.folder} holds a configuration that is no more: {error}"
         ) from error
-    return follow_model(_where_it_is(before, run), run)
+    before, moved = follow_model(_where_it_is(before, run), run)
+    return before, notes + moved
 
 
 def _where_it_is(config: Config, run: Path) -> Config:

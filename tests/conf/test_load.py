@@ -9,7 +9,18 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from conf.load import FOLDER, experiments, from_json, load_config, to_dict, to_json, to_yaml
+from conf.load import (
+    FOLDER,
+    experiments,
+    from_before,
+    from_json,
+    load_config,
+    override,
+    to_dict,
+    to_json,
+    to_yaml,
+)
+from conf.renamed import RENAMED
 from conf.rules import ConfigError
 from conf.schema import Config, ModelConfig
 
@@ -122,6 +133,75 @@ def test_a_wrong_key_or_value_in_a_file_names_the_file(tmp_path: Path) -> None:
     own.write_text("train: {rounds: [\n", encoding="utf-8")
     with pytest.raises(ConfigError, match=r"own\.yaml cannot be read"):
         load_config(str(own))
+
+
+@pytest.mark.parametrize(
+    "line", ["link: {codec: [int4]}", "model: {scratch: [1]}", "lora: {target_modules: {a: 1}}",
+             "train: {betas: {a: 1}}", "train: {rounds: [1]}", "train: {rounds: {a: 1}}"]
+)  # fmt: skip
+def test_a_list_for_a_mapping_and_the_other_way_is_refused_in_words(
+    line: str, tmp_path: Path
+) -> None:
+    """OmegaConf itself says no more than `Cannot merge incompatible container types`."""
+    own = tmp_path / "own.yaml"
+    own.write_text(line, encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"must be .*, got .*\(from .*own\.yaml\)"):
+        load_config(str(own))
+
+
+def old_file(folder: Path, lines: str) -> str:
+    own = folder / "own.yaml"
+    own.write_text(f"model: {{path: gpt2}}\n{lines}\n", encoding="utf-8")
+    return str(own)
+
+
+def test_a_file_with_a_name_of_before_is_read_and_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = load_config(old_file(tmp_path, "link: {dtype: bf16, timeout: 99}"), "link.window=1")
+
+    assert set(config.link.codec.values()) == {"bf16"}
+    assert (config.link.timeout, config.link.window) == (99, 1)
+    assert "own.yaml: link.dtype is link.codec now, and is read as that" in caplog.text
+
+
+def test_a_value_under_a_name_of_before_is_refused_with_its_file(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"link\.codec must be .*got .*\(from .*own\.yaml\)"):
+        load_config(old_file(tmp_path, "link: {dtype: 'b/f16'}"))
+    with pytest.raises(ConfigError, match=r"own\.yaml has link\.dtype beside link\.codec.*keep"):
+        load_config(old_file(tmp_path, "link: {dtype: bf16, codec: fp32}"))
+
+
+@pytest.mark.parametrize(("old", "new"), RENAMED.items())
+def test_a_name_of_before_is_refused_with_the_one_of_now(old: str, new: str) -> None:
+    """In what is typed or sent; the nearest of the other names would mislead."""
+    with pytest.raises(ConfigError, match=f"unknown key '{old}' in override.*: it is {new} now"):
+        load_config("demo", f"{old}=fp32")
+    with pytest.raises(ConfigError, match=f"it is {new} now"):
+        override(load_config("demo"), f"{old}=fp32")
+    tree = to_dict(load_config("demo"))
+    section, name = old.split(".")
+    tree[section][name] = "fp32"
+    with pytest.raises(ConfigError, match=f"'{old}' in the JSON.*: it is {new} now"):
+        from_json(json.dumps(tree))
+
+
+def test_what_a_version_before_wrote_down_is_built() -> None:
+    config = load_config("demo", "link.codec=bf16 train.lr=0.5")
+    tree = to_dict(config)
+    tree["link"]["dtype"] = "bf16"
+    for section, name in (("link", "codec"), ("link", "window"), ("train", "patience")):
+        del tree[section][name]
+    del tree["tracking"]
+
+    built, notes = from_before(tree)
+
+    assert built == config
+    assert notes[0] == "link.dtype is link.codec now, and is read as that"
+    assert "link.window, tracking.project, tracking.sinks, train.patience was not" in notes[1]
+    assert from_before(to_dict(config)) == (config, [])
+    with pytest.raises(ConfigError, match="unknown key 'extra'"):
+        from_before(to_dict(config) | {"extra": {}})
 
 
 def test_an_unknown_experiment_is_refused_with_the_list(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import torch
 
 from conf import VERSION
 from conf.load import to_dict
-from conf.schema import Config, OutputConfig
+from conf.schema import Config, LinkConfig, OutputConfig
 from flower_app.runs import checkpoint, recorder
 from flower_app.runs.checkpoint import Damaged, Facts, folders, read, write
 from flower_app.runs.flatten import flatten, unflatten
@@ -198,7 +198,7 @@ def rewritten(path: Path, **changes: Any) -> None:
     [
         ({"format": 9}, "has format 9, and this Graft reads 1"),
         ({"graft": "9.9"}, "was written by Graft 9.9, and this is"),
-        ({"config": {"experiment": "x"}}, "holds a configuration that is no more.*lacks"),
+        ({"config": {"train": {"lrr": 1}}}, "holds a configuration that is no more.*'train.lr'"),
     ],
 )
 def test_another_grafts_checkpoint_is_refused(
@@ -208,6 +208,23 @@ def test_another_grafts_checkpoint_is_refused(
 
     with pytest.raises(ValueError, match=words):
         take_up(str(run))
+
+
+def test_a_checkpoint_from_before_a_key_had_its_name_goes_on(run: Path) -> None:
+    """As a configuration's file does, and says so."""
+    config = to_dict(
+        Config(model=replace(Config().model, path="/m"), link=LinkConfig(codec="bf16"))
+    )
+    del config["link"]["codec"], config["link"]["window"]
+    config["link"]["dtype"] = "bf16"
+    rewritten(run / "checkpoints" / "round-0003", config=config)
+
+    point = look_up(str(run), "train.rounds=9")
+
+    assert set(point.config.link.codec.values()) == {"bf16"}
+    assert point.config.link.window == 4
+    assert "link.dtype is link.codec now" in point.notes[0]
+    assert "link.window was not written down yet" in point.notes[1]
 
 
 def test_a_folder_that_cannot_be_resumed_is_refused_in_words(run: Path, tmp_path: Path) -> None:
