@@ -85,7 +85,8 @@ class Part(nn.Module):
         x : Tensor
             bottom: token ids (B, T), integer. trunk and top: activations (B, T, D).
         attention_mask : Tensor, optional
-            (B, T), 1 for tokens and 0 for padding on either side; with a cache (B, L + T).
+            (B, T), 1 for tokens and 0 for padding on either side; with a cache (B, L + T). Or what
+            attention adds to its scores (B, 1, T, L + T).
         positions : Tensor, optional
             (B, T), integer: where tokens stand in their texts, for models that ask.
         cache : PartCache, optional
@@ -105,8 +106,7 @@ class Part(nn.Module):
         """
         past = cache.length if cache is not None and cache.attends else 0
         self._check(x, attention_mask, past)
-        kwargs = self._generating(positions, cache)
-        kwargs["attention_mask"] = attention_mask
+        kwargs = {**self._generating(positions, cache), "attention_mask": attention_mask}
         dtype = self.dtype
         flow = Flow(standin(x.shape[0], x.shape[1], self.hidden_size, x, dtype))
         if self.role == "bottom":
@@ -149,7 +149,9 @@ class Part(nn.Module):
                 f"{self.role} takes activations (B, T, {self.hidden_size}), "
                 f"not {x.dtype} {tuple(x.shape)}"
             )
-        want = (x.shape[0], past + x.shape[1])
+        want: tuple[int, ...] = (x.shape[0], past + x.shape[1])
+        if attention_mask is not None and attention_mask.dim() == 4:
+            want = (x.shape[0], 1, x.shape[1], past + x.shape[1])
         if attention_mask is not None and attention_mask.shape != want:
             raise ValueError(f"attention_mask is {tuple(attention_mask.shape)}, must be {want}")
 

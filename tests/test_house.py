@@ -42,6 +42,7 @@ ROOMS = (
     "simulations/ui",
     "simulations/evaluate",
     "simulations/bench",
+    "simulations/audit",
     "simulations/study",
     "simulations/watch",
     "simulations/cli",

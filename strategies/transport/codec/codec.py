@@ -41,6 +41,10 @@ class Codec:
     name: ClassVar[str] = ""
     """How `link.codec` and the wire call it."""
 
+    difference: ClassVar[str] = ""
+    """The codec of what an activation has changed by since the other side last had it, which a few
+    bits say as well; empty: it is written whole, for nothing would be saved."""
+
     def __init__(self, seed: int = 0, *, gradient: bool = False) -> None:
         self.seed, self.gradient = seed, gradient
 

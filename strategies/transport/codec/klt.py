@@ -72,7 +72,7 @@ class Klt(Codec):
     Numeral Systems", 2013.
     """
 
-    name = "klt"
+    name, difference = "klt", "klt-rough"
     steps: ClassVar[tuple[int, int]] = (-8, 1)
     """For activations, relative to the row, and for gradients, relative to the tensor."""
 
@@ -229,15 +229,22 @@ class Klt(Codec):
 class KltFine(Klt):
     """Half the error for a bit more: for what the loss feels most."""
 
-    name = "klt-fine"
+    name, difference = "klt-fine", "klt-coarse"
     steps = (-12, -3)
 
 
 class KltCoarse(Klt):
     """Half as much error again, for half a bit less."""
 
-    name = "klt-coarse"
+    name, difference = "klt-coarse", "klt-rough"
     steps = (-6, 3)
+
+
+class KltRough(Klt):
+    """Error about 29 % of a row: for what a row has changed by."""
+
+    name, difference = "klt-rough", ""
+    steps = (0, 3)
 
 
 def _powers(sizes: NDArray[np.int32]) -> Tensor:

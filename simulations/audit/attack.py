@@ -1,0 +1,154 @@
+"""What an attack is, and the registry of those there are: a file each in `attacks/`.
+
+Shapes: B sequences, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from conf.registry import kinds
+from conf.rules import check_known
+from conf.schema import Config
+from flower_app.data.client import Batch
+from simulations.audit.observation import EXACT, Knowledge, Observation, Truth
+from simulations.audit.recorder import Scope
+from simulations.audit.texts import Rarity, classes_of, rouge_l
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """One metric of one attack."""
+
+    value: float
+    chance: float | None
+    """What who sees nothing would score; None: nobody knows."""
+    count: int
+    """Tokens, examples or pairs that it is of."""
+
+
+Scores = Mapping[str, Score]
+"""By metric."""
+
+
+class NotApplicable(Exception):
+    """An attack that has nothing to work on in this run, in words."""
+
+
+class Attack:
+    """One way to learn of the clients' data. A subclass gives the names and implements `run`."""
+
+    name: ClassVar[str] = ""
+    reads: ClassVar[tuple[str, ...]] = ()
+    """What it works on: ``h1``, ``dL/dh2``, ``update``, ``loss``."""
+    levels: ClassVar[tuple[str, ...]] = (EXACT,)
+    """The knowledge it can use, from most to least."""
+    metric: ClassVar[str] = ""
+    """The one that speaks for it."""
+    finds: ClassVar[float] = 0.95
+    """What `metric` must reach on a wire with a planted leak. Fixed before anything is measured."""
+    margin: ClassVar[float] = 0.05
+    """How far above chance `metric` may be where the truth is shuffled. Fixed alike."""
+
+    def run(
+        self, observation: Observation, knowledge: Knowledge, truth: Truth, rng: np.random.Generator
+    ) -> Scores:
+        """Attack, then score by the truth, which `guess`, if there is one, does not see.
+
+        Raises
+        ------
+        NotApplicable
+            If the run has nothing of what the attack reads.
+        """
+        raise NotImplementedError
+
+    def planted(self, config: Config, scope: Scope) -> tuple[Config, Scope]:
+        """What is trained of an undefended wire so that the attack must find something."""
+        return config, scope
+
+
+class TokenAttack(Attack):
+    """An attack whose guess is a token for each position."""
+
+    metric = "tokens"
+
+    def guess(
+        self, observation: Observation, knowledge: Knowledge, rng: np.random.Generator
+    ) -> Sequence[Tensor]:
+        """Token ids (B, T) for each micro-batch; below 0: no guess, and not scored."""
+        raise NotImplementedError
+
+    def targets(self, batch: Batch) -> Tensor:
+        """What is to be guessed of a batch (B, T); below 0: nothing."""
+        return batch.input_ids.masked_fill(batch.attention_mask == 0, -1)
+
+    def run(
+        self, observation: Observation, knowledge: Knowledge, truth: Truth, rng: np.random.Generator
+    ) -> Scores:
+        """See `Attack.run`."""
+        guesses = self.guess(observation, knowledge, rng)
+        pairs = list(_pairs(guesses, [self.targets(batch) for batch in truth.batches]))
+        return score_tokens(pairs, knowledge)
+
+
+def _pairs(guesses: Sequence[Tensor], targets: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Each sequence's guesses and targets, where there are both."""
+    for guess_BT, target_BT in zip(guesses, targets, strict=True):
+        for guess_T, target_T in zip(guess_BT, target_BT, strict=True):
+            both = (guess_T >= 0) & (target_T >= 0)
+            if bool(both.any()):
+                yield guess_T[both], target_T[both]
+
+
+def score_tokens(pairs: Sequence[tuple[Tensor, Tensor]], knowledge: Knowledge) -> Scores:
+    """Top-1 recovery: of all tokens, of rare ones, numbers and names apart; and ROUGE-L.
+
+    Parameters
+    ----------
+    pairs : sequence of pairs of Tensor
+        Guess and target (T,) of each sequence.
+    knowledge : Knowledge
+        Tokenizer, and the public text that says what is rare and what is common.
+    """
+    if not pairs:
+        raise NotApplicable("no position was attacked")
+    rarity = Rarity(knowledge.public, knowledge.vocabulary)
+    found: dict[str, list[Tensor]] = {}
+    aimed: dict[str, list[Tensor]] = {}
+    for guess_T, target_T in pairs:
+        hit_T = guess_T == target_T
+        for name, kept_T in classes_of(target_T, knowledge.tokenizer, rarity).items():
+            found.setdefault(name, []).append(hit_T[kept_T])
+            aimed.setdefault(name, []).append(target_T[kept_T])
+    scores = {}
+    for name, hits in found.items():
+        hit_N, target_N = torch.cat(hits), torch.cat(aimed[name])
+        if len(hit_N):
+            scores[name] = Score(
+                value=float(hit_N.float().mean()), chance=rarity.chance(target_N), count=len(hit_N)
+            )
+    rouge = [rouge_l(guess.tolist(), target.tolist()) for guess, target in pairs]
+    blind = [rouge_l([rarity.commonest] * len(t), t.tolist()) for _, t in pairs]
+    scores["ROUGE-L"] = Score(
+        value=float(np.mean(rouge)), chance=float(np.mean(blind)), count=len(pairs)
+    )
+    return scores
+
+
+def attacks() -> dict[str, type[Attack]]:
+    """Every attack by its name."""
+    return kinds("simulations.audit.attacks", Attack)
+
+
+def find_attacks(names: Sequence[str]) -> list[Attack]:
+    """The attacks of these names, all if none is given; `ConfigError` for an unknown one."""
+    known = attacks()
+    for name in names:
+        check_known("--attacks", name, known)
+    return [known[name]() for name in names or known]

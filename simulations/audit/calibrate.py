@@ -1,0 +1,142 @@
+"""Is an attack's verdict worth anything? It must find a planted leak, and nothing in shuffled data.
+
+The planted leak is an undefended wire in fp32 whose ends the attacker knows: what must be found
+there, and how near to chance an attack must stay when its truth is shuffled, each attack's class
+says, before anything is measured.
+
+Shapes: B sequences, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from conf.schema import Config
+from conf.sections.link import read_codecs
+from flower_app.data.client import IGNORED, Batch
+from simulations.audit.attack import Attack, NotApplicable, Score, Scores
+from simulations.audit.observation import Truth
+from simulations.audit.recorder import Recorder, Recording, Scope
+from simulations.audit.subject import subject_of
+
+PLANTED = Scope(clients=2, warm=4, steps=2, sequences=2)
+"""What is recorded of the planted leak."""
+
+
+def calibrate_all(
+    attacks: Sequence[Attack], config: Config, say: Callable[[str], None]
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Try each attack where it must find something, and where it must not.
+
+    Returns
+    -------
+    dict
+        By attack: ``found`` of at least ``must_find``, ``shuffled`` of at most ``must_not_pass``.
+    dict
+        By attack, why there is no verdict of it.
+    """
+    told, refused = {}, {}
+    recordings: dict[str, Recording] = {}
+    for attack in attacks:
+        wire = attack.planted(undefended(config), PLANTED)
+        key = repr(wire)
+        if key not in recordings:
+            recordings[key] = Recorder(subject_of(wire[0]), wire[1]).record()
+        try:
+            told[attack.name] = one = _calibrate(attack, recordings[key])
+        except NotApplicable as error:
+            refused[attack.name] = str(error)
+            continue
+        say(
+            f"calibration, {attack.name}: planted {one['found']:.3f} (at least "
+            f"{one['must_find']:.3f}), shuffled {one['shuffled']:.3f} (at most "
+            f"{one['must_not_pass']:.3f})"
+        )
+        if why := _why_not(one):
+            refused[attack.name] = why
+    return told, refused
+
+
+def undefended(config: Config) -> Config:
+    """The configuration without codec and defences."""
+    return replace(config, link=replace(config.link, codec=read_codecs("fp32")))
+
+
+def _calibrate(attack: Attack, recording: Recording) -> dict[str, float]:
+    level = attack.levels[0]
+    own = attack_all(attack, recording, level, 0)[attack.metric]
+    blind = attack_all(attack, recording, level, 0, shuffled=True)[attack.metric]
+    return {
+        "found": own.value,
+        "must_find": attack.finds,
+        "shuffled": blind.value,
+        "must_not_pass": (blind.chance or 0.0) + attack.margin,
+    }
+
+
+def _why_not(told: Mapping[str, float]) -> str:
+    if told["found"] < told["must_find"]:
+        return (
+            f"no verdict: it finds {told['found']:.3f} of a planted leak, and must find "
+            f"{told['must_find']:.3f}"
+        )
+    if told["shuffled"] > told["must_not_pass"]:
+        return (
+            f"no verdict: it scores {told['shuffled']:.3f} on shuffled data, and may score "
+            f"{told['must_not_pass']:.3f}"
+        )
+    return ""
+
+
+def attack_all(
+    attack: Attack, recording: Recording, level: str, seed: int, *, shuffled: bool = False
+) -> Scores:
+    """Attack every client of a recording; metrics are weighted by what they are of.
+
+    With `shuffled` the truth is another one, of the same tokens and examples.
+    """
+    rng = np.random.default_rng(seed)
+    each = []
+    for client in recording.clients:
+        truth = shuffle(client.truth, rng) if shuffled else client.truth
+        knowledge = recording.knowledge(client, level)
+        each.append(attack.run(client.observation, knowledge, truth, rng))
+    return {name: joined([s[name] for s in each if name in s]) for name in each[0]}
+
+
+def joined(scores: Sequence[Score]) -> Score:
+    """The mean of scores, by what they are of."""
+    weights = [score.count for score in scores]
+    chances = [score.chance for score in scores if score.chance is not None]
+    known = len(chances) == len(scores)
+    return Score(
+        value=float(np.average([score.value for score in scores], weights=weights)),
+        chance=float(np.average(chances, weights=weights)) if known else None,
+        count=sum(weights),
+    )
+
+
+def shuffle(truth: Truth, rng: np.random.Generator) -> Truth:
+    """The same tokens in other places, and members and strangers mixed."""
+    everybody = [*truth.members, *truth.strangers]
+    order = [everybody[i] for i in rng.permutation(len(everybody))]
+    return Truth(
+        batches=[_shuffled(batch, rng) for batch in truth.batches],
+        members=order[: len(truth.members)],
+        strangers=order[len(truth.members) :],
+    )
+
+
+def _shuffled(batch: Batch, rng: np.random.Generator) -> Batch:
+    real_BT = batch.attention_mask.bool()
+    ids_N = batch.input_ids[real_BT]
+    ids_BT, labels_BT = batch.input_ids.clone(), batch.labels.clone()
+    ids_BT[real_BT] = ids_N[torch.from_numpy(rng.permutation(len(ids_N)))]
+    learned_BT = labels_BT != IGNORED
+    labels_BT[learned_BT] = ids_BT[learned_BT]
+    return Batch(ids_BT, batch.attention_mask, labels_BT)

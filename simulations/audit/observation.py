@@ -1,0 +1,86 @@
+"""What a curious server has of a round, what it may know beside, and the truth, kept apart.
+
+Shapes: B sequences, T tokens, D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from conf.schema import Config
+from flower_app.data.client import Batch, Example
+from models import Part
+
+EXACT, STALE, START, PUBLIC = "exact", "round", "pretrained", "public"
+LEVELS = (EXACT, STALE, START, PUBLIC)
+"""What an attacker knows of the ends: those of the very step; those that the round began with, some
+steps stale; the model that the run began with; the architecture and public text alone."""
+
+State = Mapping[str, Tensor]
+"""Trained tensors of both ends, by name in the whole model."""
+
+
+@dataclass(eq=False, kw_only=True)
+class Crossed:
+    """A micro-batch as it crossed both cuts: what the receiver decodes, after codec and defences.
+    What did not cross is None."""
+
+    step: int
+    micro: int
+    mask_BT: Tensor | None = None
+    """None: no padding."""
+    h1_BTD: Tensor | None = None
+    h2_BTD: Tensor | None = None
+    grad_h2_BTD: Tensor | None = None
+    grad_h1_BTD: Tensor | None = None
+    tokens: int = 0
+    """That count in the whole step, as the client says."""
+
+
+@dataclass(eq=False, kw_only=True)
+class Observation:
+    """What the server has of one client's round."""
+
+    config: Config
+    client: str
+    crossed: Sequence[Crossed]
+    start: State
+    """The averaged ends that the round began with; empty where they stay with their clients."""
+    end: State
+    """The client's own ends after the round, before they are averaged; empty where they stay."""
+    gradients: Sequence[State] = ()
+    """Of the ends, step by step, with `train.sync=step`."""
+
+
+@dataclass(eq=False, kw_only=True)
+class Truth:
+    """What the clients alone have. An attack never sees it."""
+
+    batches: Sequence[Batch]
+    """In the order of `Observation.crossed`."""
+    members: Sequence[Example] = ()
+    """What was trained on in the round."""
+    strangers: Sequence[Example] = ()
+    """Of the same client's data, and not trained on."""
+
+
+@dataclass(eq=False, kw_only=True)
+class Knowledge:
+    """What the attacker has beside the observation."""
+
+    level: str
+    """One of `LEVELS`."""
+    ends: Callable[[Crossed], tuple[Part, Part]]
+    """Bottom and top as the attacker has them for a micro-batch, in evaluation mode. At level
+    `public` parts of the architecture with random weights of the attacker's own."""
+    tokenizer: PreTrainedTokenizerBase
+    vocabulary: int
+    public: Sequence[Sequence[int]] = field(default_factory=list)
+    """Public text, as ids."""
+    sent: Callable[[Tensor], Tensor] = lambda h_BTD: h_BTD
+    """What of codec and defences is no chance, applied to h1: an adaptive attacker compares what it
+    guesses as the client would have sent it."""

@@ -1,0 +1,105 @@
+"""The audit finds what leaks, and refuses an attack that it cannot believe."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from conf.rules import ConfigError
+from simulations.audit.attack import TokenAttack, attacks, find_attacks
+from simulations.audit.audit import audit
+from simulations.audit.begin import find_subject, keep
+from simulations.audit.calibrate import calibrate_all
+from simulations.audit.observation import EXACT, Knowledge, Observation
+from simulations.audit.recorder import Recording
+from simulations.audit.texts import Rarity, classes_of, rouge_l
+from tests.simulations.audit.conftest import SCOPE, small
+
+
+def test_an_undefended_h1_is_read_in_full() -> None:
+    told = audit(small(), ["search"], [0], scope=SCOPE)
+    found = {(row["knowledge"], row["metric"]): row for row in told["rows"]}
+    assert found["exact", "tokens"]["mean"] > 0.99
+    assert found["exact", "tokens"]["chance"] < 0.4
+    assert found["exact", "tokens"]["count"] > 80
+    assert found["pretrained", "tokens"]["mean"] < found["exact", "tokens"]["mean"]
+    assert told["calibration"]["search"]["shuffled"] < 0.4
+    assert not told["refused"]
+
+
+class Blind(TokenAttack):
+    """Says one token everywhere."""
+
+    reads = ("h1",)
+    name = "blind"
+
+    def guess(
+        self, observation: Observation, knowledge: Knowledge, rng: np.random.Generator
+    ) -> Sequence[Tensor]:
+        return [torch.full(each.h1_BTD.shape[:2], 35) for each in observation.crossed]  # type: ignore[union-attr]
+
+
+class Peeking(TokenAttack):
+    """Says what it is to be scored by."""
+
+    reads = ("h1",)
+    name = "peeking"
+
+    def run(self, observation, knowledge, truth, rng):  # type: ignore[no-untyped-def]
+        self.known = [batch.input_ids for batch in truth.batches]
+        return super().run(observation, knowledge, truth, rng)
+
+    def guess(
+        self, observation: Observation, knowledge: Knowledge, rng: np.random.Generator
+    ) -> Sequence[Tensor]:
+        return self.known
+
+
+@pytest.mark.parametrize(
+    ("attack", "why"), [(Blind(), "of a planted leak"), (Peeking(), "on shuffled data")]
+)
+def test_no_verdict_without_calibration(attack: TokenAttack, why: str) -> None:
+    _, refused = calibrate_all([attack], small(), lambda line: None)
+    assert "no verdict" in refused[attack.name]
+    assert why in refused[attack.name]
+
+
+def test_an_attack_is_found_by_its_name() -> None:
+    assert "search" in attacks()
+    with pytest.raises(ConfigError, match="search"):
+        find_attacks(["serch"])
+
+
+def test_kinds_of_tokens_are_told_apart(recording: Recording) -> None:
+    knowledge = recording.knowledge(recording.clients[0], EXACT)
+    text = "Call Mary on 555 now \u00e9"
+    ids_T = torch.tensor(knowledge.tokenizer(text, add_special_tokens=False)["input_ids"])
+    kinds = classes_of(ids_T, knowledge.tokenizer, Rarity(knowledge.public, knowledge.vocabulary))
+    told = {name: "".join(text[i] for i in range(20) if kept[i]) for name, kept in kinds.items()}
+    assert told["numbers"] == "555"
+    assert told["names"] == "Mary"
+    assert not set("aeo ") & set(told["rare tokens"])
+    assert kinds["rare tokens"][-1]
+
+
+def test_rouge_is_the_longest_common_subsequence() -> None:
+    assert rouge_l([1, 2, 3, 4], [1, 2, 3, 4]) == 1.0
+    assert rouge_l([1, 9, 3], [1, 2, 3, 4]) == pytest.approx(2 * 2 / 7)
+    assert rouge_l([7], [1, 2]) == 0.0
+
+
+def test_an_experiment_and_its_changes_are_found(tmp_path: Path) -> None:
+    asked = find_subject("demo", ["cut.bottom=2"])
+    assert asked.config.cut.bottom == 2
+    assert not asked.trained
+    assert asked.folder is None
+    path = keep({"rows": []}, None, tmp_path / "told.json")
+    assert path is not None
+    assert json.loads(path.read_text()) == {"rows": []}
+    assert keep({}, None, None) is None
