@@ -113,7 +113,8 @@ class Klt(Codec):
                 _HEAD.pack(flags, max(share * unit, _SMALLEST), size, seed),
                 b"" if mean_D is None else as_bytes(self._mean_D.bfloat16()),
                 (np.where(live, sizes_N - _LEAST + 1, 0) + _WHOLE * whole_N.numpy())
-                .astype(np.uint8).tobytes(),
+                .astype(np.uint8)
+                .tobytes(),
                 writer.data(),
             ]
         )
