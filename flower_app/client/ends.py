@@ -238,10 +238,12 @@ class Ends:
         own = client_state(self._bottom, self._top)  # type: ignore[arg-type]
         whole = {**own, **changed}
         for name, numbers in rows.items():
-            known, came = own.get(name), changed[name]
-            if known is None or numbers.max() >= len(known) or came.shape[1:] != known.shape[1:]:
+            known, came = own.get(name, torch.zeros(())), changed[name]
+            wanted = (len(numbers), *known.shape[1:])  # one row would be taken for each of many
+            if not known.dim() or numbers.max() >= len(known) or came.shape != wanted:
                 raise ValueError(
-                    f"the server sends rows of '{name}' {tuple(came.shape)} that the ends have not"
+                    f"the server sends {len(numbers)} rows of '{name}' {tuple(came.shape)} that "
+                    "the ends have not"
                 )
             whole[name] = known.clone()
             whole[name][numbers.to(known.device)] = came.to(known)

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from strategies.deadlines import REPEAT_SHARE
+from strategies.engine.engine import MAX_GRAPHS
 from strategies.engine.session import Session
 from strategies.errors import TrunkError
 from strategies.transport import trunk_pb2 as pb
@@ -23,13 +25,14 @@ from strategies.transport.codec.tensors import (
     shape_of,
 )
 from strategies.transport.frames import Frame, failure_of
-from strategies.transport.kept import KeptReplies
+from strategies.transport.kept import UNSEEN, KeptReplies
 from strategies.transport.payload import Parcel, Payload
 from strategies.transport.talk import Talk
 
-MAX_REPEATS = 128
-"""Frames in a row that may move nothing; a client repeats a question 8 times before it gives up,
-and after a frame was lost all that it has under way, two for each micro-batch."""
+MAX_REPEATS = 2 * round(1 / REPEAT_SHARE) * (UNSEEN * MAX_GRAPHS + 2)
+"""Frames in a row that may move nothing: twice what a client sends that repeats its question until
+it gives up, and with it all that it has under way, two for each micro-batch and one for the step's
+end."""
 
 ADVICE = "raise link.max_frame_mb, or lower train.batch_size or data.context"
 """About a frame that is too large."""

@@ -110,7 +110,7 @@ class Codec:
         if len(claimed := shape_of(message, what)) != 3:
             raise TrunkError(f"{what}: shape {claimed} is not (B, T, D)", kind="shape")
         B, T, D = claimed
-        kept = None if mask_BT is None else mask_BT.flatten().bool()
+        kept = None if mask_BT is None else mask_BT.flatten().bool().cpu()
         shape = (B * T if kept is None else int(kept.sum()), D)
         data = payload.of(message, what)
         least, most = self.sizes(*shape)
