@@ -7,6 +7,7 @@ defences are at work; nothing is simulated but Flower.
 from __future__ import annotations
 
 import copy
+import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -17,6 +18,8 @@ from torch import Tensor
 
 from conf.schema import Config
 from flower_app.client import streamed
+from flower_app.client.defences.defence import defend
+from flower_app.client.defences.registry import make_defence
 from flower_app.client.place import Place
 from flower_app.client.plan import Plan, padding_id
 from flower_app.data.client import Batch, ClientData, Example, load_client_data, load_tokenizer
@@ -197,6 +200,7 @@ class Recorder:
         config, name, data = self.config, f"client-{index}", self.data[index]
         bottom, top = copy.deepcopy((self.parts.bottom, self.parts.top))
         load_client_state(bottom, top, self.state)
+        defend(bottom, top, make_defence(config.privacy, secrets.token_bytes(32)))
         rounds = self._rounds(number)
         place = Place(seed=config.seed, client=name, round=number, rounds=rounds)
         pad_id = padding_id(bottom, self.tokenizer)
