@@ -17,6 +17,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from strategies.transport.frames import WIRE_VERSION
+
 PACKAGES = ("conf", "models", "strategies", "flower_app", "simulations")
 WITHOUT_FLOWER = ("conf", "models")
 HEAVY = {"torch", "transformers", "peft", "datasets", "flwr", "flwr_datasets", "matplotlib", "ray"}
@@ -170,6 +172,19 @@ def test_architecture_names_every_file(project: Path) -> None:
     there = _source_files(project)
     assert sorted(there - named) == [], "not in docs/architecture.md"
     assert sorted(named - there) == [], "in docs/architecture.md but gone"
+
+
+def test_documents_give_no_version_of_the_wire_but_the_one_that_is_spoken(project: Path) -> None:
+    """Text wrapped or not: "The wire's version is still 3" outlived version 3."""
+    pages = [project / "README.md", *(project / "docs").glob("*.md")]
+    given = {
+        (page.name, int(number))
+        for page in pages
+        for number in re.findall(
+            r"wire(?:'s)?\s+version\s+(?:is\s+)?(?:still\s+)?(\d+)", page.read_text(), re.I
+        )
+    }
+    assert not {(page, number) for page, number in given if number != WIRE_VERSION}
 
 
 def test_documents_name_files_and_tests_that_exist(project: Path) -> None:
