@@ -236,6 +236,11 @@ def _paths_of_tree(tree: str, *, folders: bool = False) -> set[str]:
     return {path for path in paths if path.split("/")[0] in PACKAGES}
 
 
+def test_nothing_large_is_committed(project: Path) -> None:
+    large = {path: (project / path).stat().st_size for path in _tracked(project)}
+    assert {path: size for path, size in large.items() if size > 2**20} == {}
+
+
 def test_no_path_of_this_machine_is_committed(project: Path) -> None:
     ours = [f"{folder}/" for folder in (project, Path.home()) if len(folder.parts) > 1]
     for path in _tracked(project):
