@@ -194,8 +194,8 @@ def _check_changes(before: Config, config: Config) -> list[str]:
         if key.partition(".")[0] not in FREE or key in FIXED:
             raise ConfigError(
                 f"{key} was {in_words(old[key])!r} and cannot become {in_words(new[key])!r} when a "
-                "run is resumed: it would be another run. Leave it out, or begin a new one; free to "
-                "change are "
+                "run is resumed: it would be another run. Leave it out, or begin a new one; free "
+                "to change are "
                 f"{', '.join(f'{name}.*' for name in FREE)} (but not {', '.join(FIXED)}), "
                 "train.patience and, upwards, train.rounds",
                 key=key,
