@@ -7,6 +7,7 @@ from conf.sections.aggregation import AggregationConfig
 from conf.sections.cut import CutConfig
 from conf.sections.data import DataConfig
 from conf.sections.federation import FederationConfig
+from conf.sections.link import LinkConfig
 from conf.sections.model import ModelConfig
 from conf.sections.output import OutputConfig
 from conf.sections.train import TrainConfig
@@ -168,3 +169,14 @@ def check_watched(
 
 def _assigned(section: str, names: list[str], value: str) -> str:
     return ", ".join(f"{section}.{name}={value}" for name in names)
+
+
+def check_cache(link: LinkConfig, tuning: TuningConfig) -> None:
+    """Refuse to keep activations of a bottom that changes them."""
+    if link.cache_mb and tuning.bottom != "frozen":
+        raise ConfigError(
+            f"link.cache_mb={link.cache_mb:g} keeps what the bottom makes of an example, and with "
+            f"tuning.bottom={tuning.bottom} it makes something else after each step: set "
+            "tuning.bottom=frozen, or link.cache_mb=0",
+            key="link.cache_mb",
+        )

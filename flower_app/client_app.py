@@ -99,6 +99,7 @@ def _train(site: Site, context: Context) -> RecordDict:
             window=site.config.link.window,
         )
         link.close()
+        site.remember(link)
     finally:
         link.abort()
     return RecordDict(

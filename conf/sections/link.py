@@ -47,6 +47,10 @@ class LinkConfig(Section):
     """Largest frame that is accepted, MiB; the trunk accepts none larger than a batch needs."""
     max_in_flight_mb: float = setting(4096.0, rules.POSITIVE)
     """Most activations whose step is not taken yet, over all sessions, MiB."""
+    cache_mb: float = setting(0.0, rules.NOT_NEGATIVE)
+    """MiB that the trunk, for each client, and each client may keep of the activations of examples,
+    so that an example which comes again crosses the cuts for less; 0: nothing is kept. For a frozen
+    bottom."""
     grace: float = setting(30.0, rules.POSITIVE)
     """Seconds that a client may be out of reach: so long the trunk keeps a session whose stream
     broke and the client tries to come back, and so long a newcomer's first answer is waited for."""
@@ -72,6 +76,12 @@ class LinkConfig(Section):
                 key="link.tls",
             )
 
+        if self.cache_mb and self.transport == "messages":
+            raise ConfigError(
+                f"link.cache_mb={self.cache_mb:g} is for a stream: over link.transport=messages "
+                "nothing is kept between steps; set link.cache_mb=0, or link.transport=stream",
+                key="link.cache_mb",
+            )
         if self.transport == "stream" and self.grace > self.timeout / 2:
             raise ConfigError(
                 f"link.grace={self.grace:g} is more than half of link.timeout={self.timeout:g}: "

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from conf.schema import TrainConfig
 from flower_app.client.place import Place
+from flower_app.client.remembered import check_same, names_of
 from flower_app.data.client import Batch
 from flower_app.data.text import IGNORED
 from models import client_state, load_client_state, named_trainable
@@ -93,6 +94,8 @@ class Ends:
         both = set(map(id, bottom.parameters())) & set(map(id, top.parameters()))
         self._tied = [p for p in self._parameters if id(p) in both]
         self._tied_below: list[Tensor | None] = [None] * len(self._tied)
+        if place.secret:
+            check_same(bottom)
         self._optimizer = build_optimizer(self._parameters, config)
         self._anchor = [p.detach().clone() for p in self._parameters] if config.prox else []
         self.clock = Clock()
@@ -107,6 +110,10 @@ class Ends:
     def mask(self, batch: Batch) -> Tensor | None:
         """The batch's mask on the device; None without padding."""
         return on_device(self._device, batch)[1]
+
+    def names(self, batch: Batch) -> list[bytes]:
+        """Names of the batch's examples with `link.cache_mb`, else none."""
+        return names_of(self._place.secret, batch) if self._place.secret else []
 
     def up(self, step: int, micro: int, batch: Batch) -> Tensor:
         """The bottom's output h1 (B, T, D), with its graph; the same in every call."""
@@ -220,10 +227,12 @@ class Ends:
         own = client_state(self._bottom, self._top)  # type: ignore[arg-type]
         whole = {**own, **changed}
         for name, numbers in rows.items():
-            known, came = own.get(name), changed[name]
-            if known is None or numbers.max() >= len(known) or came.shape[1:] != known.shape[1:]:
+            known, came = own.get(name, torch.zeros(())), changed[name]
+            wanted = (len(numbers), *known.shape[1:])  # one row would be taken for each of many
+            if not known.dim() or numbers.max() >= len(known) or came.shape != wanted:
                 raise ValueError(
-                    f"the server sends rows of '{name}' {tuple(came.shape)} that the ends have not"
+                    f"the server sends {len(numbers)} rows of '{name}' {tuple(came.shape)} that "
+                    "the ends have not"
                 )
             whole[name] = known.clone()
             whole[name][numbers.to(known.device)] = came.to(known)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,3 +13,5 @@ class Place:
     client: str
     round: int
     rounds: int
+    secret: bytes = field(default=b"", repr=False)
+    """With `link.cache_mb`, of this client alone: what the names of its examples are made with."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hmac
 import threading
 from collections.abc import Callable, Mapping
 from functools import lru_cache
@@ -23,6 +24,7 @@ from flower_app.client.node import client_name, own_config, private_key, public_
 from flower_app.client.own import OwnEnds, site_folder
 from flower_app.client.place import Place
 from flower_app.client.received import read_message
+from flower_app.client.remembered import load_cache, save_cache
 from flower_app.data.client import ClientData, load_client_data
 from flower_app.data.text import load_tokenizer
 from models import Part, client_state, fold_residuals, load_client_state
@@ -51,6 +53,7 @@ class Site:
             client=client_name(context),
             round=asked.round,
             rounds=asked.rounds,
+            secret=self._secret(),
         )
         self.session = asked.session if config.link.transport == "messages" else ""
         """Under link.transport=messages, what this node's state belongs to; else empty."""
@@ -177,14 +180,27 @@ class Site:
         return take_residuals(self._received())[0]
 
     def link(self, steps: int) -> GrpcLink:
-        """Open the session that the ticket is for."""
+        """Open the session that the ticket is for; with a cache, if it trains."""
+        limit = self.config.link.cache_mb
+        cache = load_cache(self._state, limit) if limit and steps else None
         key = private_key(self._state)
         if key is None:
             raise ValueError(
                 f"{KEY_LOST}: its SuperNode was started anew; it takes part again when the server "
                 "has asked it who it is"
             )
-        return self._connect(self.asked.ticket(), key, steps=steps, config=self.config.link)
+        ticket, config = self.asked.ticket(), self.config.link
+        return self._connect(ticket, key, steps=steps, config=config, cache=cache)
+
+    def remember(self, link: GrpcLink) -> None:
+        """Keep what a session has left in its cache, if it had one."""
+        if link.cache is not None:
+            save_cache(self._state, link.cache.cache)
+
+    def _secret(self) -> bytes:
+        """What examples are named with, if activations are kept."""
+        key = private_key(self._state) if self.config.link.cache_mb else None
+        return hmac.digest(key, b"graft examples", "sha256") if key else b""
 
     def public_key(self) -> bytes:
         """What tickets for this node are made for."""

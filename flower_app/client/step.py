@@ -98,7 +98,12 @@ class Step:
         self._h1_BTD[micro] = h1_BTD
         frozen = not self._ends.bottom_learns
         self._link.compute(
-            self.number, micro, h1_BTD.detach(), self._ends.mask(batch), frozen=frozen
+            self.number,
+            micro,
+            h1_BTD.detach(),
+            self._ends.mask(batch),
+            frozen=frozen,
+            names=self._ends.names(batch),
         )
 
     def forget(self) -> None:

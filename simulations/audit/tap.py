@@ -77,13 +77,13 @@ class TappedLink(FramedLink):
         setattr(self.crossed[self._place], f"{crossing}_BTD", tensor_BTD)
 
     def compute(
-        self, step: int, micro: int, h_BTD: Tensor, mask_BT: Tensor | None, *, frozen: bool = False
+        self, step: int, micro: int, h_BTD: Tensor, mask_BT: Tensor | None, **told: Any
     ) -> None:
         """See `Framed.compute`."""
         self._place = step, micro
         self.crossed[self._place] = Crossed(step=step, micro=micro, mask_BT=mask_BT)
         self._before(step, micro)
-        super().compute(step, micro, h_BTD, mask_BT, frozen=frozen)
+        super().compute(step, micro, h_BTD, mask_BT, **told)
 
     def backward(
         self, step: int, micro: int, grad_BTD: Tensor, mask_BT: Tensor | None, **told: Any

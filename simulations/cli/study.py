@@ -49,6 +49,9 @@ def study_codecs(
     epochs: Annotated[
         int, typer.Option(help="So often over few examples, in the same steps; 0: once.", min=0)
     ] = 0,
+    cache_mb: Annotated[
+        float, typer.Option(help="As link.cache_mb; with --frozen-bottom and --epochs.", min=0)
+    ] = 0.0,
     steps: Annotated[int, typer.Option(help="Of a run; 0: as suits the model.", min=0)] = 0,
     threads: Annotated[int, typer.Option(help="Torch threads; 0: torch's choice.", min=0)] = 0,
     out: Annotated[
@@ -64,7 +67,14 @@ def study_codecs(
     from simulations.study.codecs.settings import all_mixes, condition, parse_mix
     from simulations.study.codecs.study import study_codecs as run
 
-    asked = condition(model, path=path, frozen_bottom=frozen_bottom, epochs=epochs, steps=steps)
+    asked = condition(
+        model,
+        path=path,
+        frozen_bottom=frozen_bottom,
+        epochs=epochs,
+        cache_mb=cache_mb,
+        steps=steps,
+    )
     mixes = [parse_mix(each.strip()) for each in codecs.split(",") if each.strip()] or all_mixes()
     set_threads(threads)
     folder = _folder(out, "codecs")

@@ -25,6 +25,7 @@ from strategies.transport.frames import (
     server_frame,
 )
 from strategies.transport.payload import Parcel
+from strategies.transport.rows import NAME, to_bits, tokens_of
 
 LIMIT = 2**18
 """Largest frame that is sent, bytes; and the limit of the sessions it is sent to."""
@@ -66,6 +67,8 @@ class Inputs:
         self.codec: Codec = find_codec(codec)(gradient=gradient)
         """Of the tensors in what is drawn."""
         self._parcel = Parcel()
+        self.named, self.tags = 0.0, list[int]()
+        """How many of the frames name their examples, and what both sides have kept of those."""
         self.number = 1
         """Of the frame that is due in the session that is sent to."""
 
@@ -101,9 +104,26 @@ class Inputs:
         """A frame that an honest client could send."""
         B, T = self._chance.randint(1, 3), self._chance.randint(1, 6)
         mask_BT = self._mask(B, T) if self._chance.random() < 0.5 else None
-        h1 = self.honest((B, T, self._hidden), mask_BT)
-        frame = pb.Compute(step=step, micro=micro, activations=h1, mask=encode_mask(mask_BT))
+        frame = pb.Compute(step=step, micro=micro, mask=encode_mask(mask_BT))
+        if self._chance.random() < self.named:
+            mask_BT = self._name_rows(frame, B, T, mask_BT)
+        if mask_BT is None or mask_BT.any() or not frame.names:
+            frame.activations.CopyFrom(self.honest((B, T, self._hidden), mask_BT))
+        else:
+            empty = self._parcel.put((B, T, self._hidden), self.codec.name, b"")
+            frame.activations.CopyFrom(empty)
         return self._numbered(compute=frame)
+
+    def _name_rows(
+        self, frame: pb.Compute, B: int, T: int, mask_BT: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Name a frame's rows, some of them as known; which positions travel."""
+        chance = self._chance
+        frame.names = b"".join(bytes([chance.choice(b"abc")]) * NAME for _ in range(B))
+        known = [chance.random() < 0.3 for _ in range(B)]
+        frame.known = to_bits(known)
+        frame.tags.extend(chance.choice((0, 1, *self.tags[-4:])) for _ in range(B))
+        return tokens_of(mask_BT, B, T) & ~torch.tensor(known)[:, None]
 
     def _mask(self, B: int, T: int) -> torch.Tensor:
         return torch.tensor([[self._chance.random() < 0.8 for _ in range(T)] for _ in range(B)])

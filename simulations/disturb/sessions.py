@@ -24,10 +24,12 @@ from strategies.engine.checks import LARGEST
 from strategies.engine.engine import TrunkEngine
 from strategies.errors import TrunkError
 from strategies.transport import trunk_pb2 as pb
+from strategies.transport.cache import Cache
 from strategies.transport.codec.registry import crossings
 from strategies.transport.codec.tensors import decode_mask
 from strategies.transport.conversation import Conversation
 from strategies.transport.frames import Frame, read_client_frame, read_server_frame
+from strategies.transport.rows import from_bits, tokens_of
 
 STEPS, MICROS, GRAPHS, IN_FLIGHT = 4, 3, 2, 2**12
 """Of a session: steps, micro-batches of a step, graphs that may wait, and bytes in flight."""
@@ -51,7 +53,12 @@ class Kind:
     training: bool = True
     sync: str = "round"
     llama: bool = False
+    cached: bool = False
+    """Whether activations of examples are kept."""
 
+
+CACHE = 600
+"""Bytes of them: of some examples, not of all."""
 
 KINDS = {
     "v1": Kind(strategy="splitfed-v1"),
@@ -62,6 +69,7 @@ KINDS = {
     "merged": Kind(strategy="merged"),
     "merged-int2": Kind(strategy="merged", codec="int2"),
     "merged-step": Kind(strategy="merged", sync="step"),
+    "v1-cached": Kind(strategy="splitfed-v1", codec="int4", cached=True),
     "evaluation": Kind(strategy="splitfed-v1", codec="int6", training=False),
     "llama-v1": Kind(strategy="splitfed-v1", llama=True),
     "llama-merged": Kind(strategy="merged", llama=True),
@@ -150,6 +158,9 @@ class Sessions:
             self.engine.policy.start_ends({n: torch.zeros(s) for n, s in END_SHAPES.items()})
         self.engine.open_round(1, 1, training=self.kind.training, cohort=1)
         self._inputs = Inputs(chance, hidden=hidden, codec=self.kind.codec, ends=list(END_SHAPES))
+        self._cache, self._inputs.named = None, 0.01
+        if self.kind.cached:
+            self._cache, self._inputs.named = Cache(CACHE), 0.8
         self._trained: dict[str, float] = {}
         self._opened = 0
         self._last = b""
@@ -160,7 +171,9 @@ class Sessions:
         self._opened += 1
         steps = STEPS if self.kind.training else 0
         self._session = self.engine.open(key, client=key, steps=steps)
-        self._talk = Conversation(key, self._session, self._codec, lambda report: None, LIMIT)
+        self._talk = Conversation(
+            key, self._session, self._codec, lambda report: None, LIMIT, self._cache
+        )
         self._at, self._dead = Position(), False
         self._inputs.number = 1
 
@@ -251,6 +264,10 @@ class Sessions:
             mask_BT = decode_mask(frame.compute.mask, tuple(tensor.shape[:2]))
             if micro not in at.shapes:
                 self._check_numbers(asked, tensor, mask_BT)
+            if self._cache:
+                self._inputs.tags = [kept.tag for kept in self._cache.h2.values()]
+                if (held := held_bytes(self._cache)) > CACHE:
+                    raise Wrong(f"{held} bytes are kept of at most {CACHE}")
             if self.kind.training:
                 at.shapes[micro] = tuple(answer.activations.activations.shape)
                 at.masks[micro] = mask_BT
@@ -272,8 +289,14 @@ class Sessions:
     def _check_numbers(
         self, asked: Frame[pb.ClientFrame], message: pb.Tensor, mask_BT: Tensor | None
     ) -> None:
-        codec = crossings(self._codec, 0).h1
-        tensor_BTD = codec.decode(message, mask_BT, asked.payload, "it")
+        codec, sent_BT = crossings(self._codec, 0).h1, mask_BT
+        if known := asked.head.compute.known:
+            # These rows are only named, and were judged when they came.
+            B, T, _ = message.shape
+            sent_BT = tokens_of(mask_BT, B, T) & ~from_bits(known, B)[:, None]
+            if not sent_BT.any():
+                return
+        tensor_BTD = codec.decode(message, sent_BT, asked.payload, "it")
         largest = float(tensor_BTD.float().abs().max())
         if not math.isfinite(largest):
             raise Wrong("values that are not finite were let in")
@@ -294,6 +317,13 @@ class Sessions:
         for name, value in self._trunk.state_dict().items():
             if not torch.isfinite(value).all():
                 raise Wrong(f"the trunk's {name} is not finite")
+
+
+def held_bytes(cache: Cache) -> int:
+    """What a cache holds."""
+    return sum(h1_nD.nbytes for h1_nD in cache.h1.values()) + sum(
+        kept.h2_nD.nbytes for kept in cache.h2.values()
+    )
 
 
 def check_words(message: str) -> None:

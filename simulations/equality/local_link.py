@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
@@ -31,6 +31,7 @@ class LocalLink:
         mask_BT: Tensor | None,
         *,
         frozen: bool = False,
+        names: Sequence[bytes] = (),
     ) -> None:
         """See `Session.compute`."""
         self._computed.append(self._session.compute(step, micro, h_BTD, mask_BT, wanted=not frozen))

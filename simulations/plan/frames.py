@@ -16,6 +16,7 @@ from conf.schema import Config, LinkConfig
 from simulations.plan.rehearsal import STEPS, alone
 from strategies.engine.engine import TrunkEngine
 from strategies.engine.lane import StepResult
+from strategies.transport.cache import Cache
 from strategies.transport.conversation import Conversation
 from strategies.transport.frames import read_server_frame, refuse_failure
 from strategies.transport.link import Framed, Request, StepCounters
@@ -30,6 +31,8 @@ class FramedLink(Framed):
         Names the codec.
     talk : Conversation
         Answers.
+    cache : Cache, optional
+        Of the client's examples.
     across : callable
         Wraps the trunk's work: `across(frame, answer)` calls `answer(frame)`.
     """
@@ -38,11 +41,12 @@ class FramedLink(Framed):
         self,
         config: LinkConfig,
         talk: Conversation,
+        cache: Cache | None = None,
         across: Callable[[bytes, Callable[[bytes], bytes]], bytes] = lambda raw, answer: answer(
             raw
         ),
     ) -> None:
-        super().__init__(config, talk.session.codec_seed)
+        super().__init__(config, talk.session.codec_seed, cache)
         self._talk, self._across = talk, across
         self._asked: list[Request] = []
         self.bytes_up = self.bytes_down = 0
@@ -131,7 +135,7 @@ def step_frames(
         sizes.extend((len(raw), len(reply)))
         return reply
 
-    link = FramedLink(config.link, open_session(_Echo(trunk_learns), config, width), across)
+    link = FramedLink(config.link, open_session(_Echo(trunk_learns), config, width), across=across)
     micros = config.train.accumulate
     h_BTD = torch.randn(shape)
     attempts = 3 if h_BTD.numel() < SMALL else 1  # the first one warms up

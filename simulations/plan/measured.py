@@ -58,7 +58,7 @@ def measure_step(config: Config, vocabulary: int) -> Measured:
         live.adopt([*trunk.parameters(), *trunk.buffers()])
         talk = open_session(trunk, config, trunk.hidden_size)
         live.side = CLIENT
-        link = FramedLink(config.link, talk, at_server)
+        link = FramedLink(config.link, talk, across=at_server)
         place = Place(seed=0, client="plan", round=1, rounds=1)
         train, window = alone(config.train), config.link.window
         trainer = Trainer(bottom, top, link, STEPS, train, place, window=window)

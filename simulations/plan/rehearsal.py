@@ -81,6 +81,7 @@ class _Wire:
         mask_BT: Tensor | None,
         *,
         frozen: bool = False,
+        names: Sequence[bytes] = (),
     ) -> None:
         self._phases.end("bottom forward")
         self._shape, self._frozen = tuple(h_BTD.shape), frozen

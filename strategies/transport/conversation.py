@@ -10,9 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from strategies.deadlines import REPEAT_SHARE
+from strategies.engine.engine import MAX_GRAPHS
 from strategies.engine.session import Session
 from strategies.errors import TrunkError
 from strategies.transport import trunk_pb2 as pb
+from strategies.transport.cache import Cache, TrunkCache
 from strategies.transport.codec.registry import crossings
 from strategies.transport.codec.tensors import (
     check_named,
@@ -22,13 +25,14 @@ from strategies.transport.codec.tensors import (
     shape_of,
 )
 from strategies.transport.frames import Frame, failure_of
-from strategies.transport.kept import KeptReplies
+from strategies.transport.kept import UNSEEN, KeptReplies
 from strategies.transport.payload import Parcel, Payload
 from strategies.transport.talk import Talk
 
-MAX_REPEATS = 128
-"""Frames in a row that may move nothing; a client repeats a question 8 times before it gives up,
-and after a frame was lost all that it has under way, two for each micro-batch."""
+MAX_REPEATS = 2 * round(1 / REPEAT_SHARE) * (UNSEEN * MAX_GRAPHS + 2)
+"""Frames in a row that may move nothing: twice what a client sends that repeats its question until
+it gives up, and with it all that it has under way, two for each micro-batch and one for the step's
+end."""
 
 ADVICE = "raise link.max_frame_mb, or lower train.batch_size or data.context"
 """About a frame that is too large."""
@@ -66,6 +70,8 @@ class Conversation(Talk):
         Called with a `StepReport` after each step.
     limit : int
         Largest frame, bytes.
+    cache : Cache, optional
+        Of the activations of this client's examples.
     """
 
     def __init__(
@@ -75,11 +81,15 @@ class Conversation(Talk):
         codec: Mapping[str, str],
         on_step: Callable[[StepReport], None],
         limit: int,
+        cache: Cache | None = None,
     ) -> None:
         super().__init__(session.meter, limit, ADVICE)
         self.key, self.session = key, session
         self._codecs, self._on_step = crossings(codec, session.codec_seed), on_step
         self._codec = codec
+        self._cache = None
+        if cache is not None:
+            self._cache = TrunkCache(cache, crossings(codec, session.codec_seed))
         # Of the micro-batches whose backward is to come: which positions travel.
         self._masks: dict[int, Tensor | None] = {}
         self._kept = KeptReplies(session)
@@ -88,7 +98,12 @@ class Conversation(Talk):
     def opened(self) -> pb.Opened:
         """The hidden size, the steps that the session was opened for, and the codecs."""
         session = self.session
-        return pb.Opened(hidden_size=session.hidden_size, steps=session.steps, codecs=self._codec)
+        return pb.Opened(
+            hidden_size=session.hidden_size,
+            steps=session.steps,
+            codecs=self._codec,
+            names=self._cache.names() if self._cache else b"",
+        )
 
     def end(self) -> None:
         """Drop what is under way."""
@@ -139,18 +154,33 @@ class Conversation(Talk):
         session.check_shapes(shape, None)
         session.check_fresh(step, micro)
         mask_BT = decode_mask(frame.mask, shape[:2])
-        h_BTD = self._codecs.h1.decode(frame.activations, mask_BT, payload, "activations")
+        if frame.names and not self._cache:
+            raise TrunkError(
+                "names of examples came, and nothing is kept here (link.cache_mb=0); start both "
+                "sides with the same link.cache_mb",
+                kind="shape",
+            )
+        cache = self._cache if frame.names else None
+        if cache:
+            h_BTD = cache.read_h1(frame, mask_BT, payload)
+        else:
+            h_BTD = self._codecs.h1.decode(frame.activations, mask_BT, payload, "activations")
         mask = None if mask_BT is None else mask_BT.long()
         h_BTD = session.compute(step, micro, h_BTD, mask, wanted=not frame.frozen)
         frozen = False
         if session.round.training:
             self._masks[micro], frozen = mask_BT, not session.learns(micro)
+        if cache:
+            fields = cache.write_h2(frame, h_BTD, mask_BT, self._codecs.h2, parcel)
+        else:
+            h2 = self._codecs.h2.encode(h_BTD, mask_BT, step, micro, parcel)
+            fields = {"activations": h2}
         return pb.Activations(
             step=step,
             micro=micro,
-            activations=self._codecs.h2.encode(h_BTD, mask_BT, step, micro, parcel),
             seconds=time.perf_counter() - started,
             frozen=frozen,
+            **fields,
         )
 
     def _backward(

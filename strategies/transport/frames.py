@@ -18,6 +18,10 @@ from strategies.transport.payload import Parcel, Payload
 WIRE_VERSION = 4
 """Raised when a frame's meaning changes; both sides must agree."""
 
+MAX_HEAD = 2**22
+"""Most bytes of a head: what it says of itself may take 32 times as much memory once it is read. A
+vocabulary's row numbers take 3 bytes each, a tensor's name and shape about 100."""
+
 Head = TypeVar("Head", pb.ClientFrame, pb.ServerFrame)
 
 _CHECKSUM, _LENGTH = struct.Struct("<Q"), struct.Struct("<I")
@@ -89,6 +93,12 @@ def checksum_of(raw: bytes) -> bytes:
 def _read(head: Head, raw: bytes, whose: str) -> Frame[Head]:
     """Fill an empty head, and refuse another version's."""
     length = _checked(raw)
+    if length > MAX_HEAD:
+        raise TrunkError(
+            f"a frame's head of {length} bytes came from {whose}, {MAX_HEAD} are accepted: fewer "
+            "tensors, rows or positions at once",
+            kind="shape",
+        )
     payload = memoryview(raw)[_BEGINNING + length :]
     try:
         head.ParseFromString(memoryview(raw)[_BEGINNING : _BEGINNING + length])  # type: ignore[arg-type]

@@ -8,7 +8,7 @@ Shapes: B sequences, T tokens, D hidden size.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -20,6 +20,7 @@ from strategies.engine.checks import check_finite, norm_error
 from strategies.engine.lane import StepResult
 from strategies.errors import TrunkError
 from strategies.transport import trunk_pb2 as pb
+from strategies.transport.cache import Cache, ClientCache
 from strategies.transport.codec.codec import Codec
 from strategies.transport.codec.registry import crossings
 from strategies.transport.codec.tensors import (
@@ -55,6 +56,7 @@ class Sender(Protocol):
         mask_BT: Tensor | None,
         *,
         frozen: bool = False,
+        names: Sequence[bytes] = (),
     ) -> None: ...
 
     def backward(
@@ -110,6 +112,10 @@ class Request:
     """In its session, from 1; 0 of what may come at any time."""
     shape: tuple[int, ...] = ()
     """Of the tensor that was sent, which the answer's must have."""
+    names: Sequence[bytes] = ()
+    """Of its rows' examples, with a cache."""
+    tags: Sequence[int] = ()
+    """Of what the client had kept of their h2."""
     mask_BT: Tensor | None = None
     """Its positions that are no padding; the answer has the same."""
     reply: Any = None
@@ -143,10 +149,15 @@ class Framed:
         Names the codecs of activations and gradients.
     seed : int
         Of the session's codecs.
+    cache : Cache, optional
+        Of the activations of this client's examples.
     """
 
-    def __init__(self, config: LinkConfig, seed: int) -> None:
+    def __init__(self, config: LinkConfig, seed: int, cache: Cache | None = None) -> None:
         self.codecs = crossings(config.codec, seed)
+        self.cache = None
+        if cache is not None:
+            self.cache = ClientCache(cache, crossings(config.codec, seed))
         self._unwanted: set[tuple[int, int]] = set()
         """Micro-batches of which the trunk wants no dL/dh2."""
         self.number = self.taken = 0
@@ -171,18 +182,23 @@ class Framed:
         mask_BT: Tensor | None,
         *,
         frozen: bool = False,
+        names: Sequence[bytes] = (),
     ) -> None:
         """Send activations (B, T, D) through the trunk; see `Session.compute`. With `frozen`, for
-        the bottom learns nothing, no dL/dh1 comes back."""
+        the bottom learns nothing, no dL/dh1 comes back. `names` stand for the rows'
+        examples: what both sides have kept of those stays away."""
         parcel, shape = Parcel(), tuple(h_BTD.shape)
-        frame = pb.Compute(
-            step=step,
-            micro=micro,
-            activations=self.codecs.h1.encode(h_BTD, mask_BT, step, micro, parcel),
-            mask=encode_mask(mask_BT),
-            frozen=frozen,
-        )
+        frame = pb.Compute(step=step, micro=micro, mask=encode_mask(mask_BT), frozen=frozen)
+        tags: Sequence[int] = ()
+        if self.cache and names:
+            place = step, micro
+            fields = self.cache.write_h1(h_BTD, mask_BT, names, self.codecs.h1, place, parcel)
+            frame.MergeFrom(pb.Compute(**fields))
+            tags = fields["tags"]
+        else:
+            frame.activations.CopyFrom(self.codecs.h1.encode(h_BTD, mask_BT, step, micro, parcel))
         request = Request(b"", "activations", step, micro, shape=shape, mask_BT=mask_BT)
+        request.names, request.tags = names, tags
         self._send(request, parcel, compute=frame)
 
     def backward(
@@ -221,7 +237,14 @@ class Framed:
         what = f"the trunk's output of step {reply.step}"
         if reply.frozen:
             self._unwanted.add((reply.step, reply.micro))
-        return _read(self.codecs.h2, reply.activations, what, answered)
+        if not (self.cache and answered.names):
+            return _read(self.codecs.h2, reply.activations, what, answered)
+        _check_shape(reply.activations, what, answered)
+        h2_BTD = self.cache.read_h2(
+            reply, answered.names, answered.tags, answered.mask_BT, answered.payload
+        )
+        check_finite(h2_BTD, what)
+        return h2_BTD
 
     def read_gradients(self, answered: Request) -> tuple[Tensor | None, float]:
         """dL/dh1, checked like h2, and the squared norm of the trunk's gradient; None if the trunk
@@ -249,8 +272,12 @@ class Framed:
 
 
 def _read(codec: Codec, message: pb.Tensor, what: str, answered: Request) -> Tensor:
-    if (came := shape_of(message, what)) != answered.shape:
-        raise TrunkError(f"{what} came with shape {came}, sent was {answered.shape}", kind="shape")
+    _check_shape(message, what, answered)
     tensor = codec.decode(message, answered.mask_BT, answered.payload, what)
     check_finite(tensor, what)
     return tensor
+
+
+def _check_shape(message: pb.Tensor, what: str, answered: Request) -> None:
+    if (came := shape_of(message, what)) != answered.shape:
+        raise TrunkError(f"{what} came with shape {came}, sent was {answered.shape}", kind="shape")

@@ -29,18 +29,24 @@ class NamedTensor(_message.Message):
     def __init__(self, name: _Optional[str] = ..., tensor: _Optional[_Union[Tensor, _Mapping]] = ..., rows: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Compute(_message.Message):
-    __slots__ = ("step", "micro", "activations", "mask", "frozen")
+    __slots__ = ("step", "micro", "activations", "mask", "frozen", "names", "known", "tags")
     STEP_FIELD_NUMBER: _ClassVar[int]
     MICRO_FIELD_NUMBER: _ClassVar[int]
     ACTIVATIONS_FIELD_NUMBER: _ClassVar[int]
     MASK_FIELD_NUMBER: _ClassVar[int]
     FROZEN_FIELD_NUMBER: _ClassVar[int]
+    NAMES_FIELD_NUMBER: _ClassVar[int]
+    KNOWN_FIELD_NUMBER: _ClassVar[int]
+    TAGS_FIELD_NUMBER: _ClassVar[int]
     step: int
     micro: int
     activations: Tensor
     mask: bytes
     frozen: bool
-    def __init__(self, step: _Optional[int] = ..., micro: _Optional[int] = ..., activations: _Optional[_Union[Tensor, _Mapping]] = ..., mask: _Optional[bytes] = ..., frozen: _Optional[bool] = ...) -> None: ...
+    names: bytes
+    known: bytes
+    tags: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, step: _Optional[int] = ..., micro: _Optional[int] = ..., activations: _Optional[_Union[Tensor, _Mapping]] = ..., mask: _Optional[bytes] = ..., frozen: _Optional[bool] = ..., names: _Optional[bytes] = ..., known: _Optional[bytes] = ..., tags: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Backward(_message.Message):
     __slots__ = ("step", "micro", "gradient", "last", "tokens")
@@ -133,7 +139,7 @@ class ClientFrame(_message.Message):
     def __init__(self, version: _Optional[int] = ..., compute: _Optional[_Union[Compute, _Mapping]] = ..., backward: _Optional[_Union[Backward, _Mapping]] = ..., get_gradients: _Optional[_Union[GetGradients, _Mapping]] = ..., apply: _Optional[_Union[Apply, _Mapping]] = ..., close: _Optional[_Union[Close, _Mapping]] = ..., generate: _Optional[_Union[Generate, _Mapping]] = ..., number: _Optional[int] = ..., seen: _Optional[int] = ...) -> None: ...
 
 class Opened(_message.Message):
-    __slots__ = ("hidden_size", "steps", "codecs", "limit", "chunk")
+    __slots__ = ("hidden_size", "steps", "codecs", "limit", "chunk", "names")
     class CodecsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -146,26 +152,34 @@ class Opened(_message.Message):
     CODECS_FIELD_NUMBER: _ClassVar[int]
     LIMIT_FIELD_NUMBER: _ClassVar[int]
     CHUNK_FIELD_NUMBER: _ClassVar[int]
+    NAMES_FIELD_NUMBER: _ClassVar[int]
     hidden_size: int
     steps: int
     codecs: _containers.ScalarMap[str, str]
     limit: int
     chunk: int
-    def __init__(self, hidden_size: _Optional[int] = ..., steps: _Optional[int] = ..., codecs: _Optional[_Mapping[str, str]] = ..., limit: _Optional[int] = ..., chunk: _Optional[int] = ...) -> None: ...
+    names: bytes
+    def __init__(self, hidden_size: _Optional[int] = ..., steps: _Optional[int] = ..., codecs: _Optional[_Mapping[str, str]] = ..., limit: _Optional[int] = ..., chunk: _Optional[int] = ..., names: _Optional[bytes] = ...) -> None: ...
 
 class Activations(_message.Message):
-    __slots__ = ("step", "micro", "activations", "seconds", "frozen")
+    __slots__ = ("step", "micro", "activations", "seconds", "frozen", "changes", "changed", "kept")
     STEP_FIELD_NUMBER: _ClassVar[int]
     MICRO_FIELD_NUMBER: _ClassVar[int]
     ACTIVATIONS_FIELD_NUMBER: _ClassVar[int]
     SECONDS_FIELD_NUMBER: _ClassVar[int]
     FROZEN_FIELD_NUMBER: _ClassVar[int]
+    CHANGES_FIELD_NUMBER: _ClassVar[int]
+    CHANGED_FIELD_NUMBER: _ClassVar[int]
+    KEPT_FIELD_NUMBER: _ClassVar[int]
     step: int
     micro: int
     activations: Tensor
     seconds: float
     frozen: bool
-    def __init__(self, step: _Optional[int] = ..., micro: _Optional[int] = ..., activations: _Optional[_Union[Tensor, _Mapping]] = ..., seconds: _Optional[float] = ..., frozen: _Optional[bool] = ...) -> None: ...
+    changes: Tensor
+    changed: bytes
+    kept: bytes
+    def __init__(self, step: _Optional[int] = ..., micro: _Optional[int] = ..., activations: _Optional[_Union[Tensor, _Mapping]] = ..., seconds: _Optional[float] = ..., frozen: _Optional[bool] = ..., changes: _Optional[_Union[Tensor, _Mapping]] = ..., changed: _Optional[bytes] = ..., kept: _Optional[bytes] = ...) -> None: ...
 
 class Gradients(_message.Message):
     __slots__ = ("step", "micro", "gradient", "square_norm", "seconds")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -95,6 +95,7 @@ class Echo:
         mask_BT: Tensor | None,
         *,
         frozen: bool = False,
+        names: Sequence[bytes] = (),
     ) -> None:
         self._sent.append(h_BTD.clone())
 

@@ -64,7 +64,7 @@ def _codec(
         return {"seeds": []}
     crossings = {
         name: {
-            key: statistics.mean(runs[seed]["crossings"][name][key] for seed in seeds)
+            key: statistics.mean(runs[seed]["crossings"][name][key] or 0.0 for seed in seeds)
             for key in ("bits", "error", "encode_ms_per_mb", "decode_ms_per_mb")
         }
         for name in CROSSINGS
@@ -109,13 +109,17 @@ def _row(name: str, row: Mapping[str, Any]) -> list[str]:
         name,
         f"{row['factor']:.1f}x",
         *(f"{each['bits']:.2f}" if each["bits"] else "-" for each in crossings),
-        *(f"{each['error']:.1%}" if each["bits"] else "-" for each in crossings),
+        *(f"{each['error']:.1%}" if _known(row, each) else "-" for each in crossings),
         f"{row['encode_ms_per_mb']:.1f}",
         f"{row['decode_ms_per_mb']:.1f}",
         _percent(row["gap_without"]),
         _percent(row["gap_with"]),
         str(len(row["seeds"])),
     ]
+
+
+def _known(row: Mapping[str, Any], crossing: Mapping[str, Any]) -> bool:
+    return bool(crossing["bits"]) and (crossing["error"] > 0 or row["factor"] == 1.0)
 
 
 def _percent(spread: Mapping[str, float]) -> str:
@@ -128,6 +132,7 @@ def note(title: str, each: Mapping[str, Any]) -> str:
     own = Condition(**each["condition"])
     before = f"after {own.before} steps in {BASE}, " if own.before else ""
     examples = f"{own.examples} examples, {own.epochs} epochs, " if own.epochs else ""
+    examples += f"link.cache_mb={own.cache_mb:g}, " if own.cache_mb else ""
     return (
         f"{title}: {before}{examples}{own.steps} steps of {own.batch_size} x 128 tokens at most, "
         f"learning rate {own.lr:g}; held-out loss over {each['heldout_tokens']:,} tokens "

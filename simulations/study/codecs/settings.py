@@ -44,6 +44,8 @@ class Condition:
     frozen_bottom: bool = False
     epochs: int = 0
     """Passes over as many examples as the steps then take; 0: no example comes twice."""
+    cache_mb: float = 0.0
+    """`link.cache_mb`: what comes again crosses for less. For a frozen bottom."""
     steps: int = 60
     batch_size: int = 8
     lr: float = 5e-4
@@ -59,6 +61,7 @@ class Condition:
         parts = [Path(self.model).stem]
         parts += ["frozen bottom"] if self.frozen_bottom else []
         parts += [f"{self.epochs} epochs"] if self.epochs else []
+        parts += ["caches"] if self.cache_mb else []
         return ", ".join(parts)
 
     @property
@@ -78,6 +81,7 @@ class Condition:
         ]
         own += [f"model.path={self.path}"] if self.path else []
         own += ["tuning.bottom=frozen"] if self.frozen_bottom else []
+        own += [f"link.cache_mb={self.cache_mb}"] if self.cache_mb else []
         return load_config(self.model, own)
 
 

@@ -25,6 +25,7 @@ from simulations.study.codecs.watched import WatchedLink
 from strategies.engine.engine import TrunkEngine
 
 CLIENT = "client-0"
+SECRET = b"of the study's one client"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +95,8 @@ def _train(engine: TrunkEngine, parts: Parts, mix: Mix, plan: Plan, config: Conf
     engine.open_round(1, 1, training=True)
     session = engine.open("train", client=CLIENT, steps=plan.count)
     link = WatchedLink(_with(config, mix), session)
-    streamed.train(parts.bottom, parts.top, link, plan, plan.count, config.train, _place(config))
+    place = replace(_place(config), secret=SECRET if config.link.cache_mb else b"")
+    streamed.train(parts.bottom, parts.top, link, plan, plan.count, config.train, place)
     fold(engine, {"train": 1.0})
     return link
 

@@ -18,9 +18,12 @@ from conf.sections.link import CROSSINGS
 from simulations.plan.frames import FramedLink
 from strategies.engine.session import Session
 from strategies.transport import trunk_pb2 as pb
+from strategies.transport.cache import Cache
 from strategies.transport.codec.codec import Codec
 from strategies.transport.codec.registry import Crossings
 from strategies.transport.conversation import Conversation
+from strategies.transport.frames import read_client_frame
+from strategies.transport.link import Request
 from strategies.transport.payload import Parcel, Payload
 
 
@@ -32,7 +35,7 @@ class Crossing:
     payload: int = 0
     """Bytes of the tensors in the frames, with whatever a codec adds to decode them."""
     energy: float = 0.0
-    """Sum of squares before."""
+    """Sum of squares before; of what is kept and named later (link.cache_mb) it is not known."""
     error: float = 0.0
     """Sum of squares of what was lost."""
     encoding: list[float] = field(default_factory=list)
@@ -89,8 +92,6 @@ class Watched(Codec):
         message = self._codec.encode(tensor_BTD, mask_BT, step, micro, parcel)
         seconds = time.perf_counter() - started
         own, sent = self._crossing, tokens_of(tensor_BTD.detach(), mask_BT).clone()
-        own.elements += sent.numel()
-        own.payload += message.size
         own.encoding.append(seconds / (4 * sent.numel()))
         self._sent.append(sent)
         return message
@@ -122,9 +123,32 @@ class WatchedLink(FramedLink):
     """
 
     def __init__(self, config: LinkConfig, session: Session) -> None:
-        self.watch = Watch()
-        super().__init__(config, WatchedTalk(config, session, self.watch))
+        self.watch, size = Watch(), int(config.cache_mb * 2**20)
+        caches = [Cache(size) if size else None for _ in range(2)]
+        super().__init__(config, WatchedTalk(config, session, self.watch, caches[0]), caches[1])
         self.codecs = self.watch.over(self.codecs)
+
+    def send(self, request: Request) -> None:
+        """See `FramedLink`; weighs what crosses."""
+        super().send(request)
+        head, reply, found = (
+            read_client_frame(request.raw).head,
+            request.reply,
+            self.watch.crossings,
+        )
+        up = {"h1": head.compute.activations, "grad_h2": head.backward.gradient}
+        down: dict[str, list[pb.Tensor]] = {}
+        if request.answer == "activations":
+            down["h2"] = [reply.activations, reply.changes]
+        elif request.answer == "gradients":
+            down["grad_h1"] = [reply.gradient]
+        for name, messages in {**{n: [m] for n, m in up.items()}, **down}.items():
+            if messages[0].shape:
+                B, T, D = messages[0].shape
+                mask_BT = request.mask_BT
+                positions = B * T if mask_BT is None else int(mask_BT.bool().sum())
+                found[name].elements += positions * D
+                found[name].payload += sum(each.size for each in messages)
 
     def summary(self) -> Mapping[str, dict[str, float | int]]:
         """What each crossing came to."""
@@ -134,8 +158,10 @@ class WatchedLink(FramedLink):
 class WatchedTalk(Conversation):
     """The trunk's side of a `WatchedLink`."""
 
-    def __init__(self, config: LinkConfig, session: Session, watch: Watch) -> None:
-        super().__init__("study", session, config.codec, lambda report: None, 2**62)
+    def __init__(
+        self, config: LinkConfig, session: Session, watch: Watch, cache: Cache | None
+    ) -> None:
+        super().__init__("study", session, config.codec, lambda report: None, 2**62, cache)
         self._codecs = watch.over(self._codecs)
 
 

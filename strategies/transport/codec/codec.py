@@ -41,6 +41,10 @@ class Codec:
     name: ClassVar[str] = ""
     """How `link.codec` and the wire call it."""
 
+    difference: ClassVar[str] = ""
+    """The codec of what an activation has changed by since the other side last had it, which a few
+    bits say as well; empty: it is written whole, for nothing would be saved."""
+
     def __init__(self, seed: int = 0, *, gradient: bool = False) -> None:
         self.seed, self.gradient = seed, gradient
 
@@ -106,7 +110,7 @@ class Codec:
         if len(claimed := shape_of(message, what)) != 3:
             raise TrunkError(f"{what}: shape {claimed} is not (B, T, D)", kind="shape")
         B, T, D = claimed
-        kept = None if mask_BT is None else mask_BT.flatten().bool()
+        kept = None if mask_BT is None else mask_BT.flatten().bool().cpu()
         shape = (B * T if kept is None else int(kept.sum()), D)
         data = payload.of(message, what)
         least, most = self.sizes(*shape)

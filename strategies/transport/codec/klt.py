@@ -39,8 +39,15 @@ _RAW, _MEAN, _AXES = 4, 1, 2
 _LEAST = -120
 """A row that is smaller than the largest element by more than this is zero."""
 
-_LONG = 8
-"""A row that is larger than the middle one by more than this is rounded more finely."""
+_WHOLE = 128
+"""Added to the size of a row that the mean was not taken off."""
+
+_SMALLEST = 2.0**-149
+"""Of the positive numbers of fp32."""
+
+_LONG, _LONGEST = 8, 56
+"""A row that is larger than the middle one by more than this is rounded more finely, and by more
+than that no more so: its elements are to stay below `FARTHEST` steps."""
 
 _CHANGES_CLASS = -2
 """Class of the changes of components' sizes."""
@@ -65,7 +72,7 @@ class Klt(Codec):
     Numeral Systems", 2013.
     """
 
-    name = "klt"
+    name, difference = "klt", "klt-rough"
     steps: ClassVar[tuple[int, int]] = (-8, 1)
     """For activations, relative to the row, and for gradients, relative to the tensor."""
 
@@ -90,21 +97,24 @@ class Klt(Codec):
         if not largest < 1e37:
             return _HEAD.pack(_RAW, 0.0, 0, 0) + as_bytes(rows_ND)
         self._begin(rows_ND.shape[1])
-        mean_D = _better_mean(rows_ND, self._mean_D, largest or 1.0)
+        unit = largest or 1.0
+        mean_D = _better_mean(rows_ND.div(unit), self._mean_D / unit)
         if mean_D is not None:
-            self._mean_D = mean_D
-        rows_ND = rows_ND - self._mean_D
-        scale = float(rows_ND.abs().max()) or 1.0
-        sizes_N, size = _sizes_of(rows_ND.div_(scale))
+            self._mean_D = (mean_D * unit).bfloat16().float()
+        rows_ND, whole_N = _less(rows_ND.div(unit), self._mean_D / unit)
+        share = float(rows_ND.abs().max()) or 1.0
+        sizes_N, size = _sizes_of(rows_ND.div_(share))
         live = sizes_N >= _LEAST
         writer = Writer()
         axes = self._write(writer, rows_ND[torch.from_numpy(live)], sizes_N[live], size, seed)
         flags = _MEAN * (mean_D is not None) + _AXES * axes
         return b"".join(
             [
-                _HEAD.pack(flags, scale, size, seed),
-                b"" if mean_D is None else as_bytes(mean_D.bfloat16()),
-                np.where(live, sizes_N - _LEAST + 1, 0).astype(np.uint8).tobytes(),
+                _HEAD.pack(flags, max(share * unit, _SMALLEST), size, seed),
+                b"" if mean_D is None else as_bytes(self._mean_D.bfloat16()),
+                (np.where(live, sizes_N - _LEAST + 1, 0) + _WHOLE * whole_N.numpy())
+                .astype(np.uint8)
+                .tobytes(),
                 writer.data(),
             ]
         )
@@ -124,14 +134,15 @@ class Klt(Codec):
         if flags & _MEAN:
             self._mean_D = from_bytes(data[: 2 * D], (D,), torch.bfloat16).float()
             data = data[2 * D :]
-        sizes_N = from_bytes(data[:N], (N,), torch.uint8).int().numpy() + _LEAST - 1
+        bytes_N = from_bytes(data[:N], (N,), torch.uint8)
+        sizes_N = (bytes_N % _WHOLE).int().numpy() + _LEAST - 1
         live = sizes_N >= _LEAST
         rows_ND, reader = torch.zeros(N, D), Reader(data[N:])
         rows_ND[torch.from_numpy(live)] = self._read(
             reader, sizes_N[live], size, seed, axes=bool(flags & _AXES)
         )
         reader.end()
-        return rows_ND.mul_(scale).add_(self._mean_D)
+        return rows_ND.mul_(scale).addr_((bytes_N < _WHOLE).float(), self._mean_D)
 
     def state_dict(self) -> dict[str, Tensor]:
         """What is known to both sides, and what an encoder learnt."""
@@ -203,7 +214,8 @@ class Klt(Codec):
         if not self.gradient:
             # The first token's row is many times the others': it gets half of that in precision.
             middle = np.sort(sizes_N)[len(sizes_N) // 2 :][:1]
-            finer_N1 = (np.maximum(sizes_N - middle - _LONG, 0) // 2 - self._step)[:, None]
+            longer_N = np.clip(sizes_N - middle, _LONG, _LONGEST) - _LONG
+            finer_N1 = (longer_N // 2 - self._step)[:, None]
             keys = class_keys(self._sizes_D + finer_N1)
             return finer_N1, keys, torch.zeros(())
         # A component far smaller than its step would come back as nothing but the dither.
@@ -218,15 +230,22 @@ class Klt(Codec):
 class KltFine(Klt):
     """Half the error for a bit more: for what the loss feels most."""
 
-    name = "klt-fine"
+    name, difference = "klt-fine", "klt-coarse"
     steps = (-12, -3)
 
 
 class KltCoarse(Klt):
     """Half as much error again, for half a bit less."""
 
-    name = "klt-coarse"
+    name, difference = "klt-coarse", "klt-rough"
     steps = (-6, 3)
+
+
+class KltRough(Klt):
+    """Error about 29 % of a row: for what a row has changed by."""
+
+    name, difference = "klt-rough", ""
+    steps = (0, 3)
 
 
 def _powers(sizes: NDArray[np.int32]) -> Tensor:
@@ -242,12 +261,19 @@ def _sizes_of(rows_ND: Tensor) -> tuple[NDArray[np.int32], int]:
     return sizes_N.numpy(), size
 
 
-def _better_mean(rows_ND: Tensor, mean_D: Tensor, scale: float) -> Tensor | None:
-    """The mean row in bf16, if it saves more bits than it takes, compared with the one there is."""
-    rows_ND = rows_ND / scale
-    length_N = (rows_ND - mean_D / scale).norm(dim=1)
+def _less(rows_ND: Tensor, mean_D: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows less the mean, but for those that are longer without; which these are (N,)."""
+    less_ND = rows_ND - mean_D
+    whole_N = less_ND.norm(dim=1) > rows_ND.norm(dim=1)
+    less_ND[whole_N] = rows_ND[whole_N]
+    return less_ND, whole_N
+
+
+def _better_mean(rows_ND: Tensor, mean_D: Tensor) -> Tensor | None:
+    """The mean row, if it saves more bits than it takes in bf16, compared with the one there is."""
+    length_N = _less(rows_ND, mean_D)[0].norm(dim=1)
     usual = length_N <= 4 * length_N.median()
-    better_D = (rows_ND[usual].mean(0) * scale).bfloat16().float()
-    less_N = (rows_ND - better_D / scale).norm(dim=1)
+    better_D = rows_ND[usual].mean(0).bfloat16().float()
+    less_N = _less(rows_ND, better_D)[0].norm(dim=1)
     saved = torch.log2(length_N.clamp_min(1e-30) / less_N.clamp_min(1e-30)).clamp_max(4).sum()
     return better_D if saved > 16 else None

@@ -194,6 +194,7 @@ class Int8(Rotated):
     """Error about 0.4 % of a row."""
 
     name = "int8"
+    difference = "int6"
     bits = 8
 
 
@@ -201,6 +202,7 @@ class Int6(Rotated):
     """Error about 1.5 %."""
 
     name = "int6"
+    difference = "int4"
     bits = 6
 
 
@@ -208,6 +210,7 @@ class Int5(Rotated):
     """Error about 3 %."""
 
     name = "int5"
+    difference = "int3"
     bits = 5
 
 
@@ -215,6 +218,7 @@ class Int4(Rotated):
     """Error about 6 % of activations, 10 % of gradients."""
 
     name = "int4"
+    difference = "int2"
     bits = 4
 
 

@@ -119,6 +119,10 @@ def check_named(messages: Sequence[pb.NamedTensor], shapes: Mapping[str, Sequenc
     TrunkError
         For a name that is not there or comes twice, another shape, or rows that cannot be.
     """
+    if len(messages) > len(shapes):  # counted before any is looked at
+        raise TrunkError(
+            f"{len(messages)} named tensors came, there are {len(shapes)}", kind="shape"
+        )
     if len({each.name for each in messages}) != len(messages):
         # One that hides behind another of its name would be read unchecked.
         raise TrunkError("a name comes twice among the named tensors", kind="shape")
@@ -126,14 +130,22 @@ def check_named(messages: Sequence[pb.NamedTensor], shapes: Mapping[str, Sequenc
         what, claimed = f"'{each.name[:80]}'", shape_of(each.tensor, f"'{each.name[:80]}'")
         if each.name not in shapes:
             raise TrunkError(f"{what} is none of the ends' common tensors", kind="shape")
-        whole, rows = tuple(shapes[each.name]), np.asarray(each.rows, dtype=np.int64)
-        wanted = (len(rows), *whole[1:]) if len(rows) else whole
-        in_order = bool((np.diff(rows) > 0).all()) and (not len(rows) or rows[-1] < whole[0])
-        if claimed != wanted or not in_order:
+        whole, count = tuple(shapes[each.name]), len(each.rows)
+        wanted = (count, *whole[1:]) if count else whole
+        # Row numbers are read once they are known to be no more than there are rows.
+        if claimed != wanted or (count and not (whole and _in_order(each.rows, whole[0]))):
             raise TrunkError(
-                f"{what} came with shape {claimed} and {len(rows)} row numbers; it has {whole}",
+                f"{what} came with shape {claimed} and {count} row numbers; it has {whole}",
                 kind="shape",
             )
+
+
+def _in_order(rows: Sequence[int], count: int) -> bool:
+    """Whether these are some of so many rows, each once."""
+    if len(rows) > count:
+        return False
+    numbers = np.asarray(rows, dtype=np.int64)
+    return bool((np.diff(numbers) > 0).all() and numbers[-1] < count)
 
 
 def decode_changed(

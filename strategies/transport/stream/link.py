@@ -10,6 +10,7 @@ from torch import Tensor
 from conf.schema import LinkConfig
 from strategies.engine.lane import StepResult
 from strategies.transport import trunk_pb2 as pb
+from strategies.transport.cache import Cache
 from strategies.transport.codec.registry import check_codecs
 from strategies.transport.frames import client_frame
 from strategies.transport.link import Framed, Request
@@ -39,6 +40,8 @@ class GrpcLink(Asking, Framed):
         Wire dtype, limits and deadlines.
     interceptors : sequence
         gRPC's, for whoever wants to watch or disturb the frames.
+    cache : Cache, optional
+        Of the activations of this client's examples.
 
     Raises
     ------
@@ -54,11 +57,12 @@ class GrpcLink(Asking, Framed):
         steps: int,
         config: LinkConfig,
         interceptors: Sequence[grpc.StreamStreamClientInterceptor] = (),
+        cache: Cache | None = None,
     ) -> None:
         connection = Connection(
             ticket, node_key, steps=steps, config=config, interceptors=interceptors
         )
-        Framed.__init__(self, config, ticket.seed)
+        Framed.__init__(self, config, ticket.seed, cache)
         Asking.__init__(
             self,
             connection,
@@ -71,6 +75,8 @@ class GrpcLink(Asking, Framed):
         self.hidden_size = opened.hidden_size
         with self._ending_in_words():
             check_codecs(config.codec, opened.codecs)
+            if self.cache:
+                self.cache.begin(opened)
 
     def computed(self) -> Tensor:
         """Wait for the trunk's output h2, on the CPU."""

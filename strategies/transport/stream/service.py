@@ -13,6 +13,7 @@ from strategies.engine.engine import MAX_GRAPHS, TrunkEngine
 from strategies.errors import TrunkError
 from strategies.mail import LostStream, exchange, never
 from strategies.transport import tickets
+from strategies.transport.cache import Cache
 from strategies.transport.codec.registry import crossings
 from strategies.transport.conversation import Conversation, StepReport
 from strategies.transport.plane import Limits
@@ -54,6 +55,7 @@ class TrunkService(Host):
         on_step: Callable[[StepReport], None] = lambda report: None,
     ) -> None:
         self._engine, self.on_step = engine, on_step
+        self._caches: dict[str, Cache] = {}
         codecs, limit = crossings(link.codec, 0), int(link.max_frame_mb * 2**20)
         if engine.train.sync != "step":  # then frames hold activations and gradients only
             limit = min(limit, engine.largest_frame(codecs.most_bytes))
@@ -138,7 +140,21 @@ class TrunkService(Host):
         if not (steps.isdecimal() and len(steps) < 10):
             raise TrunkError(f"{STEPS_KEY} must be a whole number, got {steps[:20]!r}")
         session = self._engine.open(guest.key, client=guest.client, steps=int(steps), cut=guest.cut)
-        return Conversation(guest.key, session, self._link.codec, self.on_step, limit=self._limit)
+        return Conversation(
+            guest.key,
+            session,
+            self._link.codec,
+            self.on_step,
+            limit=self._limit,
+            cache=self._cache(guest.client),
+        )
+
+    def _cache(self, client: str) -> Cache | None:
+        """Of a client's activations; it lasts as long as the run, or this process."""
+        if not self._link.cache_mb:
+            return None
+        with self._lock:
+            return self._caches.setdefault(client, Cache(int(self._link.cache_mb * 2**20)))
 
 
 def _round_over() -> TrunkError:

@@ -12,7 +12,7 @@ from conf.schema import TrainConfig
 from flower_app.client import streamed
 from flower_app.client.ends import Ends
 from flower_app.client.step import Evaluation, Step
-from models import split
+from models import client_state, split
 from simulations.equality.local_link import LocalLink
 from strategies.errors import TrunkError
 from strategies.optim import ALONE
@@ -155,6 +155,26 @@ def test_ends_do_not_step_by_a_norm_that_is_none() -> None:
 
     assert [request.answer for request in link.sent] == ["activations", "gradients", "applied"]
     assert not ends.optimizer_state()
+
+
+@pytest.mark.parametrize(
+    ("shape", "rows"),
+    [((1, 0), [0, 1]), ((2, 0), [0]), ((2, -1), [0, 1]), ((0,), [0]), ((1, 0), [10**6])],
+)
+def test_rows_that_the_ends_have_not_are_refused(shape: tuple[int, ...], rows: list[int]) -> None:
+    """One row for several numbers would be copied into each."""
+    parts = split(tiny_model(), CUT)
+    ends = Ends(parts.bottom, parts.top, 1, TRAIN, place("a"))
+    own = {n: t.clone() for n, t in client_state(parts.bottom, parts.top).items()}
+    name = next(n for n, t in own.items() if t.dim() == 2)
+    width = own[name].shape[1]
+    came = torch.ones(*shape[:-1], width + shape[-1])
+
+    with pytest.raises(ValueError, match=f"the server sends {len(rows)} rows of '{name}'"):
+        ends.load({name: came}, {name: torch.tensor(rows)})
+    assert all(torch.equal(own[n], t) for n, t in client_state(parts.bottom, parts.top).items())
+    ends.load({name: torch.ones(2, width)}, {name: torch.tensor([0, 3])})
+    assert client_state(parts.bottom, parts.top)[name][[0, 3]].eq(1).all()
 
 
 def test_a_site_with_one_example_is_told_what_helps() -> None:

@@ -21,6 +21,7 @@ from strategies.transport import trunk_pb2 as pb
 from strategies.transport.codec.tensors import encode_named
 from strategies.transport.conversation import Conversation
 from strategies.transport.frames import (
+    MAX_HEAD,
     client_frame,
     read_client_frame,
     read_server_frame,
@@ -28,7 +29,7 @@ from strategies.transport.frames import (
     server_frame,
 )
 from strategies.transport.payload import Parcel
-from tests.strategies.helpers import all_in, apply_frame
+from tests.strategies.helpers import all_in, apply_frame, compute_frame
 
 HIDDEN = 8
 WHOLE = client_frame(apply=pb.Apply(step=3, client_square_norm=0.5, tokens=7, loss=1.5))
@@ -59,6 +60,18 @@ def test_any_truncation_is_noticed(length: int) -> None:
     with pytest.raises(TrunkError) as caught:
         read_client_frame(WHOLE[:length])
     assert caught.value.kind == "damaged"
+
+
+def test_a_head_is_not_read_if_it_is_too_long() -> None:
+    """A message without content takes two bytes of it, and 64 once it is read."""
+    whole = client_frame(apply=pb.Apply(gradients=[pb.NamedTensor()] * (MAX_HEAD // 2)))
+    for read in (read_client_frame, read_server_frame):
+        with pytest.raises(TrunkError, match=f"a frame's head of .* {MAX_HEAD} are accepted") as no:
+            read(whole)
+        assert no.value.kind == "shape"
+    rows = range(2**18, 2**18 + 2**20)
+    fits = client_frame(apply=pb.Apply(gradients=[pb.NamedTensor(rows=rows)]))
+    assert len(read_client_frame(fits).head.apply.gradients[0].rows) == 2**20
 
 
 @given(raw=st.binary(max_size=200))
@@ -149,7 +162,7 @@ def test_no_tensor_hides_behind_another_of_its_name() -> None:
     parcel = Parcel()
     named = [*encode_named({"top.w": torch.ones(2**14)}, parcel)]
     named += encode_named({"top.w": torch.ones(3, 2)}, parcel)
-    with pytest.raises(TrunkError, match="twice"):
+    with pytest.raises(TrunkError, match="2 named tensors came, there are 1"):
         talk.answer(client_frame(parcel, number=1, apply=pb.Apply(gradients=named)))
 
 
@@ -199,3 +212,14 @@ def test_who_comes_in_mid_round_gets_all_of_the_common_ends() -> None:
     before, after = results[0].since, results[0].state
     assert before is not None
     assert not torch.equal(before["top.w"], after["top.w"])
+
+
+def test_who_asks_as_patiently_as_a_client_may_is_not_given_up() -> None:
+    """After each eighth of `link.timeout`: the question, and all that the largest window takes."""
+    engine = open_merged()
+    session = engine.open("a", client="a", steps=1)
+    talk = Conversation("a", session, all_in("fp32"), lambda report: None, 2**20)
+    frame = compute_frame(torch.zeros(1, 2, HIDDEN))
+    answer = talk.answer(frame)
+    for _ in range(8 * (1 + 2 * 8 + 1)):
+        assert talk.answer(frame) == answer

@@ -100,7 +100,7 @@ def test_the_codecs_that_ship() -> None:
     assert list(codecs()) == [
         *("bf16", "fp16", "fp32"),
         *("int2", "int3", "int4", "int5", "int6", "int8"),
-        *("klt", "klt-coarse", "klt-fine"),
+        *("klt", "klt-coarse", "klt-fine", "klt-rough"),
     ]
     with pytest.raises(ValueError, match="one of bf16, fp16, fp32, int2, .*, got 'fp8'"):
         find_codec("fp8")

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from strategies.errors import TrunkError
+from strategies.transport import trunk_pb2 as pb
 from strategies.transport.codec.codec import Codec
 from strategies.transport.codec.registry import find_codec
 from strategies.transport.codec.tensors import (
@@ -205,6 +210,7 @@ def test_most_rows_travel_as_a_whole() -> None:
         ({"rows": [3]}, "1 row numbers"),
         ({"rows": []}, r"shape \(2, 4\) and 0 row numbers; it has \(10, 4\)"),
         ({"name": "other"}, "'other' is none of the ends'"),
+        ({"rows": [0] * 2**20}, "1048576 row numbers"),
         ({"name": "b"}, "twice"),
     ],
 )
@@ -218,3 +224,37 @@ def test_changes_that_cannot_be_are_refused(change: dict, word: str) -> None:
             named[0].name = value
     with pytest.raises(TrunkError, match=word):
         check_named(named, {name: tensor.shape for name, tensor in SINCE.items()})
+
+
+class Counted(list[Any]):
+    """What may be counted and not looked into."""
+
+    def __iter__(self) -> Iterator[Any]:
+        raise AssertionError("read before it was counted")
+
+    def __getitem__(self, index: Any) -> Any:
+        raise AssertionError("read before it was counted")
+
+
+def test_no_more_is_read_of_a_head_than_there_can_be() -> None:
+    """Row numbers and messages are as many as the sender likes, in a few bytes each."""
+    shapes = {name: tensor.shape for name, tensor in SINCE.items()}
+    tensor = pb.Tensor(shape=[2**20, 4], codec="fp32")
+    rows: Any = SimpleNamespace(name="embedding", tensor=tensor, rows=Counted([0] * 2**20))
+    with pytest.raises(TrunkError, match=r"1048576 row numbers; it has \(10, 4\)"):
+        check_named([rows], shapes)
+    with pytest.raises(TrunkError, match="4 named tensors came, there are 3"):
+        check_named(Counted([pb.NamedTensor()] * 4), shapes)
+
+
+def test_a_scalar_has_no_rows() -> None:
+    named = [pb.NamedTensor(name="s", tensor=pb.Tensor(shape=[1], codec="fp32"), rows=[0])]
+    with pytest.raises(TrunkError, match=r"shape \(1,\) and 1 row numbers; it has \(\)"):
+        check_named(named, {"s": ()})
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no accelerator")
+def test_a_mask_may_be_on_another_device() -> None:
+    mask_BT, tensor = torch.tensor([[1, 1, 0]], device="cuda"), torch.randn(1, 3, 4, device="cuda")
+    back = there_and_back("fp32", tensor, mask_BT)
+    assert torch.equal(back, (tensor * mask_BT[..., None]).cpu())

@@ -22,6 +22,7 @@ from simulations.equality.fold import fold
 from simulations.equality.local_link import LocalLink
 from strategies.errors import TrunkError
 from strategies.transport.codec.registry import find_codec
+from strategies.transport.conversation import MAX_REPEATS
 from strategies.transport.frames import read_client_frame
 from strategies.transport.stream.channel import Stream
 from strategies.transport.stream.link import GrpcLink
@@ -395,8 +396,8 @@ def test_one_who_only_repeats_itself_is_given_up() -> None:
     with served(open_engine(strategy="splitfed-v2")) as service:
         link = connect(service, "a", 1)
         forward(link, 0, 0, H, None)
-        with pytest.raises(TrunkError, match="128 frames in a row moved nothing"):
-            for _ in range(130):
+        with pytest.raises(TrunkError, match=f"{MAX_REPEATS} frames in a row moved nothing"):
+            for _ in range(MAX_REPEATS + 2):
                 get_gradients(link, 1)
         link._connection.drop()
         assert forward(connect(service, "b", 1), 0, 0, H, None).shape == H.shape
