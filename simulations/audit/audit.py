@@ -13,7 +13,8 @@ from conf.schema import Config
 from flower_app.build import cut_of
 from simulations.audit.attack import Attack, NotApplicable, Score, find_attacks
 from simulations.audit.calibrate import attack_all, calibrate_all, joined
-from simulations.audit.recorder import Recorder, Recording, Scope
+from simulations.audit.recorder import Recorder
+from simulations.audit.recording import Recording, Scope
 from simulations.audit.subject import subject_of
 
 Key = tuple[str, str, str]
@@ -60,6 +61,8 @@ def audit(
     scope = replace(scope, warm=0) if trained else scope
     chosen = find_attacks(attacks)
     calibration, refused = calibrate_all(chosen, config, say)
+    plants = sorted({times for attack in chosen for times in attack.plants})
+    scope = replace(scope, canaries=tuple(plants))
     found: dict[Key, list[Score]] = {}
     for number, seed in enumerate(seeds):
         own = subject if trained else subject.with_seed(seed)

@@ -9,9 +9,11 @@ import numpy as np
 from scipy import stats
 from torch import Tensor
 
+FloatArray = np.ndarray[tuple[int], np.dtype[np.float64]]
+
 
 def auc(scores_N: Tensor, positive_N: Tensor) -> float:
-    """Probability that a positive case scores above a negative one; 0.5 if there is but one kind."""
+    """Probability that a positive case scores above a negative one; 0.5 of one kind alone."""
     up, down = _apart(scores_N, positive_N)
     if not len(up) or not len(down):
         return 0.5
@@ -29,6 +31,8 @@ def hits_at(scores_N: Tensor, positive_N: Tensor, alarms: float) -> float:
 
 def _apart(
     scores_N: Tensor, positive_N: Tensor
-) -> tuple[np.ndarray[tuple[int], np.dtype[np.float64]], np.ndarray[tuple[int], np.dtype[np.float64]]]:
+) -> tuple[
+    np.ndarray[tuple[int], np.dtype[np.float64]], np.ndarray[tuple[int], np.dtype[np.float64]]
+]:
     scores, positive = scores_N.double().numpy(), positive_N.bool().numpy()
     return scores[positive], scores[~positive]

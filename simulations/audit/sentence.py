@@ -5,11 +5,9 @@ Shapes: T tokens, D hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from conf.schema import Config
 from flower_app.client import streamed
@@ -18,6 +16,7 @@ from simulations.audit.attacks.search import search
 from simulations.audit.observation import EXACT, Knowledge
 from simulations.audit.subject import subject_of
 from simulations.audit.tap import TappedLink
+from simulations.audit.texts import public_ids
 from strategies.engine.engine import TrunkEngine
 
 SENTENCE = (
@@ -54,18 +53,21 @@ def read_sentence(config: Config, text: str, noise: float = 0.0, seed: int = 0) 
         parts.trunk, hidden_size=parts.trunk.hidden_size, train=config.train, max_in_flight=2**62
     )
     engine.open_round(1, 1, training=False)
-    link = TappedLink(config.link, engine.open("audit", client="client-0"), lambda step, micro: None)
+    link = TappedLink(config.link, engine.open("audit", client="client-0"))
     batch = Batch(ids_BT, torch.ones_like(ids_BT), ids_BT)
     streamed.evaluate(parts.bottom, parts.top, link, [batch], config.train)
     h1_BTD = link.crossed[0, 0].h1_BTD
     assert h1_BTD is not None
     generator = torch.Generator().manual_seed(seed)
     h1_BTD = h1_BTD + noise * h1_BTD.std() * torch.randn(h1_BTD.shape, generator=generator)
+    vocabulary = parts.bottom.config.get_text_config(decoder=True).vocab_size
     knowledge = Knowledge(
         level=EXACT,
         ends=lambda crossed: (parts.bottom, parts.top),
+        loss=lambda ends, trunk, examples: torch.zeros(len(examples)),
         tokenizer=tokenizer,
-        vocabulary=parts.bottom.config.get_text_config(decoder=True).vocab_size,
+        vocabulary=vocabulary,
+        public=public_ids(tokenizer, 64, 1, vocabulary),
     )
     found_BT = search(parts.bottom, h1_BTD, knowledge)
     return {

@@ -38,7 +38,7 @@ def audit(
     from flower_app.build import set_threads
     from simulations.audit.audit import audit as run
     from simulations.audit.begin import find_subject, keep
-    from simulations.audit.recorder import Scope
+    from simulations.audit.recording import Scope
     from simulations.audit.words import COLUMNS, notes, rows
 
     set_threads(threads)

@@ -1,4 +1,6 @@
-"""Labels from dL/dh2 without any model: its norm, and its direction (Li et al. 2022, arXiv:2102.08504).
+"""Labels from dL/dh2 without any model: its norm, and its direction.
+
+After Li et al. 2022, arXiv:2102.08504.
 
 Shapes: B sequences, T tokens, D hidden size, N positions that count, P pairs of them.
 """

@@ -26,6 +26,8 @@ from simulations.audit.observation import EXACT, STALE, START, Crossed, Knowledg
 
 ITERATIONS = 60
 """Of conjugate gradients. Noise is fitted by those that would follow."""
+SLIGHT = 0.05
+"""A remainder of a random vector of unit variance that is shorter than this is rounding."""
 
 
 class Labels(TokenAttack):
@@ -70,10 +72,16 @@ def match(top: Part, crossed: Crossed) -> Tensor:
     h2_BTD = crossed.h2_BTD.clone().requires_grad_()
     with sdpa_kernel(SDPBackend.MATH):  # the others have no second derivative
         hidden_BTD, logits_BTV, weight_VD = _run(top, h2_BTD, crossed.mask_BT)
-        z_BTD = _solve(h2_BTD, hidden_BTD, crossed.grad_h2_BTD * max(1, crossed.tokens))
+        system = _System(h2_BTD, hidden_BTD)
+        z_BTD = system.solve(crossed.grad_h2_BTD * max(1, crossed.tokens))
+        lost_BTKD = system.lost()
     prediction_BTV = logits_BTV.detach().float().softmax(-1)
     wanted_BTD = prediction_BTV @ weight_VD - z_BTD
-    return _nearest(wanted_BTD, weight_VD, prediction_BTV, crossed.mask_BT)
+    squares_BTV = torch.cdist(wanted_BTD, weight_VD).square()
+    for lost_BTD in lost_BTKD.unbind(2):
+        along_BTV = (wanted_BTD * lost_BTD).sum(-1, keepdim=True) - lost_BTD @ weight_VD.T
+        squares_BTV = squares_BTV - along_BTV.square()
+    return _likeliest(squares_BTV, wanted_BTD.shape[-1], prediction_BTV, crossed.mask_BT)
 
 
 def _run(top: Part, h2_BTD: Tensor, mask_BT: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -90,18 +98,40 @@ def _run(top: Part, h2_BTD: Tensor, mask_BT: Tensor | None) -> tuple[Tensor, Ten
     return seen[0], logits_BTV, head.weight.detach().float()
 
 
-def _solve(h2_BTD: Tensor, hidden_BTD: Tensor, wanted_BTD: Tensor) -> Tensor:
-    """z such that J'z is what is wanted, by conjugate gradients on the normal equations."""
-    dummy_BTD = torch.zeros_like(hidden_BTD, requires_grad=True)
-    (image_BTD,) = torch.autograd.grad(hidden_BTD, h2_BTD, dummy_BTD, create_graph=True)
+class _System:
+    """dL/dh2 as a function of z, the gradient at the head's input: linear, J'z."""
 
-    def transposed(z_BTD: Tensor) -> Tensor:
-        return torch.autograd.grad(hidden_BTD, h2_BTD, z_BTD, retain_graph=True)[0]
+    def __init__(self, h2_BTD: Tensor, hidden_BTD: Tensor) -> None:
+        self._h2_BTD, self._hidden_BTD = h2_BTD, hidden_BTD
+        self._dummy_BTD = torch.zeros_like(hidden_BTD, requires_grad=True)
+        (self._image_BTD,) = torch.autograd.grad(
+            hidden_BTD, h2_BTD, self._dummy_BTD, create_graph=True
+        )
 
-    def forward(r_BTD: Tensor) -> Tensor:
-        return torch.autograd.grad(image_BTD, dummy_BTD, r_BTD, retain_graph=True)[0]
+    def apply(self, z_BTD: Tensor) -> Tensor:
+        """J'z."""
+        return torch.autograd.grad(self._hidden_BTD, self._h2_BTD, z_BTD, retain_graph=True)[0]
 
-    return _conjugate(transposed, forward, wanted_BTD)
+    def _forward(self, r_BTD: Tensor) -> Tensor:
+        return torch.autograd.grad(self._image_BTD, self._dummy_BTD, r_BTD, retain_graph=True)[0]
+
+    def solve(self, wanted_BTD: Tensor) -> Tensor:
+        """The shortest z such that J'z is what is wanted."""
+        return _conjugate(self.apply, self._forward, wanted_BTD)
+
+    def lost(self) -> Tensor:
+        """Unit vectors (B, T, K, D) of which J' keeps nothing, or zero: a norm before the head
+        loses one direction, or two, which random vectors show."""
+        generator = torch.Generator().manual_seed(0)
+        found: list[Tensor] = []
+        for _ in range(2):
+            random_BTD = torch.randn(self._hidden_BTD.shape, generator=generator)
+            left_BTD = random_BTD - self.solve(self.apply(random_BTD))
+            for each_BTD in found:
+                left_BTD = left_BTD - (left_BTD * each_BTD).sum(-1, keepdim=True) * each_BTD
+            length_BT1 = left_BTD.norm(dim=-1, keepdim=True)
+            found.append(torch.where(length_BT1 > SLIGHT, left_BTD / length_BT1, 0.0))
+        return torch.stack(found, 2)
 
 
 def _conjugate(
@@ -129,13 +159,12 @@ def _conjugate(
     return z_BTD
 
 
-def _nearest(
-    wanted_BTD: Tensor, weight_VD: Tensor, prediction_BTV: Tensor, mask_BT: Tensor | None
+def _likeliest(
+    squares_BTV: Tensor, width: int, prediction_BTV: Tensor, mask_BT: Tensor | None
 ) -> Tensor:
-    """The likeliest row of the head for each position (B, T), were the error Gaussian."""
-    squares_BTV = torch.cdist(wanted_BTD, weight_VD).square()
+    """The likeliest label of each position (B, T), were what is left of it Gaussian."""
     nearest_BT = squares_BTV.min(-1).values
     real_BT = torch.ones_like(nearest_BT) if mask_BT is None else mask_BT
-    variance = float(nearest_BT[real_BT.bool()].median()) / wanted_BTD.shape[-1]
+    variance = float(nearest_BT[real_BT.bool()].median()) / width
     prior_BTV = prediction_BTV.clamp_min(1e-9).log()
     return (squares_BTV / (2 * max(variance, 1e-12)) - prior_BTV).argmin(-1)

@@ -4,7 +4,8 @@ import pytest
 
 from conf.load import load_config
 from conf.schema import Config
-from simulations.audit.recorder import Recorder, Recording, Scope
+from simulations.audit.recorder import Recorder
+from simulations.audit.recording import Recording, Scope
 from simulations.audit.subject import subject_of
 
 SMALL = [

@@ -17,7 +17,7 @@ from simulations.audit.audit import audit
 from simulations.audit.begin import find_subject, keep
 from simulations.audit.calibrate import calibrate_all
 from simulations.audit.observation import EXACT, Knowledge, Observation
-from simulations.audit.recorder import Recording
+from simulations.audit.recording import Recording
 from simulations.audit.texts import Rarity, classes_of, rouge_l
 from tests.simulations.audit.conftest import SCOPE, small
 
