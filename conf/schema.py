@@ -19,6 +19,7 @@ from conf.sections.link import LinkConfig
 from conf.sections.lora import LoraSettings
 from conf.sections.model import ModelConfig
 from conf.sections.output import OutputConfig
+from conf.sections.privacy import PrivacyConfig
 from conf.sections.runtime import RuntimeConfig
 from conf.sections.tracking import TrackingConfig
 from conf.sections.train import TrainConfig
@@ -34,6 +35,7 @@ __all__ = [
     "LoraSettings",
     "ModelConfig",
     "OutputConfig",
+    "PrivacyConfig",
     "RuntimeConfig",
     "TrackingConfig",
     "TrainConfig",
@@ -58,6 +60,7 @@ class Config:
     federation: FederationConfig = field(default_factory=FederationConfig)
     aggregation: AggregationConfig = field(default_factory=AggregationConfig)
     link: LinkConfig = field(default_factory=LinkConfig)
+    privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)

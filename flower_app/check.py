@@ -11,7 +11,7 @@ from flower_app.runs.sinks import registry as sinks
 
 
 def check_names(config: Config) -> None:
-    """Refuse a policy, codec, aggregator or sink that nobody offers, with the nearest one.
+    """Refuse a policy, codec, aggregator, defence or sink that nobody offers, with the nearest one.
 
     The registries import torch, so they are asked only for names that no source declares.
 
@@ -33,6 +33,11 @@ def check_names(config: Config) -> None:
         from strategies.aggregate.aggregator import find_aggregator
 
         find_aggregator(config.aggregation.lora)
+    defence = config.privacy.defence
+    if defence != "none" and not declares("flower_app.client.defences", defence):
+        from flower_app.client.defences.registry import find_defence
+
+        find_defence(defence)
     for sink in config.tracking.sinks:
         check_known("tracking.sinks", sink, sinks.names())
 

@@ -17,6 +17,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from strategies.transport.frames import WIRE_VERSION
+
 PACKAGES = ("conf", "models", "strategies", "flower_app", "simulations")
 WITHOUT_FLOWER = ("conf", "models")
 HEAVY = {"torch", "transformers", "peft", "datasets", "flwr", "flwr_datasets", "matplotlib", "ray"}
@@ -172,6 +174,19 @@ def test_architecture_names_every_file(project: Path) -> None:
     assert sorted(named - there) == [], "in docs/architecture.md but gone"
 
 
+def test_documents_give_no_version_of_the_wire_but_the_one_that_is_spoken(project: Path) -> None:
+    """Text wrapped or not: "The wire's version is still 3" outlived version 3."""
+    pages = [project / "README.md", *(project / "docs").glob("*.md")]
+    given = {
+        (page.name, int(number))
+        for page in pages
+        for number in re.findall(
+            r"wire(?:'s)?\s+version\s+(?:is\s+)?(?:still\s+)?(\d+)", page.read_text(), re.I
+        )
+    }
+    assert not {(page, number) for page, number in given if number != WIRE_VERSION}
+
+
 def test_documents_name_files_and_tests_that_exist(project: Path) -> None:
     tracked = _tracked(project)
     folders = {f"{parent}/" for path in tracked for parent in Path(path).parents}
@@ -219,6 +234,11 @@ def _paths_of_tree(tree: str, *, folders: bool = False) -> set[str]:
         if name.endswith("/") == folders:
             paths.add(path)
     return {path for path in paths if path.split("/")[0] in PACKAGES}
+
+
+def test_nothing_large_is_committed(project: Path) -> None:
+    large = {path: (project / path).stat().st_size for path in _tracked(project)}
+    assert {path: size for path, size in large.items() if size > 2**20} == {}
 
 
 def test_no_path_of_this_machine_is_committed(project: Path) -> None:

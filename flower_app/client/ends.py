@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from conf.schema import TrainConfig
+from flower_app.client.defences.defence import defence_of
 from flower_app.client.place import Place
 from flower_app.client.remembered import check_same, names_of
 from flower_app.data.client import Batch
@@ -151,11 +152,21 @@ class Ends:
             raise RuntimeError("no gradient reached the top's input; is the top differentiable?")
         return float(loss.detach()), h2_BTD.grad
 
-    def down(self, h1_BTD: Tensor, grad_BTD: Tensor) -> None:
-        """Go back through the bottom; its gradients add up."""
-        if h1_BTD.requires_grad:
-            with self.clock("bottom"), self._apart():
-                h1_BTD.backward(grad_BTD.to(h1_BTD.device, h1_BTD.dtype))
+    def down(self, h1_BTD: Tensor, grad_BTD: Tensor, batch: Batch, tokens: int) -> None:
+        """Go back through the bottom, with what a defence adds to the loss; gradients add up.
+
+        Of the `tokens` that count in the step, the batch's penalty has a share as its loss has.
+        """
+        if not h1_BTD.requires_grad:
+            return
+        with self.clock("bottom"), self._apart():
+            roots, grads = [h1_BTD], [grad_BTD.to(h1_BTD.device, h1_BTD.dtype)]
+            if (defence := defence_of(self._bottom)) is not None:
+                ids, mask, _ = on_device(self._device, batch)
+                if (penalty := defence.penalty(h1_BTD, ids, mask)) is not None:
+                    roots.append(penalty)
+                    grads.append(torch.full_like(penalty, batch.tokens / tokens))
+            torch.autograd.backward(roots, grads)
 
     @contextmanager
     def _apart(self) -> Iterator[None]:

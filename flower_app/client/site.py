@@ -20,6 +20,8 @@ from flower_app.build import (
     set_threads,
     take_residuals,
 )
+from flower_app.client.defences.defence import Defence, defend
+from flower_app.client.defences.registry import NONE, make_defence
 from flower_app.client.node import client_name, own_config, private_key, public_key
 from flower_app.client.own import OwnEnds, site_folder
 from flower_app.client.place import Place
@@ -33,6 +35,11 @@ from strategies.records import KEY_LOST, read_arrays
 from strategies.transport.stream.link import GrpcLink
 
 Connect = Callable[..., GrpcLink]
+
+KEY_LOST_WORDS = (
+    f"{KEY_LOST}: its SuperNode was started anew; it takes part again when the server has asked it "
+    "who it is"
+)
 
 
 class Site:
@@ -53,7 +60,7 @@ class Site:
             client=client_name(context),
             round=asked.round,
             rounds=asked.rounds,
-            secret=self._secret(),
+            secret=self._secret(b"graft examples") if config.link.cache_mb else b"",
         )
         self.session = asked.session if config.link.transport == "messages" else ""
         """Under link.transport=messages, what this node's state belongs to; else empty."""
@@ -116,7 +123,16 @@ class Site:
             self.bridge = Regression(own)
         elif bridge:
             raise ValueError("the server sends a bridge, and this run has none (train.bridge=0)")
+        defend(bottom, top, self._defence())
         return bottom, top
+
+    def _defence(self) -> Defence | None:
+        """What is done to all that these parts give out."""
+        if self.config.privacy.defence == NONE:
+            return None
+        if not (secret := self._secret(b"graft noise " + self.asked.run.encode())):
+            raise ValueError(KEY_LOST_WORDS)
+        return make_defence(self.config.privacy, secret)
 
     def trained(self, bottom: Part, top: Part) -> dict[str, Tensor]:
         """What the server gets of the trained ends; what it does not is kept here, by the round."""
@@ -185,10 +201,7 @@ class Site:
         cache = load_cache(self._state, limit) if limit and steps else None
         key = private_key(self._state)
         if key is None:
-            raise ValueError(
-                f"{KEY_LOST}: its SuperNode was started anew; it takes part again when the server "
-                "has asked it who it is"
-            )
+            raise ValueError(KEY_LOST_WORDS)
         ticket, config = self.asked.ticket(), self.config.link
         return self._connect(ticket, key, steps=steps, config=config, cache=cache)
 
@@ -197,10 +210,10 @@ class Site:
         if link.cache is not None:
             save_cache(self._state, link.cache.cache)
 
-    def _secret(self) -> bytes:
-        """What examples are named with, if activations are kept."""
-        key = private_key(self._state) if self.config.link.cache_mb else None
-        return hmac.digest(key, b"graft examples", "sha256") if key else b""
+    def _secret(self, purpose: bytes) -> bytes:
+        """A secret of this node alone; empty if it was not asked for its key yet."""
+        key = private_key(self._state)
+        return hmac.digest(key, purpose, "sha256") if key else b""
 
     def public_key(self) -> bytes:
         """What tickets for this node are made for."""

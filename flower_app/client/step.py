@@ -134,7 +134,7 @@ class Step:
             )
         if h1_BTD is None:
             h1_BTD = self._ends.up(self.number, micro, self.batches[micro])
-        self._ends.down(h1_BTD, grad_BTD)
+        self._ends.down(h1_BTD, grad_BTD, self.batches[micro], self.tokens)
 
     def apply(self, trunk_square: float, seconds_network: float = 0.0) -> None:
         """Ask for the trunk's optimizer step, and take the ends' own meanwhile.

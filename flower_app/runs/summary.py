@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from conf.schema import Config
+from flower_app.runs.epsilon import privacy_of
 from flower_app.runs.lines import perplexity
 
 
@@ -34,6 +35,7 @@ def summarize(
         "bytes_down": sum(record["bytes_down"] for record in rounds),
         "seconds": round(seconds, 3),
         "tokens_per_second": round(tokens / seconds, 3) if seconds else 0.0,
+        **({"privacy": noise} if (noise := privacy_of(config)) else {}),
         **({"missing": missing} if missing else {}),
         **({"dropped": dropped} if dropped else {}),
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,9 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from conf.schema import LinkConfig
+from flower_app.client.defences.registry import make_defence
 from flower_app.serving.access import Access, ServedModel, read_access
+from flower_app.serving.defended import DefendedTrunk
 from flower_app.serving.source import Served, find_served, load_ends, load_tokenizer
 from models.remote import join_remote
 from strategies.transport.stream.remote import Place, StreamTrunk
@@ -72,8 +75,11 @@ def connect(
     trunk = StreamTrunk(_place(allowed, told.name, served.fingerprint, link))
     trunk.check()
     bottom, top = load_ends(served)
+    # A secret of this process: the server has made the client's key.
+    defence = make_defence(served.privacy, secrets.token_bytes(32))
+    asked = trunk if defence is None else DefendedTrunk(trunk, defence)
     return Joined(
-        model=join_remote(bottom, top, trunk),
+        model=join_remote(bottom, top, asked),
         tokenizer=load_tokenizer(served),
         name=told.name,
         trunk=trunk,

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from conf.load import load_config
-from conf.schema import Config, ModelConfig
+from conf.schema import Config, ModelConfig, PrivacyConfig
 from flower_app.build import LAST, cut_of, in_words
 from flower_app.data.tokenizer import load_tokenizer as load_configured
 from flower_app.runs.folders import find_last_run, model_of, newest_round, runs_folder
@@ -68,6 +68,8 @@ class Served:
     """The run folder, if it is a run's."""
     attention: str = "sdpa"
     allow_untested: bool = False
+    privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
+    """The run's: what is done to all that leaves a client."""
 
 
 def find_served(text: str, cut: Cut | None = None, *, base: str = "") -> Served:
@@ -258,7 +260,7 @@ def serve_model(run: Path, model: Path, config: Config, cut: Cut | None = None) 
     """Say what a run's model is, wherever it lies; `cut` is the run's own by default."""
     source = find_source(str(model))
     served = _of_model(run.name, str(model), source, cut or cut_of(config), config)
-    return replace(served, run=run)
+    return replace(served, run=run, privacy=config.privacy)
 
 
 def _without_model(run: Path, config: Config) -> str:

@@ -15,6 +15,7 @@ import numpy as np
 
 from conf.schema import Config
 from conf.sections.link import read_codecs
+from conf.sections.privacy import PrivacyConfig
 from simulations.audit.attack import Attack, NotApplicable, Score, Scores
 from simulations.audit.recorder import Recorder
 from simulations.audit.recording import Recording, Scope
@@ -60,7 +61,8 @@ def calibrate_all(
 
 def undefended(config: Config) -> Config:
     """The configuration without codec and defences."""
-    return replace(config, link=replace(config.link, codec=read_codecs("fp32")))
+    link = replace(config.link, codec=read_codecs("fp32"))
+    return replace(config, link=link, privacy=PrivacyConfig())
 
 
 def _calibrate(attack: Attack, recording: Recording) -> dict[str, float]:

@@ -7,6 +7,7 @@ defences are at work; nothing is simulated but Flower.
 from __future__ import annotations
 
 import copy
+import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -16,6 +17,8 @@ import torch
 from torch import Tensor
 
 from flower_app.client import streamed
+from flower_app.client.defences.defence import defend
+from flower_app.client.defences.registry import make_defence
 from flower_app.client.place import Place
 from flower_app.client.plan import Plan, padding_id
 from flower_app.data.client import Batch, ClientData, Example, load_client_data, load_tokenizer
@@ -112,6 +115,7 @@ class Recorder:
         config, name = self.config, f"client-{index}"
         bottom, top = copy.deepcopy((self.parts.bottom, self.parts.top))
         load_client_state(bottom, top, self.state)
+        defend(bottom, top, make_defence(config.privacy, secrets.token_bytes(32)))
         place = Place(seed=config.seed, client=name, round=number, rounds=self._rounds(number))
         planted = [_canary(repeats, index, config.seed) for repeats in canaries]
         own = replace(config, train=replace(config.train, local_steps=steps))
@@ -158,11 +162,11 @@ class Recorder:
         train, scope = self.data[index].train, self.scope
         if not planted and scope.reuse == 1:
             return train
-        secrets = [self._encoded(each) for each in planted for _ in range(each.repeats)]
+        told = [self._encoded(each) for each in planted for _ in range(each.repeats)]
         sizes = self.config.train.batch_size * self.config.train.accumulate
-        count = max(1, steps * sizes // scope.reuse - len(secrets))
+        count = max(1, steps * sizes // scope.reuse - len(told))
         order = np.random.default_rng([self.config.seed, index]).permutation(len(train))
-        return [*(train[i] for i in order[:count]), *secrets]
+        return [*(train[i] for i in order[:count]), *told]
 
     def _encoded(self, canary: Canary) -> Example:
         text = canary.before + canary.secret

@@ -1,6 +1,4 @@
 """What the server reads of one text: the shortest way to see what h1 gives away.
-
-Shapes: T tokens, D hidden size.
 """
 
 from __future__ import annotations
@@ -11,6 +9,8 @@ import torch
 
 from conf.schema import Config
 from flower_app.client import streamed
+from flower_app.client.defences.defence import defend
+from flower_app.client.defences.registry import make_defence
 from flower_app.data.client import Batch, load_tokenizer
 from simulations.audit.attacks.search import search
 from simulations.audit.observation import EXACT, Knowledge
@@ -26,7 +26,7 @@ SENTENCE = (
 """Has a name, a number, and what nobody else should read."""
 
 
-def read_sentence(config: Config, text: str, noise: float = 0.0, seed: int = 0) -> dict[str, Any]:
+def read_sentence(config: Config, text: str = SENTENCE) -> dict[str, Any]:
     """Send a text's h1 to a trunk as evaluation does, and search for the text.
 
     Parameters
@@ -35,10 +35,6 @@ def read_sentence(config: Config, text: str, noise: float = 0.0, seed: int = 0) 
         Model, cut, codec, defences.
     text : str
         What the client evaluates.
-    noise : float
-        Added to what crosses besides: Gaussian, in standard deviations of h1.
-    seed : int
-        Of the noise.
 
     Returns
     -------
@@ -54,12 +50,12 @@ def read_sentence(config: Config, text: str, noise: float = 0.0, seed: int = 0) 
     )
     engine.open_round(1, 1, training=False)
     link = TappedLink(config.link, engine.open("audit", client="client-0"))
+    bottom, top = copy.deepcopy((parts.bottom, parts.top))
+    defend(bottom, top, make_defence(config.privacy, secrets.token_bytes(32)))
     batch = Batch(ids_BT, torch.ones_like(ids_BT), ids_BT)
-    streamed.evaluate(parts.bottom, parts.top, link, [batch], config.train)
+    streamed.evaluate(bottom, top, link, [batch], config.train)
     h1_BTD = link.crossed[0, 0].h1_BTD
     assert h1_BTD is not None
-    generator = torch.Generator().manual_seed(seed)
-    h1_BTD = h1_BTD + noise * h1_BTD.std() * torch.randn(h1_BTD.shape, generator=generator)
     vocabulary = parts.bottom.config.get_text_config(decoder=True).vocab_size
     knowledge = Knowledge(
         level=EXACT,
@@ -73,7 +69,8 @@ def read_sentence(config: Config, text: str, noise: float = 0.0, seed: int = 0) 
     return {
         "cut": config.cut.bottom,
         "codec": config.link.codec["h1"],
-        "noise": noise,
+        "defence": config.privacy.defence,
+        "noise": config.privacy.noise,
         "tokens": ids_BT.shape[1],
         "found": int((found_BT == ids_BT).sum()),
         "text": text,

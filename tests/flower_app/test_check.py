@@ -19,7 +19,7 @@ from simulations.launch.preflight import check_run
     [
         ("train.strategy=fedavg", r"one of merged, splitfed-v1, splitfed-v2.*, got 'fedavg'$"),
         ("train.strategy=merge", r"one of .*, got 'merge'; did you mean 'merged'\?"),
-        ("link.codec=fp8", r"one of bf16, fp16, fp32, int2, .*, klt-fine, got 'fp8'"),
+        ("link.codec=fp8", r"one of bf16, fp16, fp32, int2, .*, klt-rough, got 'fp8'"),
         ("aggregation.lora=exakt tuning.trunk=lora", r"one of .*factors.*; did you mean 'exact'\?"),
     ],
 )

@@ -72,7 +72,8 @@ class Klt(Codec):
     Numeral Systems", 2013.
     """
 
-    name, difference = "klt", "klt-rough"
+    name = "klt"
+    difference = "klt-rough"
     steps: ClassVar[tuple[int, int]] = (-8, 1)
     """For activations, relative to the row, and for gradients, relative to the tensor."""
 
@@ -230,21 +231,24 @@ class Klt(Codec):
 class KltFine(Klt):
     """Half the error for a bit more: for what the loss feels most."""
 
-    name, difference = "klt-fine", "klt-coarse"
+    name = "klt-fine"
+    difference = "klt-coarse"
     steps = (-12, -3)
 
 
 class KltCoarse(Klt):
     """Half as much error again, for half a bit less."""
 
-    name, difference = "klt-coarse", "klt-rough"
+    name = "klt-coarse"
+    difference = "klt-rough"
     steps = (-6, 3)
 
 
 class KltRough(Klt):
     """Error about 29 % of a row: for what a row has changed by."""
 
-    name, difference = "klt-rough", ""
+    name = "klt-rough"
+    difference = ""
     steps = (0, 3)
 
 

@@ -27,6 +27,7 @@ from flower_app.runs.plots import plot_loss
 from flower_app.runs.recorder import Recorder
 from flower_app.runs.resume import look_up, take_up
 from flower_app.server_app import run_experiment
+from strategies.transport.codec.registry import codecs
 from tests.flower_app import test_app
 from tests.flower_app.grid import InProcessGrid
 
@@ -151,9 +152,15 @@ CASES = {
 
 
 FAST = ("v2", "merged, step", "dropout, few", "fedadam", "lora, exact")
+CODECS = {
+    **{f"codec {name}": f"link.codec={name}" for name in codecs()},
+    "codec klt, messages": "link.codec=klt link.transport=messages",
+    "a codec for each": "link.codec.h1=klt link.codec.h2=int4 link.codec.grad_h2=int2",
+}
+"""Each of them, and klt, whose state travels, over messages too."""
 PARAMS = [
     pytest.param(changes, id=name, marks=[] if name in FAST else pytest.mark.slow)
-    for name, changes in CASES.items()
+    for name, changes in (CASES | CODECS).items()
 ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -90,6 +91,15 @@ def test_help_ends_well_and_an_unknown_option_in_code_2(command: list[str]) -> N
     assert (odd.exit_code, odd.stdout) == (2, "")
     assert "--no-such-option" in odd.stderr
     assert "error: 2" not in odd.stderr
+
+
+def test_readme_names_every_command() -> None:
+    text = (Path(simulations.cli.__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    groups = {command[0] for command in _commands() if len(command) > 1}
+    names = [
+        " ".join(command) for command in _commands() if command[0] not in groups or command[1:]
+    ]
+    assert [name for name in names if not re.search(rf"(graft|make) {name}\b", text)] == []
 
 
 @pytest.mark.parametrize("command", ["run", "resume", "plot"])

@@ -17,6 +17,8 @@ from conf.schema import TrainConfig
 from flower_app.client import streamed
 from models import client_state, split
 from simulations.equality.local_link import LocalLink
+from strategies.engine.member import Member, Round
+from strategies.engine.policies.turns import Turn
 from strategies.engine.session import Session
 from strategies.errors import TrunkError
 from strategies.optim import trainable
@@ -30,6 +32,7 @@ from tests.strategies.helpers import (
     twin,
 )
 
+ROUND = Round(number=1, rounds=1, training=True)
 ORDERED = TrainConfig(strategy="splitfed-v2", turns="ordered", lr=0.01)
 
 
@@ -174,6 +177,39 @@ def test_every_round_begins_with_its_whole_cohort() -> None:
             engine._sessions["b"].compute(0, 0, h, None)
         engine._sessions["a"].compute(0, 0, h, None)
         engine.close_round()
+
+
+def test_by_arrival_who_asks_again_at_once_comes_after_those_who_wait() -> None:
+    """Else a client on a fast network would keep those on a slow one out."""
+    turn, got = Turn(), list[str]()
+    quick, *slow = (Member(client=name, steps=1, round=ROUND) for name in ("quick", "b", "c"))
+
+    def once(member: Member) -> None:
+        turn.take(member, 20.0)
+        got.append(member.client)
+        turn.release(member)
+
+    turn.take(quick, 20.0)
+    for _ in range(5):
+        got.clear()
+        with ThreadPoolExecutor(2) as pool:
+            for member in slow:
+                pool.submit(once, member)
+                time.sleep(0.05)
+            turn.release(quick)
+            turn.take(quick, 20.0)
+            assert got == ["b", "c"]
+
+
+def test_who_waits_in_vain_leaves_the_queue() -> None:
+    turn = Turn()
+    holder, late, next_one = (Member(client=name, steps=1, round=ROUND) for name in ("a", "b", "c"))
+    turn.take(holder, 1.0)
+    with pytest.raises(TrunkError, match=r"no turn at the shared trunk within 0\.01 s"):
+        turn.take(late, 0.01)
+    turn.release(holder)
+    turn.take(next_one, 1.0)
+    assert turn.held_by(next_one)
 
 
 @pytest.mark.parametrize("strategy", ["splitfed-v1", "merged"])

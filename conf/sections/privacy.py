@@ -1,0 +1,53 @@
+"""`privacy`: What is done so that less can be read in what leaves a client."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from conf import rules
+from conf.rules import ConfigError, one_of, setting
+from conf.sections.base import Section
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrivacyConfig(Section):
+    """What is done so that less can be read in what leaves a client. By default nothing."""
+
+    section: ClassVar[str] = "privacy"
+
+    defence: str = setting("none", rules.NAME)
+    """What is done to h1 and dL/dh2: none, gaussian, nopeek, or what flower_app/client/defences
+    holds besides."""
+    clip: float = setting(0.0, rules.NOT_NEGATIVE)
+    """gaussian: longest that h1 of a unit may be (L2); 0: as it is."""
+    noise: float = setting(0.0, rules.NOT_NEGATIVE)
+    """gaussian: standard deviation of the noise on each element of h1, in multiples of `clip`; of
+    the tensor's own standard deviation, if nothing is clipped."""
+    clip_gradient: float = setting(0.0, rules.NOT_NEGATIVE)
+    """As `clip`, of dL/dh2."""
+    noise_gradient: float = setting(0.0, rules.NOT_NEGATIVE)
+    """As `noise`, of dL/dh2."""
+    unit: str = setting("token", one_of("token", "sequence"))
+    """What is clipped: each token's row, or all rows of a sequence together."""
+    delta: float = setting(1e-5, rules.BELOW_ONE)
+    """At which epsilon is stated."""
+    weight: float = setting(0.1, rules.NOT_NEGATIVE)
+    """nopeek: of the distance correlation of h1 and the tokens' embeddings, beside the loss."""
+
+    def _check_together(self) -> None:
+        for name in ("clip", "noise", "clip_gradient", "noise_gradient"):
+            if getattr(self, name) and self.defence != "gaussian":
+                raise ConfigError(
+                    f"privacy.{name}={getattr(self, name):g} is for privacy.defence=gaussian, and "
+                    f"privacy.defence={self.defence} leaves it out: set privacy.defence=gaussian, "
+                    f"or privacy.{name}=0",
+                    key=f"privacy.{name}",
+                )
+        if self.defence == "gaussian" and not (self.noise or self.noise_gradient or self.clip):
+            raise ConfigError(
+                "privacy.defence=gaussian with privacy.noise=0, privacy.noise_gradient=0 and "
+                "privacy.clip=0 changes nothing: set privacy.clip and privacy.noise, or "
+                "privacy.defence=none",
+                key="privacy.noise",
+            )
