@@ -1,8 +1,9 @@
-"""What the server reads of one text: the shortest way to see what h1 gives away.
-"""
+"""What the server reads of one text: the shortest way to see what h1 gives away."""
 
 from __future__ import annotations
 
+import copy
+import secrets
 from typing import Any
 
 import torch
