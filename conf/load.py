@@ -296,16 +296,22 @@ def _apply(merged: Any, item: str, origins: dict[str, str]) -> None:
 
 def _spread(merged: Any, key: str) -> None:
     """Write a mapping out where one value stands for all of it, as in `link.codec=int4`."""
-    section, _, name = key.rpartition(".")
     value = OmegaConf.select(merged, key)
     if not OmegaConf.is_dict(value) and value is not None:
-        whole = getattr(_SECTIONS[section](**{name: value}), name)
-        OmegaConf.update(merged, key, whole, merge=False)
+        OmegaConf.update(merged, key, _whole(key, value), merge=False)
+
+
+def _whole(key: str, value: Any) -> Any:
+    """What its section makes of one value that stands for a mapping."""
+    section, _, name = key.rpartition(".")
+    return getattr(_SECTIONS[section](**{name: value}), name)
 
 
 def _checked(key: str, value: Any) -> Any:
     """One value as its declared type, or refused in words."""
     section, _, name = key.rpartition(".")
+    if _KINDS[key] == _FREE_FORM and isinstance(value, str):
+        value = _whole(key, value)
     item = {each.name: each for each in dataclasses.fields(_SECTIONS.get(section, Config))}[name]
     return checked(value, str(item.type), item.metadata.get("rule"), key)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -94,9 +95,8 @@ class LinkConfig(Section):
 
     @property
     def codec_words(self) -> str:
-        """The codecs as an override has them: one name, if all four are alike."""
-        names = list(dict.fromkeys(self.codec.values()))
-        return names[0] if len(names) == 1 else " ".join(f"{w}={n}" for w, n in self.codec.items())
+        """The codecs as an override has them."""
+        return codec_words(self.codec)
 
     def _check_crossings(self) -> None:
         """Every crossing has a codec; those that are not named are fp32."""
@@ -111,18 +111,32 @@ class LinkConfig(Section):
         object.__setattr__(self, "codec", whole)
 
 
+def codec_words(names: Mapping[str, str]) -> str:
+    """Return what `read_codecs` reads: one name, if those of all crossings are alike."""
+    unlike = list(dict.fromkeys(names.values()))
+    return unlike[0] if len(unlike) == 1 else " ".join(f"{way}={n}" for way, n in names.items())
+
+
+def in_words(value: Any) -> Any:
+    """Return any setting's value, as words if it names a codec for each crossing."""
+    is_codec = isinstance(value, Mapping) and set(value) == set(CROSSINGS)
+    return codec_words(value) if is_codec else value
+
+
 def read_codecs(words: str) -> dict[str, Any]:
     """Return what `link.codec` is to be, from words such as `int4` or `h1=int4 h2=int6`.
 
     Raises
     ------
     ConfigError
-        If a crossing comes twice.
+        If a crossing comes twice, or what is no name.
     """
-    if "=" not in words:
-        return dict.fromkeys(CROSSINGS, words)
-    each = [item.partition("=") for item in words.replace(",", " ").split()]
-    found = {way: name for way, _, name in each}
+    each = [item.partition("=") for item in words.replace(",", " ").split() if "=" in words]
+    found = {way: name for way, _, name in each} or dict.fromkeys(CROSSINGS, words)
+    if not rules.NAME_FOR_EACH.holds(found):
+        raise ConfigError(
+            f"link.codec must be {rules.NAME_FOR_EACH.words}, got {words!r}", key="link.codec"
+        )
     if len(found) < len(each):
         raise ConfigError(
             f"link.codec={words!r} names a crossing twice: keep one of them", key="link.codec"

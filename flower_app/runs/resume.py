@@ -12,6 +12,7 @@ from conf.load import from_before, override, to_dict
 from conf.places import follow_model
 from conf.rules import ConfigError
 from conf.schema import Config
+from conf.sections.link import in_words
 from flower_app.runs import checkpoint
 from flower_app.runs.checkpoint import Checkpoint, Damaged
 from flower_app.runs.folders import (
@@ -192,8 +193,9 @@ def _check_changes(before: Config, config: Config) -> list[str]:
             continue
         if key.partition(".")[0] not in FREE or key in FIXED:
             raise ConfigError(
-                f"{key} was {old[key]!r} and cannot become {new[key]!r} when a run is resumed: it "
-                "would be another run. Leave it out, or begin a new one; free to change are "
+                f"{key} was {in_words(old[key])!r} and cannot become {in_words(new[key])!r} when a "
+                "run is resumed: it would be another run. Leave it out, or begin a new one; free "
+                "to change are "
                 f"{', '.join(f'{name}.*' for name in FREE)} (but not {', '.join(FIXED)}), "
                 "train.patience and, upwards, train.rounds",
                 key=key,

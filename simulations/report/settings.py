@@ -7,7 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from conf.load import to_dict
+from conf.renamed import with_new_names
 from conf.schema import Config
+from conf.sections.link import in_words
 
 APART = ("seed", "output.", "tracking.")
 """Keys that make no other setting: repetitions of one differ in them."""
@@ -17,7 +19,8 @@ LONGEST = 48
 
 
 def flat(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings by key, as `train.lr`; what is free in form stays whole."""
+    """Return settings by key, by today's names; what is free in form stays whole."""
+    config, _ = with_new_names(config, "the run's configuration")
     return {
         f"{section}.{key}" if isinstance(values, dict) else section: value
         for section, values in config.items()
@@ -63,7 +66,8 @@ def labels(runs: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def shown(value: Any) -> str:
-    """Return a value as YAML's flow style would have it."""
+    """Return a value as YAML's flow style would have it, codecs in words."""
+    value = in_words(value)
     if isinstance(value, str):
         return value or "''"
     if isinstance(value, float):

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from conf.sections.link import in_words
 from flower_app.runs.folders import RunLock, runs_folder
 from flower_app.runs.journal import replace_whole
 
@@ -134,6 +135,7 @@ def lock_sweep(folder: Path) -> RunLock:
 
 def shown(value: Any) -> str:
     """Return a value as it is written on a command line."""
+    value = in_words(value)
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, float):

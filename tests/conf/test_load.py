@@ -16,6 +16,7 @@ from conf.load import (
     from_json,
     load_config,
     override,
+    read_value,
     to_dict,
     to_json,
     to_yaml,
@@ -23,6 +24,7 @@ from conf.load import (
 from conf.renamed import RENAMED
 from conf.rules import ConfigError
 from conf.schema import Config, ModelConfig
+from conf.sections.link import codec_words, in_words
 
 
 def test_base_yaml_lists_every_key_with_its_default() -> None:
@@ -147,6 +149,20 @@ def test_a_list_for_a_mapping_and_the_other_way_is_refused_in_words(
     own.write_text(line, encoding="utf-8")
     with pytest.raises(ConfigError, match=r"must be .*, got .*\(from .*own\.yaml\)"):
         load_config(str(own))
+
+
+@pytest.mark.parametrize("words", ["int4", "h1=int4 h2=int6 grad_h2=int2 grad_h1=int2"])
+def test_codecs_in_words_are_read_wherever_a_value_is_and_come_back_as_words(words: str) -> None:
+    config = load_config("demo", [f"link.codec={words}"])
+    assert read_value("link.codec", words) == config.link.codec
+    assert codec_words(config.link.codec) == config.link.codec_words == words
+    assert in_words(to_dict(config)["link"]["codec"]) == words
+    assert [in_words(each) for each in ({"h1": "int4"}, 3, "a", None)] == [
+        {"h1": "int4"},
+        3,
+        "a",
+        None,
+    ]
 
 
 def old_file(folder: Path, lines: str) -> str:

@@ -84,6 +84,12 @@ def test_a_value_out_of_range_is_refused_with_its_key(section: Any, values: dict
     ("section", "values", "words"),
     [
         (ModelConfig, {"path": "x", "scratch": {"model_type": "gpt2"}}, "exclude each other"),
+        (
+            LinkConfig,
+            {"codec": "h1=int4 int6"},
+            r"such a name for each crossing, got 'h1=int4 int6'$",
+        ),
+        (LinkConfig, {"codec": "int4 int6"}, r"such a name for each crossing, got 'int4 int6'$"),
         (LinkConfig, {"codec": "h1=int4,h1=int6"}, r"'h1=int4,h1=int6' names a crossing twice"),
         (ModelConfig, {"base": "x"}, r"set model\.path to the adapter's folder"),
         (ModelConfig, {"scratch": {"n_layer": 2}, "tokenizer": "bytes"}, "needs a model_type"),

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from typer.testing import CliRunner
 
-from conf.schema import TrainConfig
+from conf.schema import LinkConfig, TrainConfig
 from simulations.cli.app import app
 from simulations.report.report import write_report
 from simulations.sweep.state import Point, Sweep, write_sweep
@@ -280,3 +281,19 @@ def test_configuration_tells_first_what_is_not_as_by_default(tmp_path: Path) -> 
     train = replace(TrainConfig(), lr=0.5)
     (run,) = numbers(run_folder(tmp_path, "one", [], train=train), out=tmp_path)["runs"]
     assert run["changed"] == [["train.lr", 0.5, TrainConfig().lr]]
+
+
+def test_codecs_are_told_in_words_and_by_todays_name(tmp_path: Path) -> None:
+    new = run_folder(tmp_path, "new", [], link=LinkConfig(codec="h1=int4 h2=int6"))
+    old = run_folder(tmp_path, "old", [])
+    config = yaml.safe_load((old / "config.yaml").read_text())
+    del config["link"]["codec"]
+    config["link"]["dtype"] = "bf16"
+    (old / "config.yaml").write_text(yaml.safe_dump(config))
+
+    (path,) = write_report([str(old), str(new)], tmp_path / "all", ["md"])
+
+    text = path.read_text(encoding="utf-8").replace("\\_", "_")
+    assert "link.codec | h1=int4 h2=int6 grad_h2=fp32 grad_h1=fp32 | fp32" in text
+    assert "link.codec | bf16 | fp32" in text
+    assert "link.dtype" not in text

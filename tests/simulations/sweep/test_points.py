@@ -49,6 +49,16 @@ def test_one_value_is_fixed_and_lists_stay_whole() -> None:
     assert found.keys == ["train.betas", "clients"]
 
 
+def test_codecs_are_swept_and_told_in_words(tmp_path: Path) -> None:
+    found = expand(read_spec("demo", ["link.codec=fp32,int4"]), 2)
+    assert [point.name for point in found.points] == [
+        "link.codec=fp32 seed=0", "link.codec=int4 seed=0",
+    ]  # fmt: skip
+    text = "grid: {link.codec: [fp32, int4, klt]}\nexclude: [{link.codec: klt}]\n"
+    excluding = expand(read_spec(_file(tmp_path, text), []), 2)
+    assert [config.link.codec_words for config in excluding.configs] == ["fp32", "int4"]
+
+
 def test_clients_are_swept_like_a_key_or_fixed() -> None:
     assert [p.clients for p in expand(read_spec("demo", ["clients=3,5"]), 2).points] == [3, 5]
     (point,) = expand(read_spec("demo", [], "4"), 2).points
