@@ -54,15 +54,15 @@ def audit(
     Returns
     -------
     dict
-        ``rows``: attack, reads, knowledge, metric, mean, low, high, values, chance, count;
-        ``calibration`` by attack; ``refused``: attacks without a verdict, and why.
+        ``rows``: attack, reads, knowledge, metric, whether it is the attack's ``main`` one, mean,
+        low, high, values, chance, count; ``calibration`` by attack; ``refused``: why by attack.
     """
-    started, subject, scope = time.perf_counter(), subject_of(config, trained), scope or Scope()
-    scope = replace(scope, warm=0) if trained else scope
+    started, scope = time.perf_counter(), scope or Scope()
+    subject = subject_of(config, trained)
     chosen = find_attacks(attacks)
     calibration, refused = calibrate_all(chosen, config, say)
     plants = sorted({times for attack in chosen for times in attack.plants})
-    scope = replace(scope, canaries=tuple(plants))
+    scope = replace(scope, warm=0 if trained else scope.warm, canaries=tuple(plants))
     found: dict[Key, list[Score]] = {}
     for number, seed in enumerate(seeds):
         own = subject if trained else subject.with_seed(seed)
@@ -76,6 +76,7 @@ def audit(
                 refused[attack.name] = str(why)
     return {
         "experiment": config.experiment,
+        "trained": bool(trained),
         "cut": vars(cut_of(config)),
         "codec": dict(config.link.codec),
         "seeds": list(seeds),
@@ -88,9 +89,16 @@ def audit(
 
 
 def _rows(found: Mapping[Key, Sequence[Score]], attacks: Sequence[Attack]) -> list[Row]:
-    reads = {attack.name: ", ".join(attack.reads) for attack in attacks}
+    by_name = {attack.name: attack for attack in attacks}
     return [
-        {"attack": name, "reads": reads[name], "knowledge": level, "metric": metric} | _over(scores)
+        {
+            "attack": name,
+            "reads": ", ".join(by_name[name].reads),
+            "knowledge": level,
+            "metric": metric,
+            "main": metric == by_name[name].metric,
+            **_over(scores),
+        }
         for (name, level, metric), scores in found.items()
     ]
 

@@ -43,7 +43,7 @@ def audit(
     from simulations.audit.begin import find_subject, keep
     from simulations.audit.recording import Scope
     from simulations.audit.sentence import SENTENCE, read_sentence
-    from simulations.audit.words import COLUMNS, notes, rows
+    from simulations.report.leakage import COLUMNS, notes, rows
 
     set_threads(threads)
     asked = find_subject(subject, overrides or [])

@@ -24,8 +24,8 @@ def small(*overrides: str) -> Config:
     return load_config("demo", [*SMALL, *overrides])
 
 
-def record(config: Config, scope: Scope = SCOPE) -> Recording:
-    return Recorder(subject_of(config), scope).record()
+def record(config: Config, scope: Scope = SCOPE, trained: str = "") -> Recording:
+    return Recorder(subject_of(config, trained), scope).record()
 
 
 @pytest.fixture(scope="session")
