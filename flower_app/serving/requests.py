@@ -1,4 +1,4 @@
-"""What a server is asked for from outside: where to cut, and when to end."""
+"""When a server is asked to end, from outside."""
 
 from __future__ import annotations
 
@@ -8,24 +8,6 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
-
-from models import Cut
-
-
-def parse_cut(text: str) -> Cut | None:
-    """Blocks below and above the trunk, ``1,1``; None for nothing.
-
-    Raises
-    ------
-    ValueError
-        If the text is neither.
-    """
-    if not text:
-        return None
-    below, comma, above = text.partition(",")
-    if not (comma and below.strip().isdecimal() and above.strip().isdecimal()):
-        raise ValueError(f"--cut takes two numbers of blocks, such as 1,1, got {text!r}")
-    return Cut(bottom=int(below), top=int(above))
 
 
 @contextmanager

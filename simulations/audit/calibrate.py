@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from conf.schema import Config
+from conf.schema import Config, PrivacyConfig
 from conf.sections.link import read_codecs
 from conf.sections.privacy import PrivacyConfig
 from simulations.audit.attack import Attack, NotApplicable, Score, Scores

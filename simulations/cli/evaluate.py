@@ -47,15 +47,15 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Evaluate what was trained: loss, perplexity, token accuracy, exact match."""
-    from flower_app.serving.requests import parse_cut
     from simulations.evaluate.evaluate import Question, run_evaluation
+    from simulations.plan import units
 
     question = Question(
         model=model,
         data=data,
         how=how or ("split" if access is None else "served"),
         access=access,
-        cut=parse_cut(cut),
+        cut=units.cut(cut) if cut else None,
         dtype=dtype,
         changes=changes or (),
         batch_size=batch_size,

@@ -43,9 +43,15 @@ def export(
 ) -> None:
     """Export what was trained, as an adapter, a whole model, or trunk and ends apart."""
     from flower_app.exports.export import export as write
-    from flower_app.serving.requests import parse_cut
+    from simulations.plan import units
 
     folder = write(
-        model, format, to, number=round, cut=parse_cut(cut), license=license, force=force
+        model,
+        format,
+        to,
+        number=round,
+        cut=units.cut(cut) if cut else None,
+        license=license,
+        force=force,
     )
     typer.echo(folder)

@@ -61,9 +61,10 @@ def serve(
 
     from conf.schema import LinkConfig
     from conf.sections.link import read_codecs
-    from flower_app.serving.requests import asked_to_stop, parse_cut
+    from flower_app.serving.requests import asked_to_stop
     from flower_app.serving.server import Serving, sources_of
     from flower_app.serving.server import serve as run
+    from simulations.plan import units
     from strategies.transport.stream.generation import Policy
 
     link = LinkConfig(bind=bind, advertise=advertise, tls=tls, codec=read_codecs(codec))
@@ -71,7 +72,7 @@ def serve(
         sources=sources_of(sources or [], name or []),
         access=access.expanduser(),
         link=replace(link, certificate=certificate, key=key),
-        cut=parse_cut(cut),
+        cut=units.cut(cut) if cut else None,
         clients=clients,
         days=days,
         kv_mb=kv_mb,

@@ -35,13 +35,13 @@ def bench_speculate(
     ] = 0,
 ) -> None:
     """Generate with and without speculation: tokens for each trip to the trunk, ms per token."""
-    from flower_app.serving.requests import parse_cut
     from simulations.bench.speculate import Question
     from simulations.bench.speculate import bench_speculate as measure
+    from simulations.plan import units
 
     question = Question(
         source=source,
-        cut=parse_cut(cut),
+        cut=units.cut(cut) if cut else None,
         bridge=bridge,
         data=data,
         modes=tuple(mode.strip() for mode in modes.split(",")),
@@ -75,11 +75,11 @@ def bridge(
     seed: Annotated[int, typer.Option(help="Of the first weights and the order.", min=0)] = 0,
 ) -> None:
     """Make a bridge for a trained model, so that a client's ends can draft text for the trunk."""
-    from flower_app.serving.requests import parse_cut
+    from simulations.plan import units
     from simulations.talk.bridging import Lesson, make_bridge
 
     lesson = Lesson(
         data=data, context=context, batch_size=batch_size, steps=steps, width=width, seed=seed
     )
-    file = make_bridge(source, parse_cut(cut), access, lesson, to, progress)
+    file = make_bridge(source, units.cut(cut) if cut else None, access, lesson, to, progress)
     typer.echo(f"in {file}")

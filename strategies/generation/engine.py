@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from dataclasses import replace
 
 import torch
@@ -122,14 +121,6 @@ class GenerationEngine:
             session = self._sessions.pop(name, None)
         if session is not None:
             session.close()
-
-    def expire(self, idle: float) -> list[str]:
-        """End the sessions that were not at work for `idle` seconds; returns their names."""
-        before = time.monotonic() - idle
-        names = [name for name, each in list(self._sessions.items()) if each.used < before]
-        for name in names:
-            self.close(name)
-        return names
 
     def stop(self) -> None:
         """End all sessions and the trunk's thread."""

@@ -86,7 +86,7 @@ class Codec:
         generator = torch.Generator().manual_seed(derive_seed(self.seed, step, micro))
         rows_ND = tensor_BTD.detach().flatten(0, 1)
         if mask_BT is not None:
-            rows_ND = rows_ND[mask_BT.flatten().bool()]
+            rows_ND = rows_ND[mask_BT.flatten().bool().to(rows_ND.device)]
         data = self.pack(rows_ND.to("cpu", torch.float32).contiguous(), generator)
         return parcel.put(tensor_BTD.shape, self.name, data)
 

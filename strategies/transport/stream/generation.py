@@ -132,11 +132,6 @@ class GenerationService(Host):
             key=key,
         )
 
-    def talks(self) -> list[Generating]:
-        """The sessions that are open."""
-        with self._lock:
-            return [talk for seat in self._seats.values() if (talk := _open_talk(seat))]
-
     def drain(self, seconds: float, hurry: Callable[[], bool] = lambda: False) -> bool:
         """Open no more sessions, and wait for the open ones to end; end those that do not.
 

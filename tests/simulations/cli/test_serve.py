@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
     [
         ([], "nothing is to be served"),
         (["/none/such"], "does not exist; nor is it a run"),
-        (["none-such", "--cut", "1"], "--cut takes two numbers of blocks"),
+        (["none-such", "--cut", "1"], "cut '1': write 2,1 for 2 blocks below"),
         (["--name", "a"], "--name takes NAME=SOURCE"),
         (["x", "--codec", "fp99"], "fp99"),
         (["x", "--bind", "0.0.0.0:1"], "link.advertise"),
