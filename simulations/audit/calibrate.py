@@ -15,7 +15,6 @@ import numpy as np
 
 from conf.schema import Config, PrivacyConfig
 from conf.sections.link import read_codecs
-from conf.sections.privacy import PrivacyConfig
 from simulations.audit.attack import Attack, NotApplicable, Score, Scores
 from simulations.audit.recorder import Recorder
 from simulations.audit.recording import Recording, Scope

@@ -60,7 +60,8 @@ def notes(told: Mapping[str, Any]) -> list[str]:
     begins = "what the run has trained" if told["trained"] else "the start, in a run of its own"
     lines = [
         f"Audited from {begins}, {len(told['seeds'])} times with {told['scope']['clients']} "
-        "clients; intervals are over these (Student's t). Chance is the best guess that looks at nothing."
+        "clients; intervals are over these (Student's t). Chance is the best guess that looks at "
+        "nothing."
     ]
     for name, one in told["calibration"].items():
         lines.append(
