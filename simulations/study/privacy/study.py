@@ -12,10 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from conf.schema import LinkConfig
 from simulations.audit.audit import audit
 from simulations.audit.recorder import Scope
-from simulations.study.codecs.settings import parse_mix
+from simulations.study.codecs.settings import Condition, parse_mix
 from simulations.study.codecs.study import read_runs
 from simulations.study.codecs.trained import train
 from simulations.study.privacy import report
@@ -65,32 +64,14 @@ def study_privacy(
         What `privacy.json` holds: see `report.summary`.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    scope = Scope(sequences=sequences)
     for seed in seeds:
         for point in (NOTHING, *(each for each in points if each != NOTHING)):
             if (model, point.name, seed) in {_key(run) for run in read_runs(folder)}:
                 continue
-            own = condition_of(point, model, path, steps)
-            run = train(own, parse_mix(point.codec), seed)
-            config = own.config(seed)
-            told = audit(
-                replace(config, link=run_link(config.link, point)),
-                attacks,
-                [seed],
-                scope=Scope(sequences=sequences),
+            line = _line(
+                model, point, seed, condition_of(point, model, path, steps), attacks, scope
             )
-            line = {
-                "model": model,
-                "point": point.name,
-                "family": point.family,
-                "strength": point.strength,
-                "seed": seed,
-                "steps": own.steps,
-                "loss": run.loss_with,
-                "heldout_tokens": run.heldout_tokens,
-                "rows": told["rows"],
-                "refused": told["refused"],
-                "seconds": round(run.seconds + told["seconds"], 1),
-            }
             with (folder / "runs.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
             say(f"{model}, seed {seed}, {point.name}: {report.in_words(line)}")
@@ -106,9 +87,26 @@ def draw(folder: Path) -> dict[str, Any]:
     return result
 
 
-def run_link(link: LinkConfig, point: Defended) -> LinkConfig:
-    """A link with the point's codec."""
-    return replace(link, codec=dict(parse_mix(point.codec).codecs))
+def _line(
+    model: str, point: Defended, seed: int, own: Condition, attacks: Sequence[str], scope: Scope
+) -> dict[str, Any]:
+    """Train and attack once."""
+    run, config = train(own, parse_mix(point.codec), seed), own.config(seed)
+    link = replace(config.link, codec=dict(parse_mix(point.codec).codecs))
+    told = audit(replace(config, link=link), attacks, [seed], scope=scope)
+    return {
+        "model": model,
+        "point": point.name,
+        "family": point.family,
+        "strength": point.strength,
+        "seed": seed,
+        "steps": own.steps,
+        "loss": run.loss_with,
+        "heldout_tokens": run.heldout_tokens,
+        "rows": told["rows"],
+        "refused": told["refused"],
+        "seconds": round(run.seconds + told["seconds"], 1),
+    }
 
 
 def _key(run: dict[str, Any]) -> tuple[str, str, int]:
