@@ -68,12 +68,8 @@ def audit(
         own = subject if trained else subject.with_seed(seed)
         recording = Recorder(own, scope).record(2 + number)
         for attack in chosen:
-            if attack.name in refused:
-                continue
-            try:
-                _add(found, attack, recording, seed, say)
-            except NotApplicable as why:
-                refused[attack.name] = str(why)
+            if attack.name not in refused:
+                _add(found, refused, attack, recording, seed, say)
     return {
         "experiment": config.experiment,
         "trained": bool(trained),
@@ -105,6 +101,7 @@ def _rows(found: Mapping[Key, Sequence[Score]], attacks: Sequence[Attack]) -> li
 
 def _add(
     found: dict[Key, list[Score]],
+    refused: dict[str, str],
     attack: Attack,
     recording: Recording,
     seed: int,
@@ -112,7 +109,11 @@ def _add(
 ) -> None:
     """Attack a recording with each knowledge that the attack can use."""
     for level in attack.levels:
-        scores = attack_all(attack, recording, level, seed)
+        try:
+            scores = attack_all(attack, recording, level, seed)
+        except NotApplicable as why:
+            refused[attack.name] = str(why)
+            return
         for metric, score in scores.items():
             found.setdefault((attack.name, level, metric), []).append(score)
         say(f"seed {seed}, {attack.name}, {level}: {scores[attack.metric].value:.3f}")
