@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from conf.schema import Config
+from conf.schema import Config, PrivacyConfig
 from conf.sections.link import read_codecs
 from flower_app.data.client import IGNORED, Batch
 from simulations.audit.attack import Attack, NotApplicable, Score, Scores
@@ -64,7 +64,8 @@ def calibrate_all(
 
 def undefended(config: Config) -> Config:
     """The configuration without codec and defences."""
-    return replace(config, link=replace(config.link, codec=read_codecs("fp32")))
+    link = replace(config.link, codec=read_codecs("fp32"))
+    return replace(config, link=link, privacy=PrivacyConfig())
 
 
 def _calibrate(attack: Attack, recording: Recording) -> dict[str, float]:
