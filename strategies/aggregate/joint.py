@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from conf.schema import Config
 from models import Cut, Part, fold_residuals, in_ends, trainable_state
 from models.residuals import RESIDUAL, residual_weights
-from strategies.aggregate.state import Contribution, GlobalState
+from strategies.aggregate.state import Contribution, GlobalState, Report
 from strategies.engine.engine import TrunkEngine
 from strategies.records import to_arrays
 
@@ -56,8 +56,8 @@ class JointModel:
             self._arrays[place] = to_arrays(found)
         return self._arrays[place]
 
-    def update(self, number: int, contributions: Sequence[Contribution]) -> float | None:
-        """Average a round, and give the trunk its part; returns the error of averaging adapters."""
+    def update(self, number: int, contributions: Sequence[Contribution]) -> Report:
+        """Average a round, and give the trunk its part; returns how that went."""
         report = self._state.update(number, contributions)
         if common := self._engine.policy.ends():
             # What the last step left; a client that ended before it holds something older.
@@ -70,7 +70,7 @@ class JointModel:
         averaged = {name: kept[name] for name in own if name in kept}
         self._engine.policy.load(averaged)
         self._fold(kept)
-        return report.lora_error
+        return report
 
     def state_dict(self) -> dict[str, Tensor]:
         """All that a later round depends on, besides the engine's state; sharing memory."""
