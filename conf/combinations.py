@@ -85,6 +85,20 @@ def check_aggregated(
             "fedavg, and factors or ffa; or set train.sync=round",
             key="train.sync",
         )
+    if how.robust != "none" and train.sync == "step":
+        raise ConfigError(
+            f"train.sync=step takes each step of clients' ends on the server, and leaves nothing "
+            f"to aggregation.robust={how.robust}: set train.outlier_clip, which bounds every "
+            "client's share of a step, and aggregation.robust=none; or set train.sync=round",
+            key="aggregation.robust",
+        )
+    if how.robust != "none" and how.ends == "local" and train.strategy in ("splitfed-v2", "merged"):
+        raise ConfigError(
+            f"aggregation.robust={how.robust} with aggregation.ends=local and train.strategy="
+            f"{train.strategy} has nothing to aggregate: ends stay with their clients, and there "
+            "is one trunk; set train.strategy=splitfed-v1, or aggregation.robust=none",
+            key="aggregation.robust",
+        )
 
 
 def check_ends(
@@ -146,6 +160,7 @@ def check_masked(
             how.lora not in ("factors", "ffa"),
             "aggregation.lora=factors or ffa",
         ),
+        f"aggregation.robust={how.robust}": (how.robust != "none", "aggregation.robust=none"),
         f"aggregation.optimizer={how.optimizer}": (
             how.optimizer != "fedavg",
             "aggregation.optimizer=fedavg",

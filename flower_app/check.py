@@ -33,6 +33,10 @@ def check_names(config: Config) -> None:
         from strategies.aggregate.aggregator import find_aggregator
 
         find_aggregator(config.aggregation.lora)
+    if config.aggregation.robust != "none":
+        from strategies.aggregate.robust.registry import check_enough
+
+        check_enough(config.aggregation, config.federation)
     defence = config.privacy.defence
     if defence != "none" and not declares("flower_app.client.defences", defence):
         from flower_app.client.defences.registry import find_defence

@@ -90,6 +90,10 @@ class RoundDone:
     """By client, `train` and `evaluate`: what its answers that count say."""
     memory: Mapping[str, float] = field(default_factory=dict)
     """Of the server's process in MB: `server_mb`, `server_peak_mb`, `gpu_peak_mb` on a GPU."""
+    anomalies: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """By client whose update is far from the others': its `distance` from the coordinates' median
+    and how many `times` the median client's that is; under `merged`, the `clipped` steps in which
+    its gradient was cut, and the most `clipped_times` the median norm."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +117,18 @@ class Stopped:
     """That were planned."""
     why: str = ""
     """Why training is over (`train.patience`); empty: it was asked to stop, and can be resumed."""
+
+
+def anomaly_words(told: Mapping[str, float]) -> str:
+    """What `RoundDone.anomalies` says of one client, in words."""
+    parts = []
+    if "distance" in told:
+        text = "{distance:.3g} from the clients' median, {times:.3g} times the median client"
+        parts.append(text.format(**told))
+    if "clipped" in told:
+        text = "gradient cut in {clipped:.0f} steps, at most {clipped_times:.3g} times the median"
+        parts.append(text.format(**told))
+    return ", ".join(parts)
 
 
 Event = Asked | Answered | StepDone | RoundTrained | RoundDone | Stopped

@@ -32,6 +32,14 @@ class AggregationConfig(Section):
     """fedadam, fedyogi."""
     tau: float = setting(1e-3, rules.POSITIVE)
     """fedadam, fedyogi: added to the root of the second moment."""
+    robust: str = setting("none", rules.NAME)
+    """none (the weighted mean), median, trimmed-mean, krum, multi-krum, norm-bound, or what
+    strategies/aggregate/robust holds besides: what withstands poisoned updates."""
+    byzantine: int = setting(1, rules.COUNT)
+    """With `robust`: how many clients of a round may be poisoned."""
+    bound: float = setting(1.0, rules.POSITIVE)
+    """norm-bound: how far from the coordinates' median a client may be, in multiples of the median
+    client's distance."""
 
     def _check_together(self) -> None:
         if self.lora in ("exact", "svd") and self.optimizer != "fedavg":
@@ -41,6 +49,29 @@ class AggregationConfig(Section):
                 "then no mean; set aggregation.optimizer=fedavg, or aggregation.lora=factors or "
                 "ffa",
                 key="aggregation.optimizer",
+            )
+
+        self._check_robust()
+
+    def _check_robust(self) -> None:
+        """Refuse what a robust method would have to see, or be believed, otherwise."""
+        if self.robust == "none":
+            return
+        if self.lora in ("exact", "svd"):
+            raise ConfigError(
+                f"aggregation.robust={self.robust} with aggregation.lora={self.lora}: products of "
+                "adapters are averaged as a whole there, of any rank, and factors have no common "
+                "coordinates to compare; set aggregation.lora=ffa or factors, or "
+                "aggregation.robust=none",
+                key="aggregation.robust",
+            )
+        if self.optimizer != "fedavg":
+            raise ConfigError(
+                f"aggregation.robust={self.robust} with aggregation.optimizer={self.optimizer}: "
+                "a server optimizer scales each coordinate by what it was before, so that the "
+                "little that passes is made large again; set aggregation.optimizer=fedavg, or "
+                "aggregation.robust=none",
+                key="aggregation.robust",
             )
 
     @property

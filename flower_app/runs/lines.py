@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from strategies.events import anomaly_words
+
 NAMED = 8
 """Clients that a line names; the others are counted."""
 
@@ -43,6 +45,9 @@ def round_line(record: Mapping[str, Any], rounds: int) -> str:
     for label, missing in _all_missing(record):
         if missing:
             parts.append(f"{label}: {_reasons(missing)}")
+    if odd := record.get("anomalies"):
+        words = {client: anomaly_words(told) for client, told in odd.items()}
+        parts.append(f"stands out: {_reasons(words)}")
     return " | ".join(parts)
 
 

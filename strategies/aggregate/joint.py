@@ -12,7 +12,7 @@ from conf.schema import Config
 from models import Cut, Part, fold_residuals, in_ends, trainable_state
 from models.residuals import RESIDUAL, residual_weights
 from strategies.aggregate.masked import MaskedSum, add_up, take_masked
-from strategies.aggregate.state import Contribution, GlobalState
+from strategies.aggregate.state import Contribution, GlobalState, Report
 from strategies.engine.engine import TrunkEngine
 from strategies.records import to_arrays
 
@@ -61,8 +61,8 @@ class JointModel:
             self._arrays[place] = to_arrays(found)
         return self._arrays[place]
 
-    def update(self, number: int, contributions: Sequence[Contribution]) -> float | None:
-        """Average a round, and give the trunk its part; returns the error of averaging adapters."""
+    def update(self, number: int, contributions: Sequence[Contribution]) -> Report:
+        """Average a round, and give the trunk its part; returns how that went."""
         masked = [(each.masked, each.weight) for each in contributions if each.masked]
         total = add_up(masked) if masked else None
         report = self._state.update(number, contributions)
@@ -78,7 +78,7 @@ class JointModel:
         averaged = {name: kept[name] for name in own if name in kept}
         self._engine.policy.load(averaged)
         self._fold(kept)
-        return report.lora_error
+        return report
 
     def told(self) -> Mapping[str, list[bytes] | int | bytes]:
         """What a message to a client says of masked ends that it brings."""

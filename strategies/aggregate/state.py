@@ -7,7 +7,8 @@ ends at the client and, under splitfed-v1, its replica of the trunk at the serve
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -28,6 +29,8 @@ from strategies.aggregate.lora import (
 )
 from strategies.aggregate.masked import Masked
 from strategies.aggregate.means import check_alike, refuse_infinite, shares_of
+from strategies.aggregate.robust.deviation import anomalies, distances
+from strategies.aggregate.robust.registry import find_robust
 from strategies.aggregate.server_optim import build_server_optimizer
 
 _TENSOR, _TOTAL, _OPTIMIZER = "tensor/", "total/", "optimizer/"
@@ -68,6 +71,9 @@ class Report:
     """
 
     lora_error: float | None
+    anomalies: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """By name, the clients that are far from the others: `distance` from the coordinates' median,
+    and how many `times` the median client's distance that is."""
 
 
 class GlobalState:
@@ -86,6 +92,7 @@ class GlobalState:
     def __init__(self, config: Config) -> None:
         self._how, self._lora, self._seed = config.aggregation, config.lora, config.seed
         self._aggregator = find_aggregator(self._how.lora)()
+        self._robust = find_robust(self._how)
         self._optimizer = build_server_optimizer(self._how)
         self._tensors: dict[str, Tensor] = {}
         self._totals: dict[str, Tensor] = {}
@@ -114,8 +121,10 @@ class GlobalState:
             check_alike([self._tensors, *cohort.states], who, form_but_rank)
         check_alike(cohort.states, cohort.who, form_but_rank)
         if self._aggregator.by_product:
-            return self._average_products(cohort)
-        return self._average_factors(round, cohort)
+            report = self._average_products(cohort)
+        else:
+            report = self._average_factors(round, cohort)
+        return replace(report, anomalies=anomalies(cohort.who, cohort.distances))
 
     def tensors(self, wanted: Callable[[str], bool], rank: int) -> dict[str, Tensor]:
         """Return what a recipient holds.
@@ -204,7 +213,7 @@ class GlobalState:
         """Average every tensor as it is, then let the server optimizer move towards the mean."""
         self._check_ranks(cohort)
         first, dtype = cohort.states[0], torch.float64 if self._optimizer else None
-        means = self._aggregator.combine(cohort.states, cohort.shares, cohort.who, dtype)
+        means = self._combined(cohort, dtype)
         report = Report(self._factor_error(means, cohort))
         if self._optimizer:
             if not self._tensors:
@@ -217,6 +226,20 @@ class GlobalState:
             means = {name: moved[name].to(first[name].dtype) for name in first}
         self._tensors = means
         return report
+
+    def _combined(self, cohort: _Cohort, dtype: torch.dtype | None) -> dict[str, Tensor]:
+        """One state of the cohort's: a robust one, or the aggregator's."""
+        if self._robust is None:
+            return self._aggregator.combine(cohort.states, cohort.shares, cohort.who, dtype)
+        if len(cohort.who) < self._robust.least:
+            raise ValueError(
+                f"aggregation.robust={self._how.robust} with aggregation.byzantine="
+                f"{self._how.byzantine} needs {self._robust.least} clients, and "
+                f"{len(cohort.who)} answered: {', '.join(cohort.who)}"
+            )
+        for name in cohort.states[0]:
+            refuse_infinite(name, cohort.states, cohort.who)
+        return self._robust.combine(cohort.states, cohort.shares, cohort.distances)
 
     def _layer(self, name: str, like: Adapter | None = None) -> Layer:
         """What is held of a layer; if nothing is, one like this to which nothing was added."""
@@ -274,6 +297,11 @@ class _Cohort:
             raise ValueError(
                 f"aggregation.lora=ffa freezes lora_A, and {self.who[0]} has trained '{trained[0]}'"
             )
+
+    @cached_property
+    def distances(self) -> list[float]:
+        """How far each client is from the coordinates' median."""
+        return distances(self.states)
 
     def adapters(self, layer: str) -> list[Adapter]:
         """A layer's factors at every client; refused if a value is not finite."""

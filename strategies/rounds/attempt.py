@@ -141,7 +141,7 @@ class Attempt:
     def give_up(self, tally: Tally) -> None:
         """Undo a training round without quorum; `RuntimeError` if it may not be tried again."""
         engine, federation = self._run.engine, self._run.config.federation
-        text = self.cohort.no_quorum(tally.number, federation.quorum)
+        text = self.cohort.no_quorum(tally.number, self._run.config)
         if tally.attempt > federation.retries:
             engine.close_round()
             again = f" (attempt {tally.attempt} of {tally.attempt})" if federation.retries else ""

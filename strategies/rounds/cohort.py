@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterable, Sequence
 
 from flwr.app import Message
 
+from conf.schema import Config
 from strategies.events import Turnout
 from strategies.rounds.answers import Answer, Profile
-from strategies.rounds.sampling import quorum
+from strategies.rounds.sampling import needed
 
 Tell = Callable[[str, str], None]
 """Takes a client's name, and why its answer does not count; empty: it does."""
@@ -49,15 +50,17 @@ class Cohort:
         """Whether so many answers hold as are needed."""
         return len(self.answers) >= self.count
 
-    def no_quorum(self, number: int, share: float) -> str:
+    def no_quorum(self, number: int, config: Config) -> str:
         """Why training round `number` does not count."""
         turnout = self.turnout
         if not turnout.clients:
             return f"no client finished training in round {number}: {turnout.reasons()}"
+        how = config.aggregation
+        robust = f", with aggregation.robust={how.robust}," if how.robust != "none" else ""
         return (
-            f"round {number} has no quorum: federation.quorum={share:g} of {self.count} clients is "
-            f"{quorum(self.count, share)}, {len(turnout.clients)} answered "
-            f"({', '.join(turnout.clients)}); {turnout.reasons()}"
+            f"round {number} has no quorum: federation.quorum={config.federation.quorum:g} of "
+            f"{self.count} clients{robust} is {needed(self.count, config)}, "
+            f"{len(turnout.clients)} answered ({', '.join(turnout.clients)}); {turnout.reasons()}"
         )
 
     def collect(self, replies: Iterable[Message], read: Read, tell: Tell) -> list[Answer]:

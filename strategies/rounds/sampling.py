@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 
 from conf.schema import Config, FederationConfig, TrainConfig
+from strategies.aggregate.robust.registry import fewest
 from strategies.optim import derive_seed
 from strategies.rounds.answers import Profile
 
@@ -31,6 +32,11 @@ def sizes(present: int, fraction: float, federation: FederationConfig) -> tuple[
 def quorum(count: int, share: float) -> int:
     """How many of `count` answers let a round count: at least one."""
     return max(1, math.ceil(share * count - ROUNDING))
+
+
+def needed(count: int, config: Config) -> int:
+    """How many of `count` answers a training round needs: its quorum, and enough to aggregate."""
+    return max(quorum(count, config.federation.quorum), fewest(config.aggregation))
 
 
 def draw(

@@ -23,7 +23,7 @@ from strategies.rounds.attempt import Attempt, Run
 from strategies.rounds.local import LocalEnds
 from strategies.rounds.losses import Losses
 from strategies.rounds.roster import Roster, bounds_of, needs_first_tensors
-from strategies.rounds.sampling import draw, draw_again, quorum, sizes
+from strategies.rounds.sampling import draw, draw_again, needed, sizes
 from strategies.rounds.tally import Tally, step_done
 from strategies.transport.conversation import StepReport
 from strategies.transport.plane import Plane
@@ -218,13 +218,14 @@ class SplitFed(Strategy):
         assert self._attempt is not None
         answers, cohort = self._attempt.collect(replies), self._attempt.cohort
         replicas, statistics = self._run.engine.collect([answer.key for answer in answers])
-        if len(answers) < quorum(cohort.count, self.config.federation.quorum):
+        if len(answers) < needed(cohort.count, self.config):
             self._attempt.give_up(self._tally)
             return None, None
-        error = self.joint.update(server_round, join(answers, replicas))
+        report = self.joint.update(server_round, join(answers, replicas))
         metrics = self._tally.fold(answers, "train") | statistics
-        if error is not None:
-            metrics["lora-error"] = error
+        if report.lora_error is not None:
+            metrics["lora-error"] = report.lora_error
+        self._tally.note(report.anomalies)
         self._tally.training, self._tally.train = cohort.turnout, metrics
         self._tally.tokens = int(metrics["num-tokens"])
         if self.local is not None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from strategies.events import RoundDone, StepDone, Turnout
+from strategies.events import RoundDone, StepDone, Turnout, anomaly_words
 from strategies.memory import server_memory
 from strategies.rounds.answers import Answer
 from strategies.transport.conversation import StepReport
+
+logger = logging.getLogger(__name__)
 
 _CALLED = {"steps": "num-steps"}
 """What a client's counters are called in a round's record, where that differs."""
@@ -32,6 +35,7 @@ class Tally:
     bytes_up: int = 0
     bytes_down: int = 0
     per_client: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
+    anomalies: dict[str, dict[str, float]] = field(default_factory=dict)
 
     @property
     def attempt(self) -> int:
@@ -48,6 +52,12 @@ class Tally:
         self.bytes_up += int(sum(answer.metrics["bytes-up"] for answer in answers))
         self.bytes_down += int(sum(answer.metrics["bytes-down"] for answer in answers))
         return {"loss": loss, "num-tokens": tokens, "clients": len(answers)}
+
+    def note(self, anomalies: Mapping[str, Mapping[str, float]]) -> None:
+        """Keep, and log, which clients' updates are far from the others'."""
+        for client, told in anomalies.items():
+            logger.warning("round %d: %s stands out: %s", self.number, client, anomaly_words(told))
+            self.anomalies[client] = {**self.anomalies.get(client, {}), **told}
 
     def state_dict(self) -> dict[str, Any]:
         """What of a trained round its report will need; it is not evaluated yet."""
@@ -83,6 +93,7 @@ class Tally:
             seconds=time.monotonic() - self.started,
             per_client={name: self.per_client[name] for name in sorted(self.per_client)},
             memory=server_memory(),
+            anomalies=self.anomalies,
         )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NotRequired, Protocol, TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -45,29 +45,32 @@ class StepCounters:
     seconds_top: float = 0.0
 
 
+class OfCompute(TypedDict, total=False):
+    """What else goes with a `compute`."""
+
+    frozen: bool
+    """The bottom learns nothing: no dL/dh1 comes back."""
+    names: Sequence[bytes]
+    """Stand for the rows' examples: what both sides have kept of those stays away."""
+
+
+class OfBack(TypedDict):
+    """What else goes with a `backward`."""
+
+    last: bool
+    """The last micro-batch of its step."""
+    tokens: NotRequired[int]
+
+
 class Sender(Protocol):
     """The halves of each verb that only send; see `Framed`."""
 
     def compute(
-        self,
-        step: int,
-        micro: int,
-        h_BTD: Tensor,
-        mask_BT: Tensor | None,
-        *,
-        frozen: bool = False,
-        names: Sequence[bytes] = (),
+        self, step: int, micro: int, h_BTD: Tensor, mask_BT: Tensor | None, **how: Unpack[OfCompute]
     ) -> None: ...
 
     def backward(
-        self,
-        step: int,
-        micro: int,
-        grad_BTD: Tensor,
-        mask_BT: Tensor | None,
-        *,
-        last: bool,
-        tokens: int = 0,
+        self, step: int, micro: int, grad_BTD: Tensor, mask_BT: Tensor | None, **how: Unpack[OfBack]
     ) -> None: ...
 
     def apply(
@@ -175,19 +178,11 @@ class Framed:
         self.send(request)
 
     def compute(
-        self,
-        step: int,
-        micro: int,
-        h_BTD: Tensor,
-        mask_BT: Tensor | None,
-        *,
-        frozen: bool = False,
-        names: Sequence[bytes] = (),
+        self, step: int, micro: int, h_BTD: Tensor, mask_BT: Tensor | None, **how: Unpack[OfCompute]
     ) -> None:
-        """Send activations (B, T, D) through the trunk; see `Session.compute`. With `frozen`, for
-        the bottom learns nothing, no dL/dh1 comes back. `names` stand for the rows'
-        examples: what both sides have kept of those stays away."""
+        """Send activations (B, T, D) through the trunk; see `Session.compute`."""
         parcel, shape = Parcel(), tuple(h_BTD.shape)
+        names, frozen = how.get("names", ()), how.get("frozen", False)
         frame = pb.Compute(step=step, micro=micro, mask=encode_mask(mask_BT), frozen=frozen)
         tags: Sequence[int] = ()
         if self.cache and names:
@@ -202,18 +197,11 @@ class Framed:
         self._send(request, parcel, compute=frame)
 
     def backward(
-        self,
-        step: int,
-        micro: int,
-        grad_BTD: Tensor,
-        mask_BT: Tensor | None,
-        *,
-        last: bool,
-        tokens: int = 0,
+        self, step: int, micro: int, grad_BTD: Tensor, mask_BT: Tensor | None, **how: Unpack[OfBack]
     ) -> None:
         """Send dL/dh2 back through the trunk; see `Session.backward`."""
         parcel, shape = Parcel(), tuple(grad_BTD.shape)
-        frame = pb.Backward(step=step, micro=micro, last=last, tokens=tokens)
+        frame = pb.Backward(step=step, micro=micro, **how)
         if (step, micro) not in self._unwanted:
             gradient = self.codecs.grad_h2.encode(grad_BTD, mask_BT, step, micro, parcel)
             frame.gradient.CopyFrom(gradient)

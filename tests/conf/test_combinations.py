@@ -46,6 +46,7 @@ from conf.rules import ConfigError
             r"aggregation\.lora=svd with privacy\.ends=masked",
         ),
         ("privacy.ends=masked aggregation.ends=local-top", r"ends=local-top with privacy\.ends"),
+        ("privacy.ends=masked aggregation.robust=median", r"robust=median with privacy\.ends"),
         ("privacy.ends=masked train.bridge=16", r"bridge=16 with privacy\.ends=masked"),
         (
             "privacy.ends=masked data.central_path=/data/own.jsonl",

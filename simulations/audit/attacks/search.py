@@ -25,7 +25,12 @@ from simulations.audit.observation import EXACT, STALE, START, Knowledge, Observ
 TRIED = 512
 """Candidates that are run at once."""
 SHORT_LIST = 1024
-"""Of a larger vocabulary so many tokens are tried, those whose h1 without a prefix is nearest."""
+"""Of a larger vocabulary so many tokens are tried first: those whose h1 is nearest behind another
+prefix."""
+FAR = 2.0
+"""Times the usual distance: then none of the short list is right, and all tokens are tried."""
+PREFIX = 8
+"""Tokens of public text that the short list is made behind."""
 
 
 class Search(TokenAttack):
@@ -63,30 +68,48 @@ def search(bottom: Part, h1_BTD: Tensor, knowledge: Knowledge) -> Tensor:
         The vocabulary, and what becomes of h1 on its way.
     """
     B, T = h1_BTD.shape[:2]
-    alone_VD = _alone(bottom, knowledge)
-    found_BT = torch.zeros(B, T, dtype=torch.long)
+    list_VD = _table(bottom, knowledge) if knowledge.vocabulary > SHORT_LIST else None
+    everything_BV = torch.arange(knowledge.vocabulary).expand(B, -1)
+    found_BT, distances_BT = torch.zeros(B, T, dtype=torch.long), torch.zeros(B, T)
     cache = PartCache(bottom.config, bottom.blocks)
     for t in range(T):
-        tried_BK = _candidates(h1_BTD[:, t], alone_VD)
-        h_BKD = torch.cat([_tried(bottom, cache, ids) for ids in tried_BK.split(TRIED, 1)], 1)
-        distances_BK = (knowledge.sent(h_BKD) - h1_BTD[:, None, t]).norm(dim=2)
-        best_B1 = tried_BK.gather(1, distances_BK.argmin(1, keepdim=True))
-        found_BT[:, t] = best_B1[:, 0]
-        bottom(best_B1, cache=cache)
+        tried_BK = everything_BV if list_VD is None or not t else _listed(h1_BTD[:, t], list_VD)
+        best_B, distance_B = _best(bottom, cache, tried_BK, h1_BTD[:, t], knowledge)
+        usual_B = distances_BT[:, :t].median(1).values if t else distance_B
+        if tried_BK.shape[1] < knowledge.vocabulary and bool((distance_B > FAR * usual_B).any()):
+            best_B, distance_B = _best(bottom, cache, everything_BV, h1_BTD[:, t], knowledge)
+        found_BT[:, t], distances_BT[:, t] = best_B, distance_B
+        bottom(best_B[:, None], cache=cache)
     return found_BT
 
 
-def _alone(bottom: Part, knowledge: Knowledge) -> Tensor:
-    """h1 of each token as the first of a text (V, D)."""
-    ids_V1 = torch.arange(knowledge.vocabulary)[:, None]
-    return torch.cat([knowledge.sent(bottom(ids)[:, 0]) for ids in ids_V1.split(4096)])
+def _table(bottom: Part, knowledge: Knowledge) -> Tensor:
+    """h1 of each token behind some text (V, D): about as it is behind any other."""
+    before = knowledge.public[0][:PREFIX]
+    ids_VT = torch.tensor([[*before, i] for i in range(knowledge.vocabulary)])
+    return torch.cat([knowledge.sent(bottom(ids)[:, -1]) for ids in ids_VT.split(1024)])
 
 
-def _candidates(h1_BD: Tensor, alone_VD: Tensor) -> Tensor:
-    """Tokens to try (B, K): all of a small vocabulary."""
-    if len(alone_VD) <= SHORT_LIST:
-        return torch.arange(len(alone_VD)).expand(len(h1_BD), -1)
-    return torch.cdist(h1_BD, alone_VD).topk(SHORT_LIST, largest=False).indices
+def _listed(h1_BD: Tensor, list_VD: Tensor) -> Tensor:
+    """The tokens that look most like it (B, K), no axis being larger than others."""
+    scale_D = list_VD.std(0)
+    distances_BV = torch.cdist(h1_BD / scale_D, list_VD / scale_D)
+    return distances_BV.topk(SHORT_LIST, largest=False).indices
+
+
+def _best(
+    bottom: Part, cache: PartCache, tried_BK: Tensor, h1_BD: Tensor, knowledge: Knowledge
+) -> tuple[Tensor, Tensor]:
+    """The token (B,) whose h1 behind the known prefix is nearest, and how near that is."""
+    distances_BK = torch.cat(
+        [
+            (knowledge.sent(_tried(bottom, cache, ids_BK)) - h1_BD[:, None]).norm(dim=2)
+            for ids_BK in tried_BK.split(TRIED, 1)
+        ],
+        1,
+    )
+    distance_B, at_B = distances_BK.min(1)
+    return tried_BK.gather(1, at_B[:, None])[:, 0], distance_B
 
 
 def _tried(bottom: Part, cache: PartCache, tried_BK: Tensor) -> Tensor:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import psutil
 import torch
@@ -21,6 +21,7 @@ from simulations.bench.compare.fedavg.app import load_model, plain_optimizer, tr
 from simulations.bench.compare.flops import full_batch
 from strategies.engine.lane import StepResult
 from strategies.memory import peak_bytes
+from strategies.transport.link import OfBack, OfCompute
 
 STEPS = 3
 _MIB = 2**20
@@ -88,14 +89,7 @@ class Echo:
         self._sent: deque[Tensor] = deque()
 
     def compute(
-        self,
-        step: int,
-        micro: int,
-        h_BTD: Tensor,
-        mask_BT: Tensor | None,
-        *,
-        frozen: bool = False,
-        names: Sequence[bytes] = (),
+        self, step: int, micro: int, h_BTD: Tensor, mask_BT: Tensor | None, **how: Unpack[OfCompute]
     ) -> None:
         self._sent.append(h_BTD.clone())
 
@@ -103,14 +97,7 @@ class Echo:
         return self._sent.popleft()
 
     def backward(
-        self,
-        step: int,
-        micro: int,
-        grad_BTD: Tensor,
-        mask_BT: Tensor | None,
-        *,
-        last: bool,
-        tokens: int = 0,
+        self, step: int, micro: int, grad_BTD: Tensor, mask_BT: Tensor | None, **how: Unpack[OfBack]
     ) -> None:
         self._sent.append(grad_BTD.clone())
 

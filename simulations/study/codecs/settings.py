@@ -54,6 +54,8 @@ class Condition:
     in training any rounding decides when a plateau is left, and int8 moved the loss by 3 %."""
     heldout: int = 64
     """Held-out examples."""
+    overrides: str = ""
+    """More of the configuration, in words."""
 
     @property
     def title(self) -> str:
@@ -62,6 +64,7 @@ class Condition:
         parts += ["frozen bottom"] if self.frozen_bottom else []
         parts += [f"{self.epochs} epochs"] if self.epochs else []
         parts += ["caches"] if self.cache_mb else []
+        parts += [self.overrides] if self.overrides else []
         return ", ".join(parts)
 
     @property
@@ -82,6 +85,7 @@ class Condition:
         own += [f"model.path={self.path}"] if self.path else []
         own += ["tuning.bottom=frozen"] if self.frozen_bottom else []
         own += [f"link.cache_mb={self.cache_mb}"] if self.cache_mb else []
+        own += self.overrides.split()
         return load_config(self.model, own)
 
 

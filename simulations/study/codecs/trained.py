@@ -12,9 +12,11 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from conf.load import from_json, to_json
-from conf.schema import Config, LinkConfig, TuningConfig
+from conf.schema import AggregationConfig, Config, LinkConfig, PrivacyConfig, TuningConfig
 from flower_app.build import build_whole, cut_of, start
 from flower_app.client import streamed
+from flower_app.client.defences.defence import defend
+from flower_app.client.defences.registry import make_defence
 from flower_app.client.place import Place
 from flower_app.client.plan import Plan, padding_id
 from flower_app.data.client import Batch, Example, batches, load_client_data, load_tokenizer
@@ -144,10 +146,14 @@ def _engine(parts: Parts, config: Config) -> TrunkEngine:
 
 def _parts(config: Config, before: int) -> Parts:
     """The configured parts at their start, which so many steps in fp32 may go before."""
-    # Pretrained weights do not depend on the seed.
-    base = config if config.model.scratch else replace(config, seed=0)
+    # What goes before depends on no link or defence, pretrained weights not on the seed either.
+    base = replace(
+        config, link=LinkConfig(), privacy=PrivacyConfig(), aggregation=AggregationConfig()
+    )
+    base = base if config.model.scratch else replace(base, seed=0)
     parts = split(copy.deepcopy(_whole(to_json(base), before)), cut_of(config))
     start([parts.bottom, parts.trunk, parts.top], config)
+    defend(parts.bottom, parts.top, make_defence(config.privacy, SECRET))
     return parts
 
 
