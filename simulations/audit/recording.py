@@ -13,6 +13,7 @@ from torch import Tensor
 from conf.schema import Config
 from flower_app.data.client import IGNORED, Example, batches, load_tokenizer
 from models import Part, Parts, load_client_state, load_trainable_state
+from simulations.audit.adaptive import as_sent
 from simulations.audit.observation import (
     EXACT,
     PUBLIC,
@@ -76,6 +77,8 @@ class Recording:
         """What an attacker of this level has against a client."""
         states = {EXACT: client.exact, STALE: self.round_start, START: self.first}
         bottom, top = self._foreign if level == PUBLIC else self._ends(states[level])
+        observation = client.observation
+        sent, noise = as_sent(observation.config.privacy, bottom, observation.crossed, self.public)
         tokenizer = load_tokenizer(self.config.model)
         return Knowledge(
             level=level,
@@ -84,6 +87,9 @@ class Recording:
             tokenizer=tokenizer,
             vocabulary=self.vocabulary,
             public=self.public,
+            sent=sent,
+            noise=noise,
+            trunk=self._copy.trunk.eval(),
         )
 
     @cached_property

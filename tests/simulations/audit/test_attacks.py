@@ -104,3 +104,22 @@ def test_ranks() -> None:
     assert hits_at(hundred_N, hundred_N >= 100, 0.01) == 1.0
     mixed_N = torch.from_numpy(np.random.default_rng(0).permutation(20_000)).double()
     assert hits_at(mixed_N, torch.arange(20_000) < 10_000, 0.01) == pytest.approx(0.01, abs=0.005)
+
+
+def test_who_knows_the_clip_and_the_noise_reads_through_them() -> None:
+    noise = ("privacy.defence=gaussian", "privacy.clip=0.3", "privacy.noise=0.02")
+    recording = record(small(*noise))
+    client = recording.clients[0]
+    assert recording.knowledge(client, EXACT).noise == pytest.approx(0.02 * 0.3)
+    assert attack("search", recording)["tokens"].value > 0.9
+    simple = find_attacks(["search"])[0]
+    blind = replace(recording.knowledge(client, EXACT), sent=lambda h_BTD: h_BTD, noise=0.0)
+    rng = np.random.default_rng(0)
+    scores = simple.run(client.observation, blind, client.truth, rng)
+    assert scores["tokens"].value < attack("search", recording)["tokens"].value
+
+
+def test_a_learned_inverter_reads_the_bottom_that_it_learned_from() -> None:
+    recording = record(small(), Scope(clients=1, warm=0, steps=1, sequences=2))
+    assert attack("inverter", recording)["tokens"].value > 0.6
+    assert attack("inverter", recording, shuffled=True)["tokens"].value < 0.4
