@@ -106,5 +106,7 @@ class Knowledge:
     guesses as the client would have sent it."""
     noise: float = 0.0
     """Deviation of the noise that the defence adds to each element of h1."""
+    rough: bool = False
+    """Whether h1 is no longer what the bottom gave out, by noise or by rounding that shows."""
     trunk: Part | None = None
     """The server's own. With the ends it is a language model, which says what a text may say."""

@@ -29,6 +29,8 @@ from simulations.audit.texts import public_ids
 PUBLIC_TEXTS = 400
 """Pieces of public text, of a context each, at most."""
 
+EXACT_CODECS = ("fp32", "bf16", "fp16")
+"""That round less than tokens differ."""
 TOGETHER = 32
 """Examples whose loss is computed at once."""
 
@@ -89,6 +91,7 @@ class Recording:
             public=self.public,
             sent=sent,
             noise=noise,
+            rough=bool(noise) or observation.config.link.codec["h1"] not in EXACT_CODECS,
             trunk=self._copy.trunk.eval(),
         )
 
