@@ -18,7 +18,8 @@ from conf.rules import check_known
 from conf.schema import Config
 from flower_app.data.client import Batch
 from simulations.audit.observation import EXACT, Knowledge, Observation, Truth
-from simulations.audit.recorder import Scope
+from simulations.audit.recording import Scope
+from simulations.audit.shuffled import shuffle
 from simulations.audit.texts import Rarity, classes_of, rouge_l
 
 
@@ -55,6 +56,8 @@ class Attack:
     """What `metric` must reach on a wire with a planted leak. Fixed before anything is measured."""
     margin: ClassVar[float] = 0.05
     """How far above chance `metric` may be where the truth is shuffled. Fixed alike."""
+    plants: ClassVar[tuple[int, ...]] = ()
+    """How often each secret that it looks for is planted among what a client trains on."""
 
     def run(
         self, observation: Observation, knowledge: Knowledge, truth: Truth, rng: np.random.Generator
@@ -71,6 +74,10 @@ class Attack:
     def planted(self, config: Config, scope: Scope) -> tuple[Config, Scope]:
         """What is trained of an undefended wire so that the attack must find something."""
         return config, scope
+
+    def shuffled(self, truth: Truth, rng: np.random.Generator) -> Truth:
+        """Another truth, of the same kind, of which the observation tells nothing."""
+        return shuffle(truth, rng)
 
 
 class TokenAttack(Attack):

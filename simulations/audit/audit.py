@@ -13,7 +13,8 @@ from conf.schema import Config
 from flower_app.build import cut_of
 from simulations.audit.attack import Attack, NotApplicable, Score, find_attacks
 from simulations.audit.calibrate import attack_all, calibrate_all, joined
-from simulations.audit.recorder import Recorder, Recording, Scope
+from simulations.audit.recorder import Recorder
+from simulations.audit.recording import Recording, Scope
 from simulations.audit.subject import subject_of
 
 Key = tuple[str, str, str]
@@ -53,26 +54,25 @@ def audit(
     Returns
     -------
     dict
-        ``rows``: attack, reads, knowledge, metric, mean, low, high, values, chance, count;
-        ``calibration`` by attack; ``refused``: attacks without a verdict, and why.
+        ``rows``: attack, reads, knowledge, metric, whether it is the attack's ``main`` one, mean,
+        low, high, values, chance, count; ``calibration`` by attack; ``refused``: why by attack.
     """
-    started, subject, scope = time.perf_counter(), subject_of(config, trained), scope or Scope()
-    scope = replace(scope, warm=0) if trained else scope
+    started, scope = time.perf_counter(), scope or Scope()
+    subject = subject_of(config, trained)
     chosen = find_attacks(attacks)
     calibration, refused = calibrate_all(chosen, config, say)
+    plants = sorted({times for attack in chosen for times in attack.plants})
+    scope = replace(scope, warm=0 if trained else scope.warm, canaries=tuple(plants))
     found: dict[Key, list[Score]] = {}
     for number, seed in enumerate(seeds):
         own = subject if trained else subject.with_seed(seed)
         recording = Recorder(own, scope).record(2 + number)
         for attack in chosen:
-            if attack.name in refused:
-                continue
-            try:
-                _add(found, attack, recording, seed, say)
-            except NotApplicable as why:
-                refused[attack.name] = str(why)
+            if attack.name not in refused:
+                _add(found, refused, attack, recording, seed, say)
     return {
         "experiment": config.experiment,
+        "trained": bool(trained),
         "cut": vars(cut_of(config)),
         "codec": dict(config.link.codec),
         "seeds": list(seeds),
@@ -85,15 +85,23 @@ def audit(
 
 
 def _rows(found: Mapping[Key, Sequence[Score]], attacks: Sequence[Attack]) -> list[Row]:
-    reads = {attack.name: ", ".join(attack.reads) for attack in attacks}
+    by_name = {attack.name: attack for attack in attacks}
     return [
-        {"attack": name, "reads": reads[name], "knowledge": level, "metric": metric} | _over(scores)
+        {
+            "attack": name,
+            "reads": ", ".join(by_name[name].reads),
+            "knowledge": level,
+            "metric": metric,
+            "main": metric == by_name[name].metric,
+            **_over(scores),
+        }
         for (name, level, metric), scores in found.items()
     ]
 
 
 def _add(
     found: dict[Key, list[Score]],
+    refused: dict[str, str],
     attack: Attack,
     recording: Recording,
     seed: int,
@@ -101,7 +109,11 @@ def _add(
 ) -> None:
     """Attack a recording with each knowledge that the attack can use."""
     for level in attack.levels:
-        scores = attack_all(attack, recording, level, seed)
+        try:
+            scores = attack_all(attack, recording, level, seed)
+        except NotApplicable as why:
+            refused[attack.name] = str(why)
+            return
         for metric, score in scores.items():
             found.setdefault((attack.name, level, metric), []).append(score)
         say(f"seed {seed}, {attack.name}, {level}: {scores[attack.metric].value:.3f}")

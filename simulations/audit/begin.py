@@ -10,11 +10,9 @@ from typing import Any
 
 from conf.load import experiments, load_config
 from conf.schema import Config
-from flower_app.runs.folders import find_run, model_of
+from flower_app.runs.folders import SUMMARY, find_run, model_of, read_summary
 from flower_app.runs.journal import replace_whole
-
-LEAKAGE = "leakage.json"
-"""In a run's folder: what an audit of it came to."""
+from simulations.report.leakage import LEAKAGE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,8 +53,16 @@ def find_subject(name: str, overrides: Sequence[str]) -> Asked:
 
 
 def keep(told: Mapping[str, Any], run: Path | None, out: Path | None) -> Path | None:
-    """Write what an audit came to, into the run's folder if no file is named; returns where."""
+    """Write what an audit came to, into the run's folder if no file is named; returns where.
+
+    The run's summary gets its heads: attack, knowledge, metric, and what was found.
+    """
     path = out or (run / LEAKAGE if run else None)
     if path is not None:
         replace_whole(path, json.dumps(told, indent=1) + "\n")
+    if run is not None and (summary := read_summary(run)) is not None:
+        heads = ("attack", "knowledge", "metric", "mean", "low", "high", "chance")
+        found = [{key: row[key] for key in heads} for row in told["rows"] if row["main"]]
+        summary["leakage"] = {"found": found, "refused": told["refused"]}
+        replace_whole(run / SUMMARY, json.dumps(summary, indent=2) + "\n")
     return path

@@ -3,8 +3,6 @@
 The planted leak is an undefended wire in fp32 whose ends the attacker knows: what must be found
 there, and how near to chance an attack must stay when its truth is shuffled, each attack's class
 says, before anything is measured.
-
-Shapes: B sequences, T tokens.
 """
 
 from __future__ import annotations
@@ -14,14 +12,12 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import torch
 
 from conf.schema import Config, PrivacyConfig
 from conf.sections.link import read_codecs
-from flower_app.data.client import IGNORED, Batch
 from simulations.audit.attack import Attack, NotApplicable, Score, Scores
-from simulations.audit.observation import Truth
-from simulations.audit.recorder import Recorder, Recording, Scope
+from simulations.audit.recorder import Recorder
+from simulations.audit.recording import Recording, Scope
 from simulations.audit.subject import subject_of
 
 PLANTED = Scope(clients=2, warm=4, steps=2, sequences=2)
@@ -104,7 +100,7 @@ def attack_all(
     rng = np.random.default_rng(seed)
     each = []
     for client in recording.clients:
-        truth = shuffle(client.truth, rng) if shuffled else client.truth
+        truth = attack.shuffled(client.truth, rng) if shuffled else client.truth
         knowledge = recording.knowledge(client, level)
         each.append(attack.run(client.observation, knowledge, truth, rng))
     return {name: joined([s[name] for s in each if name in s]) for name in each[0]}
@@ -120,24 +116,3 @@ def joined(scores: Sequence[Score]) -> Score:
         chance=float(np.average(chances, weights=weights)) if known else None,
         count=sum(weights),
     )
-
-
-def shuffle(truth: Truth, rng: np.random.Generator) -> Truth:
-    """The same tokens in other places, and members and strangers mixed."""
-    everybody = [*truth.members, *truth.strangers]
-    order = [everybody[i] for i in rng.permutation(len(everybody))]
-    return Truth(
-        batches=[_shuffled(batch, rng) for batch in truth.batches],
-        members=order[: len(truth.members)],
-        strangers=order[len(truth.members) :],
-    )
-
-
-def _shuffled(batch: Batch, rng: np.random.Generator) -> Batch:
-    real_BT = batch.attention_mask.bool()
-    ids_N = batch.input_ids[real_BT]
-    ids_BT, labels_BT = batch.input_ids.clone(), batch.labels.clone()
-    ids_BT[real_BT] = ids_N[torch.from_numpy(rng.permutation(len(ids_N)))]
-    learned_BT = labels_BT != IGNORED
-    labels_BT[learned_BT] = ids_BT[learned_BT]
-    return Batch(ids_BT, batch.attention_mask, labels_BT)

@@ -52,8 +52,22 @@ class Observation:
     """The averaged ends that the round began with; empty where they stay with their clients."""
     end: State
     """The client's own ends after the round, before they are averaged; empty where they stay."""
-    gradients: Sequence[State] = ()
-    """Of the ends, step by step, with `train.sync=step`."""
+    gradients: State = field(default_factory=dict)
+    """Of the ends in the last step, with `train.sync=step`."""
+    trunk_start: State = field(default_factory=dict)
+    """The trunk that the round began with."""
+    trunk_end: State = field(default_factory=dict)
+    """The client's replica after the round, or the trunk that all share."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Canary:
+    """A secret that was put into a client's text."""
+
+    repeats: int
+    before: str
+    secret: str
+    """Digits, which all were as likely."""
 
 
 @dataclass(eq=False, kw_only=True)
@@ -62,10 +76,13 @@ class Truth:
 
     batches: Sequence[Batch]
     """In the order of `Observation.crossed`."""
+    last: Sequence[Example] = ()
+    """All of the last step's."""
     members: Sequence[Example] = ()
     """What was trained on in the round."""
     strangers: Sequence[Example] = ()
     """Of the same client's data, and not trained on."""
+    canaries: Sequence[Canary] = ()
 
 
 @dataclass(eq=False, kw_only=True)
@@ -77,10 +94,19 @@ class Knowledge:
     ends: Callable[[Crossed], tuple[Part, Part]]
     """Bottom and top as the attacker has them for a micro-batch, in evaluation mode. At level
     `public` parts of the architecture with random weights of the attacker's own."""
+    loss: Callable[[State, State, Sequence[Example]], Tensor]
+    """Summed loss (N,) of examples under a whole model of which these ends and this trunk are the
+    trained tensors."""
     tokenizer: PreTrainedTokenizerBase
     vocabulary: int
     public: Sequence[Sequence[int]] = field(default_factory=list)
     """Public text, as ids."""
     sent: Callable[[Tensor], Tensor] = lambda h_BTD: h_BTD
-    """What of codec and defences is no chance, applied to h1: an adaptive attacker compares what it
+    """What of the defence is no chance, applied to h1: an adaptive attacker compares what it
     guesses as the client would have sent it."""
+    noise: float = 0.0
+    """Deviation of the noise that the defence adds to each element of h1."""
+    rough: bool = False
+    """Whether h1 is no longer what the bottom gave out, by noise or by rounding that shows."""
+    trunk: Part | None = None
+    """The server's own. With the ends it is a language model, which says what a text may say."""

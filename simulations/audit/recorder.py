@@ -9,124 +9,31 @@ from __future__ import annotations
 import copy
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from conf.schema import Config
 from flower_app.client import streamed
 from flower_app.client.defences.defence import defend
 from flower_app.client.defences.registry import make_defence
 from flower_app.client.place import Place
 from flower_app.client.plan import Plan, padding_id
 from flower_app.data.client import Batch, ClientData, Example, load_client_data, load_tokenizer
-from models import Part, Parts, client_state, load_client_state
-from simulations.audit.observation import (
-    EXACT,
-    PUBLIC,
-    STALE,
-    START,
-    Crossed,
-    Knowledge,
-    Observation,
-    State,
-    Truth,
-)
+from models import client_state, load_client_state, named_trainable, trainable_state
+from simulations.audit.observation import Canary, Crossed, Observation, Truth
+from simulations.audit.recording import Recording, Scope, Watched
 from simulations.audit.subject import Subject
 from simulations.audit.tap import TappedLink
-from simulations.audit.texts import public_ids
-from simulations.equality.fold import fold
 from simulations.plan.rehearsal import alone
 from strategies.aggregate.means import weighted_mean
 from strategies.engine.engine import TrunkEngine
 
-PUBLIC_TEXTS = 400
-"""Pieces of public text, of a context each, at most."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Scope:
-    """How much is trained and attacked."""
-
-    clients: int = 2
-    warm: int = 40
-    """Steps of the round before the recorded one, so that ends are no longer what the run began
-    with. Where a run has trained before: 0."""
-    steps: int = 8
-    """Of the recorded round."""
-    sequences: int = 4
-    """Attacked of each client's last step."""
-
-
-@dataclass(eq=False, kw_only=True)
-class Watched:
-    """One client's recorded round."""
-
-    observation: Observation
-    truth: Truth
-    exact: State
-    """Its ends when the attacked h1 was made."""
-
-
-@dataclass(eq=False)
-class Recording:
-    """A recorded round of all clients, and what attackers may know of it."""
-
-    config: Config
-    clients: list[Watched] = field(default_factory=list)
-    first: State = field(default_factory=dict)
-    """Ends that the run began with."""
-    round_start: State = field(default_factory=dict)
-    parts: Parts | None = None
-    """To be filled with any of these."""
-
-    def knowledge(self, client: Watched, level: str) -> Knowledge:
-        """What an attacker of this level has against a client."""
-        states = {EXACT: client.exact, STALE: self.round_start, START: self.first}
-        bottom, top = self._foreign if level == PUBLIC else self._ends(states[level])
-        tokenizer = load_tokenizer(self.config.model)
-        return Knowledge(
-            level=level,
-            ends=lambda crossed: (bottom, top),
-            tokenizer=tokenizer,
-            vocabulary=self.vocabulary,
-            public=self.public,
-        )
-
-    @cached_property
-    def vocabulary(self) -> int:
-        """How many ids a text may have: those of the tokenizer that the model embeds."""
-        assert self.parts is not None
-        own = self.parts.bottom.config.get_text_config(decoder=True).vocab_size
-        return min(len(load_tokenizer(self.config.model)), own)
-
-    @cached_property
-    def public(self) -> list[list[int]]:
-        """Public text as ids."""
-        tokenizer = load_tokenizer(self.config.model)
-        return public_ids(tokenizer, self.config.data.context, PUBLIC_TEXTS, self.vocabulary)
-
-    def _ends(self, state: State) -> tuple[Part, Part]:
-        assert self.parts is not None
-        bottom, top = copy.deepcopy((self.parts.bottom, self.parts.top))
-        load_client_state(bottom, top, state)
-        return bottom.eval(), top.eval()
-
-    @cached_property
-    def _foreign(self) -> tuple[Part, Part]:
-        """Ends of the architecture with random weights: all that is known without the model."""
-        assert self.parts is not None
-        bottom, top = copy.deepcopy((self.parts.bottom, self.parts.top))
-        generator = torch.Generator().manual_seed(self.config.seed + 1)
-        for part in (bottom, top):
-            for parameter in part.parameters():
-                if parameter.dim() > 1:
-                    scale = float(parameter.detach().std())
-                    parameter.data = scale * torch.randn(parameter.shape, generator=generator)
-        return bottom.eval(), top.eval()
+CANARY, DIGITS = "The private number of {name} is ", 6
+"""What is said before a planted secret, and how long it is."""
+NAMES = ("Ada Quill", "Bo Tarn", "Cy Vane", "Di Wolff")
 
 
 class Recorder:
@@ -144,6 +51,7 @@ class Recorder:
         config = subject.config
         # Clients one after another, each alone with the trunk: what crosses is the same.
         self.config, self.scope = replace(config, train=alone(config.train)), scope
+        self.common_step = config.train.sync == "step"
         self.tokenizer = load_tokenizer(config.model)
         self.parts, self.first = subject.parts(), subject.first()
         self.engine = TrunkEngine(
@@ -168,7 +76,7 @@ class Recorder:
         if self.scope.warm:
             self._round(number - 1, self.scope.warm)
         recording.round_start = self.state
-        recording.clients = self._round(number, self.scope.steps)
+        recording.clients = self._round(number, self.scope.steps, self.scope.canaries)
         return recording
 
     def _data(self, number: int) -> ClientData:
@@ -180,15 +88,22 @@ class Recorder:
             seed=self.config.seed,
         )
 
-    def _round(self, number: int, steps: int) -> list[Watched]:
+    def _round(self, number: int, steps: int, canaries: Sequence[int] = ()) -> list[Watched]:
         """All clients train, one after another, and are averaged."""
         self.engine.open_round(number, self._rounds(number), training=True)
-        watched = [self._client(index, number, steps) for index in range(self.scope.clients)]
-        weights = [sum(batch.tokens for batch in each.truth.batches) or 1 for each in watched]
-        fold(
-            self.engine,
-            {each.observation.client: w for each, w in zip(watched, weights, strict=True)},
-        )
+        before = _copied(trainable_state(self.parts.trunk))
+        watched = [
+            self._client(index, number, steps, canaries) for index in range(self.scope.clients)
+        ]
+        weights = [sum(int((e.labels >= 0).sum()) for e in w.truth.members) for w in watched]
+        names = [each.observation.client for each in watched]
+        replicas, _ = self.engine.collect(names)
+        if replicas:
+            self.engine.policy.load(weighted_mean([replicas[name] for name in names], weights))
+        after = _copied(trainable_state(self.parts.trunk))
+        for each in watched:
+            each.observation.trunk_start = before
+            each.observation.trunk_end = _copied(replicas.get(each.observation.client, after))
         self.state = weighted_mean([each.observation.end for each in watched], weights)
         return watched
 
@@ -196,24 +111,30 @@ class Recorder:
         """Of the run, which the schedule is of."""
         return max(number, self.config.train.rounds)
 
-    def _client(self, index: int, number: int, steps: int) -> Watched:
-        config, name, data = self.config, f"client-{index}", self.data[index]
+    def _client(self, index: int, number: int, steps: int, canaries: Sequence[int]) -> Watched:
+        config, name = self.config, f"client-{index}"
         bottom, top = copy.deepcopy((self.parts.bottom, self.parts.top))
         load_client_state(bottom, top, self.state)
         defend(bottom, top, make_defence(config.privacy, secrets.token_bytes(32)))
-        rounds = self._rounds(number)
-        place = Place(seed=config.seed, client=name, round=number, rounds=rounds)
-        pad_id = padding_id(bottom, self.tokenizer)
+        place = Place(seed=config.seed, client=name, round=number, rounds=self._rounds(number))
+        planted = [_canary(repeats, index, config.seed) for repeats in canaries]
         own = replace(config, train=replace(config.train, local_steps=steps))
-        seen = _Seen(Plan(data.train, own, place, pad_id=pad_id))
+        examples = self._examples(index, steps, planted)
+        seen = _Seen(Plan(examples, own, place, pad_id=padding_id(bottom, self.tokenizer)))
         exact: dict[str, Tensor] = {}
+        gradients: dict[str, Tensor] = {}
 
         def before(step: int, micro: int) -> None:
             if step == steps - 1 and micro == 0:
                 exact.update(_copied(client_state(bottom, top)))
 
+        def after(step: int) -> None:
+            if self.common_step and step == steps - 1:
+                both = named_trainable(bottom, top).items()
+                gradients.update({n: p.grad.clone() for n, p in both if p.grad is not None})
+
         session = self.engine.open(name, client=name, steps=steps)
-        link = TappedLink(config.link, session, before)
+        link = TappedLink(config.link, session, before, after)
         streamed.train(bottom, top, link, seen, steps, config.train, place)
         kept = [each for each in link.crossed.values() if each.step == steps - 1]
         rows = _shares(self.scope.sequences, [len(batch.input_ids) for batch in seen.last])
@@ -224,15 +145,40 @@ class Recorder:
                 crossed=[_first(each, count) for each, count in zip(kept, rows, strict=True)],
                 start=self.state,
                 end=_copied(client_state(bottom, top)),
-                gradients=link.of_ends,
+                gradients=gradients,
             ),
             truth=Truth(
                 batches=[_first_rows(b, count) for b, count in zip(seen.last, rows, strict=True)],
+                last=[each for batch in seen.last for each in _examples(batch)],
                 members=seen.examples,
-                strangers=data.heldout,
+                strangers=self.data[index].heldout,
+                canaries=planted,
             ),
             exact=exact,
         )
+
+    def _examples(self, index: int, steps: int, planted: Sequence[Canary]) -> list[Example]:
+        """What a client trains on: its own examples, or as few as the round takes, with secrets."""
+        train, scope = self.data[index].train, self.scope
+        if not planted and scope.reuse == 1:
+            return train
+        told = [self._encoded(each) for each in planted for _ in range(each.repeats)]
+        sizes = self.config.train.batch_size * self.config.train.accumulate
+        count = max(1, steps * sizes // scope.reuse - len(told))
+        order = np.random.default_rng([self.config.seed, index]).permutation(len(train))
+        return [*(train[i] for i in order[:count]), *told]
+
+    def _encoded(self, canary: Canary) -> Example:
+        text = canary.before + canary.secret
+        ids_T = torch.tensor(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return Example(ids_T, ids_T)
+
+
+def _canary(repeats: int, index: int, seed: int) -> Canary:
+    rng = np.random.default_rng([seed, index, repeats])
+    name = NAMES[(index + repeats) % len(NAMES)]
+    secret = "".join(map(str, rng.integers(10, size=DIGITS)))
+    return Canary(repeats=repeats, before=CANARY.format(name=name), secret=secret)
 
 
 class _Seen:

@@ -62,14 +62,19 @@ class TappedLink(FramedLink):
         Answers.
     before : callable
         Told of each step and micro-batch when its h1 is sent: ends are then as h1 was made.
+    after : callable
+        Told of each step when it is applied: ends have its gradients then.
     """
 
     def __init__(
-        self, config: LinkConfig, session: Session, before: Callable[[int, int], None]
+        self,
+        config: LinkConfig,
+        session: Session,
+        before: Callable[[int, int], None] = lambda step, micro: None,
+        after: Callable[[int], None] = lambda step: None,
     ) -> None:
-        self._before, self._place = before, (0, 0)
+        self._before, self._after, self._place = before, after, (0, 0)
         self.crossed: dict[tuple[int, int], Crossed] = {}
-        self.of_ends: list[Mapping[str, Tensor]] = []
         super().__init__(config, _TappedTalk(config, session, self._hear))
         self.codecs = _tapped(self.codecs, self._hear)
 
@@ -97,9 +102,7 @@ class TappedLink(FramedLink):
         self, step: int, counters: StepCounters, gradients: Mapping[str, Tensor] | None = None
     ) -> None:
         """See `Framed.apply`."""
-        self.of_ends.append(
-            {name: each.detach().clone() for name, each in (gradients or {}).items()}
-        )
+        self._after(step)
         super().apply(step, counters, gradients)
 
 

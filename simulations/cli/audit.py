@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from simulations.cli.show import Overrides, progress, table
+from simulations.cli.show import Overrides, figures, progress, table
 
 commands = typer.Typer()
 
@@ -26,6 +26,9 @@ def audit(
     ] = 40,
     steps: Annotated[int, typer.Option(help="Of the recorded round.", min=1)] = 8,
     sequences: Annotated[int, typer.Option(help="Attacked, of each client.", min=1)] = 4,
+    text: Annotated[
+        str, typer.Option(help="Attack this text's h1 alone; 'sentence': one that is built in.")
+    ] = "",
     threads: Annotated[int, typer.Option(help="Torch threads; 0: torch's choice.", min=0)] = 0,
     out: Annotated[
         Path | None, typer.Option(help="Where the result goes, as JSON; by default into the run.")
@@ -38,11 +41,15 @@ def audit(
     from flower_app.build import set_threads
     from simulations.audit.audit import audit as run
     from simulations.audit.begin import find_subject, keep
-    from simulations.audit.recorder import Scope
-    from simulations.audit.words import COLUMNS, notes, rows
+    from simulations.audit.recording import Scope
+    from simulations.audit.sentence import SENTENCE, read_sentence
+    from simulations.report.leakage import COLUMNS, notes, rows
 
     set_threads(threads)
     asked = find_subject(subject, overrides or [])
+    if text:
+        figures(read_sentence(asked.config, SENTENCE if text == "sentence" else text), as_json)
+        return
     told = run(
         asked.config,
         [each.strip() for each in attacks.split(",") if each.strip()],

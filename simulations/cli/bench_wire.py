@@ -24,6 +24,7 @@ def bench_wire(
     micro: Annotated[str, typer.Option(help="Micro-batches of a step: 1,4,8.")] = "",
     codec: Annotated[str, typer.Option(help="Codecs: bf16,int4,'h1=int4 h2=int6'.")] = "",
     window: Annotated[str, typer.Option(help="Micro-batches under way: 1,4.")] = "",
+    sequences: Annotated[int, typer.Option(help="Of a micro-batch.", min=1)] = 8,
     turns: Annotated[int, typer.Option(help="Timed turns, of four steps each.", min=1)] = 3,
     out: Annotated[str, typer.Option(help="Leave JSON and plots in this folder.")] = "",
 ) -> None:
@@ -44,7 +45,8 @@ def bench_wire(
         codecs=_list(codec, str),
         windows=_list(window, int),
     )
-    result = wire.bench_wire(points, turns, progress)
+    sizes = {**wire.SIZES, "batch": sequences}
+    result = wire.bench_wire(points, turns, progress, sizes)
     if out:
         folder = Path(out)
         folder.mkdir(parents=True, exist_ok=True)

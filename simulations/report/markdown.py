@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from conf import VERSION
 from flower_app.runs.instants import now
 from simulations.report import tables
+from simulations.report.leakage import leakage
 from simulations.report.tables import Table
 from simulations.report.words import lead, problems, tiles, title
 
@@ -58,6 +60,9 @@ def _run(run: Mapping[str, Any], *, several: bool) -> Iterator[str]:
         if (made := make(run)).rows:
             yield f"## {heading}"
             yield table(made)
+    found = leakage(run)
+    yield "## Leakage"
+    yield table(replace(found, note=plain(found.note))) or found.note
     yield "## Commands"
     for words, command in run["commands"].items():
         ticks = max((len(run) for run in re.findall("`+", command)), default=0)

@@ -16,6 +16,7 @@ from conf import VERSION
 from flower_app.runs.instants import now
 from simulations.report import tables
 from simulations.report.curves import MOST_POINTS
+from simulations.report.leakage import leakage
 from simulations.report.numbers import PARTS
 from simulations.report.words import lead, problems, tiles, title
 
@@ -39,6 +40,7 @@ ROOMS = {
     "traffic": "Traffic",
     "time": "Time",
     "memory": "Memory",
+    "leakage": "Leakage",
     "participation": "Participation",
     "configuration": "Configuration",
     "environment": "Environment",
@@ -121,6 +123,7 @@ def _detail(run: Mapping[str, Any]) -> dict[str, Any]:
     told = {name: getattr(tables, name)(run) for name in (*names, "environment")}
     columns = len(run["participation"])
     return told | {
+        "leakage": leakage(run),
         "name": run["name"],
         "folder": run["folder"],
         "lead": (run["label"] != run["name"]) * f"{run['label']}. " + lead(run),

@@ -10,6 +10,7 @@ from flower_app.runs.folders import find_run
 from flower_app.runs.history import read_history
 from simulations.report.compare import compare
 from simulations.report.export import as_json, clients_csv, rounds_csv
+from simulations.report.leakage import read_leakage
 from simulations.report.markdown import markdown
 from simulations.report.numbers import describe
 from simulations.report.page import render
@@ -47,7 +48,9 @@ def write_report(names: Sequence[str], out: Path | None, forms: Sequence[str]) -
         raise ValueError(f"--format {','.join(unknown)}: a report can be {', '.join(FORMS)}")
     asked = find(names)
     folders, title, notes = list(asked.folders), asked.title, asked.notes
-    runs = [describe(read_history(folder)) for folder in folders]
+    runs = [
+        {**describe(read_history(folder)), "leakage": read_leakage(folder)} for folder in folders
+    ]
     comparison = compare(runs) if len(runs) > 1 else None
     for run, label in zip(runs, labels(runs), strict=True):
         run["label"] = label

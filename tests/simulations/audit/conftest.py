@@ -4,7 +4,8 @@ import pytest
 
 from conf.load import load_config
 from conf.schema import Config
-from simulations.audit.recorder import Recorder, Recording, Scope
+from simulations.audit.recorder import Recorder
+from simulations.audit.recording import Recording, Scope
 from simulations.audit.subject import subject_of
 
 SMALL = [
@@ -23,8 +24,8 @@ def small(*overrides: str) -> Config:
     return load_config("demo", [*SMALL, *overrides])
 
 
-def record(config: Config, scope: Scope = SCOPE) -> Recording:
-    return Recorder(subject_of(config), scope).record()
+def record(config: Config, scope: Scope = SCOPE, trained: str = "") -> Recording:
+    return Recorder(subject_of(config, trained), scope).record()
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,14 +13,18 @@ import torch
 from torch import Tensor
 
 from conf.rules import ConfigError
+from conf.schema import Config
+from flower_app.runs.recorder import Recorder
+from flower_app.server_app import run_experiment
 from simulations.audit.attack import TokenAttack, attacks, find_attacks
 from simulations.audit.audit import audit
 from simulations.audit.begin import find_subject, keep
 from simulations.audit.calibrate import calibrate_all
 from simulations.audit.observation import EXACT, Knowledge, Observation
-from simulations.audit.recorder import Recording
+from simulations.audit.recording import Recording
 from simulations.audit.texts import Rarity, classes_of, rouge_l
-from tests.simulations.audit.conftest import SCOPE, small
+from simulations.equality.inprocess import InProcessGrid, as_flower_runs_it, read_tensors
+from tests.simulations.audit.conftest import SCOPE, record, small
 
 
 def test_an_undefended_h1_is_read_in_full() -> None:
@@ -103,3 +108,37 @@ def test_an_experiment_and_its_changes_are_found(tmp_path: Path) -> None:
     assert path is not None
     assert json.loads(path.read_text()) == {"rows": []}
     assert keep({}, None, None) is None
+
+
+def finished(config: Config, parent: Path) -> Path:
+    recorder = Recorder(config, say=lambda line: None)
+    with as_flower_runs_it():
+        recorder.finish(run_experiment(config, InProcessGrid(2, at_once=True), recorder))
+    (run,) = parent.iterdir()
+    return run
+
+
+def test_a_run_is_audited_where_it_ended_and_keeps_what_came_of_it(tmp_path: Path) -> None:
+    config = small(f"output.folder={tmp_path}", "train.rounds=1", "train.local_steps=2")
+    run = finished(config, tmp_path)
+    asked = find_subject(str(run), [])
+    told = audit(asked.config, ["search"], [0], trained=asked.trained, scope=SCOPE)
+    keep(told, asked.folder, None)
+
+    found = {row["knowledge"]: row["mean"] for row in told["rows"] if row["main"]}
+    assert found["exact"] > 0.99
+    assert told["scope"]["warm"] == 0
+    assert json.loads((run / "leakage.json").read_text())["rows"] == told["rows"]
+    (head, *_) = json.loads((run / "summary.json").read_text())["leakage"]["found"]
+    assert (head["attack"], head["knowledge"], head["metric"]) == ("search", "exact", "tokens")
+
+
+def test_the_model_of_a_run_is_what_is_audited(tmp_path: Path) -> None:
+    config = small(f"output.folder={tmp_path}", "train.rounds=1", "train.local_steps=2")
+    run = finished(config, tmp_path)
+    saved = read_tensors(run / "model")
+    asked = find_subject(str(run), [])
+    recording = record(asked.config, replace(SCOPE, warm=0), asked.trained)
+    name = next(name for name in recording.round_start if "embed_tokens" in name)
+    torch.testing.assert_close(recording.round_start[name], saved[name])
+    assert not torch.equal(recording.first[name], saved[name])

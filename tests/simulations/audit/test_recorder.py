@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from simulations.audit.observation import EXACT, STALE, START
-from simulations.audit.recorder import Recording
+from simulations.audit.recording import Recording
 from tests.simulations.audit.conftest import record, small
 
 

@@ -297,3 +297,28 @@ def test_codecs_are_told_in_words_and_by_todays_name(tmp_path: Path) -> None:
     assert "link.codec | h1=int4 h2=int6 grad_h2=fp32 grad_h1=fp32 | fp32" in text
     assert "link.codec | bf16 | fp32" in text
     assert "link.dtype" not in text
+
+
+def test_a_report_says_what_leaks_or_that_nobody_looked(tmp_path: Path) -> None:
+    run = small(tmp_path)
+    assert "This run was not audited" in page(run, out=tmp_path)
+    told = {
+        "rows": [
+            {
+                "attack": "search", "reads": "h1", "knowledge": "exact", "metric": "tokens",
+                "main": True, "mean": 0.987, "low": 0.9, "high": 1.0, "chance": 0.125, "count": 77,
+            }
+        ],
+        "trained": True, "seeds": [0, 1], "scope": {"clients": 2},
+        "calibration": {"search": {"found": 1.0, "must_find": 0.99, "shuffled": 0.1,
+                                   "must_not_pass": 0.2}},
+        "refused": {"rows": "no verdict: it is <b>bold</b>"},
+    }  # fmt: skip
+    (run / "leakage.json").write_text(json.dumps(told), encoding="utf-8")
+    (path,) = write_report([str(run)], tmp_path / "all", ["md"])
+    for text in (page(run, out=tmp_path), path.read_text(encoding="utf-8")):
+        assert "not audited" not in text
+        assert all(each in text for each in ("search", "the ends of the step", "0.987", "0.125"))
+        assert "no verdict" in text
+        assert "<b>bold" not in text
+    assert numbers(run, out=tmp_path)["runs"][0]["leakage"] == told
