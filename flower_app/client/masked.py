@@ -59,8 +59,10 @@ def reveal(found: MaskedSum, key: SiteKey) -> dict[str, Tensor]:
     Raises
     ------
     ValueError
-        If the sum was masked with another key, or holds what cannot be a mean of ends.
+        If the sum was masked with another key or none, or holds what cannot be a mean of ends.
     """
+    if not found.nonces:
+        raise ValueError("the server sends ends under no mask: they are not the sites' sum")
     if found.check != key.check:
         raise ValueError(
             f"the ends are masked with another site key (check {found.check.hex()}) than this one "

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from flower_app.client.masked import hide, reveal
 from flower_app.client.site_key import SiteKey, key_of_node, new_site_key, read_site_key
 from simulations.cli.app import app
-from strategies.aggregate.masked import MOST_TOKENS, add_up, take_masked
+from strategies.aggregate.masked import MOST_TOKENS, MaskedSum, add_up, take_masked
 from strategies.aggregate.means import weighted_mean
 
 KEY = SiteKey(bytes(range(32)))
@@ -82,6 +82,9 @@ def test_a_sum_that_is_none_is_refused() -> None:
     total.tensors["a"].random_()
     with pytest.raises(ValueError, match="a client has sent something else"):
         reveal(total, KEY)
+    chosen = MaskedSum({"a": torch.ones(3, dtype=torch.int64)}, (), 1, KEY.check)
+    with pytest.raises(ValueError, match="under no mask"):
+        reveal(chosen, KEY)
 
 
 def test_the_command_makes_a_key_that_only_its_owner_reads(tmp_path: Path) -> None:
