@@ -226,6 +226,7 @@ class SplitFed(Strategy):
         if report.lora_error is not None:
             metrics["lora-error"] = report.lora_error
         self._tally.note(report.anomalies)
+        self._tally.note(self._run.engine.policy.anomalies())
         self._tally.training, self._tally.train = cohort.turnout, metrics
         self._tally.tokens = int(metrics["num-tokens"])
         if self.local is not None:
