@@ -10,6 +10,7 @@ from conf.sections.federation import FederationConfig
 from conf.sections.link import LinkConfig
 from conf.sections.model import ModelConfig
 from conf.sections.output import OutputConfig
+from conf.sections.privacy import PrivacyConfig
 from conf.sections.train import TrainConfig
 from conf.sections.tuning import TuningConfig
 
@@ -140,6 +141,39 @@ def check_ends(
             "last rounds only; set output.checkpoint_every=1, or 0 for a run that need not go on",
             key="output.checkpoint_every",
         )
+
+
+def check_masked(
+    privacy: PrivacyConfig,
+    how: AggregationConfig,
+    train: TrainConfig,
+    data: DataConfig,
+) -> None:
+    """Refuse what the server can only do with ends that it reads."""
+    if privacy.ends == "plain":
+        return
+    remedies = {
+        "train.sync=step": (train.sync == "step", "train.sync=round"),
+        f"train.bridge={train.bridge}": (train.bridge > 0, "train.bridge=0"),
+        f"aggregation.ends={how.ends}": (how.ends != "average", "aggregation.ends=average"),
+        f"aggregation.lora={how.lora}": (
+            how.lora not in ("factors", "ffa"),
+            "aggregation.lora=factors or ffa",
+        ),
+        f"aggregation.robust={how.robust}": (how.robust != "none", "aggregation.robust=none"),
+        f"aggregation.optimizer={how.optimizer}": (
+            how.optimizer != "fedavg",
+            "aggregation.optimizer=fedavg",
+        ),
+        f"data.central_path={data.central_path!r}": (bool(data.central_path), "data.central_path="),
+    }
+    for said, (wrong, remedy) in remedies.items():
+        if wrong:
+            raise ConfigError(
+                f"{said} with privacy.ends={privacy.ends}: the server only adds clients' ends, "
+                f"and cannot read them; set {remedy}, or privacy.ends=plain",
+                key=said.partition("=")[0],
+            )
 
 
 def check_bridge(how: AggregationConfig, train: TrainConfig) -> None:

@@ -65,6 +65,8 @@ def _query(site: Site, context: Context) -> RecordDict:
         "examples": len(site.data()[0].train) if site.asked.count_examples else 0,
         "public-key": site.public_key(),
     }
+    if site.key_check:
+        told["key-check"] = site.key_check
     content = RecordDict({PROFILE: Record(told)})
     if site.asked.send_tensors:
         content[ARRAYS] = to_arrays(site.shared(*site.parts()))
@@ -102,9 +104,9 @@ def _train(site: Site, context: Context) -> RecordDict:
         site.remember(link)
     finally:
         link.abort()
-    return RecordDict(
-        {ARRAYS: to_arrays(site.trained(bottom, top)), METRICS: _metrics(outcome, link)}
-    )
+    content = site.trained(bottom, top, outcome.tokens)
+    content[METRICS] = _metrics(outcome, link)
+    return content
 
 
 def _evaluate(site: Site, context: Context) -> RecordDict:

@@ -15,7 +15,7 @@ from conf.schema import Config
 from flower_app.data.text import load_tokenizer
 from flower_app.export import export_model
 from flower_app.runs import checkpoint
-from flower_app.runs.folders import folders
+from flower_app.runs.folders import COMMON, MASKED, folders
 from flower_app.runs.recorder import Recorder
 from models.bridge import save_bridge, take_bridge
 from strategies.records import to_arrays
@@ -25,9 +25,6 @@ from strategies.rounds.roster import Roster
 from strategies.rounds.splitfed import SplitFed
 
 logger = logging.getLogger(__name__)
-
-COMMON = "common.safetensors"
-"""With ends of the clients' own: what of the trained model is the same for all."""
 
 
 def leave(config: Config, grid: Grid, strategy: SplitFed, recorder: Recorder) -> Path | None:
@@ -48,6 +45,9 @@ def leave(config: Config, grid: Grid, strategy: SplitFed, recorder: Recorder) ->
     number = _go_to_best(strategy, recorder) if config.output.model == "best" else strategy.done
     recorder.note(model_round=number)
     state, folder = strategy.joint.tensors(), recorder.folder
+    if config.privacy.ends == "masked":
+        _save_masked(strategy, recorder)
+        return None
     if strategy.local is None:
         return _save(config, state, folder)
     _write(state, folder / COMMON)
@@ -61,6 +61,18 @@ def leave(config: Config, grid: Grid, strategy: SplitFed, recorder: Recorder) ->
         f"site; what is common is in {folder / COMMON}"
     )
     return None
+
+
+def _save_masked(strategy: SplitFed, recorder: Recorder) -> None:
+    """Save what the server has: the trunk, and a sum of ends that it cannot read."""
+    folder, masked = recorder.folder, strategy.joint.masked
+    _write(strategy.joint.tensors(), folder / COMMON)
+    if masked is not None:
+        _write(masked.state_dict(), folder / MASKED)
+    recorder.say(
+        f"the ends are masked (privacy.ends=masked), in {folder / MASKED}: a site puts the model "
+        f"together with `graft unmask {folder} --site-key FILE --to DIR`"
+    )
 
 
 def _present(roster: Roster, grid: Grid) -> list[Profile]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 ARRAYS, CONFIG, TICKET = "arrays", "config", "ticket"
 METRICS, OUTCOME, PROFILE, FRAMES = "metrics", "outcome", "profile", "frames"
+MASK = "mask"
 """Names of the records in a message and its reply."""
 
 KEY_LOST = "this node has lost the key that its ticket was made for"
@@ -49,7 +50,9 @@ def from_arrays(arrays: ArrayRecord) -> dict[str, Tensor]:
     return {name: torch.from_numpy(array.numpy()) for name, array in arrays.items()}
 
 
-def read_arrays(arrays: ArrayRecord, form: Form | None = None) -> dict[str, Tensor]:
+def read_arrays(
+    arrays: ArrayRecord, form: Form | None = None, *, masked: bool = False
+) -> dict[str, Tensor]:
     """Unpack what another party sent: nothing is made of it before it is known to fit.
 
     Parameters
@@ -58,11 +61,13 @@ def read_arrays(arrays: ArrayRecord, form: Form | None = None) -> dict[str, Tens
         As received.
     form : mapping, optional
         The names and shapes it must have; None where the receiver checks them itself.
+    masked : bool
+        They are fixed-point integers under a mask, of which any value can be.
 
     Returns
     -------
     dict[str, Tensor]
-        fp32 and finite.
+        fp32 and finite; int64, if masked.
 
     Raises
     ------
@@ -76,22 +81,24 @@ def read_arrays(arrays: ArrayRecord, form: Form | None = None) -> dict[str, Tens
             f"model, {len(odd)} are missing or unknown"
         )
     return {
-        name: _read(name[:80], array, None if form is None else form[name])
+        name: _read(name[:80], array, None if form is None else form[name], masked)
         for name, array in arrays.items()
     }
 
 
-def _read(name: str, array: Array, expected: tuple[int, ...] | None) -> Tensor:
+def _read(name: str, array: Array, expected: tuple[int, ...] | None, masked: bool) -> Tensor:
     kind, shape, fortran, data = _header(name, array)
-    if kind != "<f4":  # as all that is trained travels; others may overflow
-        raise ValueError(f"its '{name}' is {_words(kind)}, not float32")
+    due = "<i8" if masked else "<f4"  # as all that is trained travels; others may overflow
+    if kind != due:
+        raise ValueError(f"its '{name}' is {_words(kind)}, not {_words(due)}")
     if expected is not None and shape != expected:
         raise ValueError(f"its '{name}' has shape {shape}, {expected} is due")
-    if len(data) != 4 * math.prod(shape):
+    if len(data) != np.dtype(due).itemsize * math.prod(shape):
         raise ValueError(f"its '{name}' of shape {shape} has {len(data)} bytes")
-    values = np.frombuffer(data, "<f4").reshape(shape, order="F" if fortran else "C")
+    values = np.frombuffer(data, due).reshape(shape, order="F" if fortran else "C")
     tensor = torch.from_numpy(values.copy())
-    check_values(name, tensor)
+    if not masked:
+        check_values(name, tensor)
     return tensor
 
 

@@ -16,6 +16,9 @@ class PrivacyConfig(Section):
 
     section: ClassVar[str] = "privacy"
 
+    ends: str = setting("plain", one_of("plain", "masked"))
+    """plain: the server sees each client's trained ends, and their average. masked: it sees sums of
+    integers under masks from a secret that the sites share (`graft site-key new`)."""
     defence: str = setting("none", rules.NAME)
     """What is done to h1 and dL/dh2: none, gaussian, nopeek, or what flower_app/client/defences
     holds besides."""

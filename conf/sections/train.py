@@ -57,6 +57,9 @@ class TrainConfig(Section):
     """Share of the run during which the learning rate grows linearly, in [0, 1)."""
     clip: float = setting(1.0, rules.NOT_NEGATIVE)
     """Largest norm of the gradient over all three parts together; 0: no clipping."""
+    outlier_clip: float = setting(0.0, rules.NOT_NEGATIVE)
+    """merged: largest norm of one client's gradient, in multiples of the cohort's median norm; 0:
+    as it is, so that a step equals one of centralised training."""
     precision: str = setting("fp32", one_of("fp32", "bf16"))
     """Compute type: fp32 or bf16 (autocast)."""
     bridge: int = setting(0, rules.COUNT_OR_ZERO)
@@ -76,7 +79,7 @@ class TrainConfig(Section):
                 key="train.momentum",
             )
 
-        for name, wanted in (("sync", "round"), ("global_batch", 0)):
+        for name, wanted in (("sync", "round"), ("global_batch", 0), ("outlier_clip", 0.0)):
             if self.strategy != "merged" and (value := getattr(self, name)) != wanted:
                 raise ConfigError(
                     f"train.{name}={value} needs train.strategy=merged, not {self.strategy}: set "

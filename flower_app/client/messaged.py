@@ -21,7 +21,7 @@ from flower_app.client.step import Evaluation, Outcome, Step
 from flower_app.data.client import Batch
 from models import Part, client_state, load_client_state
 from strategies.errors import TrunkError
-from strategies.records import ARRAYS, FRAMES, METRICS, from_arrays, to_arrays
+from strategies.records import FRAMES, METRICS, from_arrays, to_arrays
 from strategies.transport import trunk_pb2 as pb
 from strategies.transport.frames import Frame, read_server_frame, refuse_failure
 from strategies.transport.link import Framed, Request
@@ -167,8 +167,7 @@ class Training:
         tokens = int(self._numbers["tokens"])
         outcome = Outcome(loss=self._numbers["loss"] / max(1, tokens), tokens=tokens, steps=count)
         content = _finish(self._parked, outcome)
-        content[ARRAYS] = to_arrays(self._site.trained(self._bottom, self._top))
-        return content
+        return RecordDict({**content, **self._site.trained(self._bottom, self._top, tokens)})
 
     def _taken_up(self, site: Site) -> Ends:
         """The ends as they were when the last message was answered."""

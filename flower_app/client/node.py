@@ -62,8 +62,22 @@ def own_config(config: Config, node: Mapping[str, Any]) -> Config:
         If a statement is wrong, or the run cannot serve it.
     """
     config = _with_own_path(config, node)
+    if config.privacy.ends != "plain":
+        _refuse_own_form(config, node)
     config = _with_own_cut(config, node)
     return _with_own_rank(config, node)
+
+
+def _refuse_own_form(config: Config, node: Mapping[str, Any]) -> None:
+    """Masked ends are added as they are: all have one form."""
+    cut = config.cut
+    own = {"cut-bottom": cut.bottom, "cut-top": cut.top, "lora-rank": config.lora.rank}
+    if odd := [name for name, usual in own.items() if node.get(name, usual) != usual]:
+        raise ValueError(
+            f"{odd[0]}={node[odd[0]]} in this node's config, while the run has {own[odd[0]]}: the "
+            f"server adds ends that it cannot read (privacy.ends={config.privacy.ends}), so all "
+            f"have one form; take {odd[0]} out, or use privacy.ends=plain"
+        )
 
 
 def _with_own_path(config: Config, node: Mapping[str, Any]) -> Config:

@@ -15,6 +15,7 @@ from flwr.app import ArrayRecord, RecordDict
 from conf.load import from_json
 from conf.rules import split_address
 from conf.schema import Config
+from strategies.aggregate.masked import MOST_TOKENS
 from strategies.records import ARRAYS, CONFIG, FRAMES, TICKET
 from strategies.transport.tickets import KEY_BYTES, Ticket, is_usable
 
@@ -46,6 +47,12 @@ class Received:
     """The round whose ends of this site's own count; 0: those it starts from."""
     ends_best: int
     """The same, as of the best round so far: they may be wanted again."""
+    masks: list[bytes]
+    """Of the masks in the sum of ends that came, with `privacy.ends=masked`."""
+    masks_weight: int
+    """What that sum is to be divided by."""
+    masks_check: bytes
+    """Of the site key that made the masks."""
     frames: list[bytes]
     told: Mapping[str, Any]
     """The ticket, as it came."""
@@ -103,6 +110,11 @@ def read_message(content: RecordDict) -> Received:
     run = _take(told, "run", str, "")
     if not re.fullmatch("([0-9a-f]{32})?", run):  # it names a folder
         raise _odd("run", run, "32 hexadecimal digits")
+    masks, weight = told.get("masks", []), _take(told, "masks-weight", int, 0)
+    if not isinstance(masks, list) or not all(_is(mask, bytes) for mask in masks):
+        raise _odd("masks", masks, "a list of bytes")
+    if len({*masks}) < len(masks) or not len(masks) <= weight < MOST_TOKENS:
+        raise _odd("masks-weight", weight, f"a token for each of {len(masks)} masks that differ")
     frames: Mapping[str, Any] = content.config_records.get(FRAMES, {"frames": []})
     raw = frames.get("frames")
     if not isinstance(raw, list) or not all(isinstance(frame, bytes) for frame in raw):
@@ -121,6 +133,9 @@ def read_message(content: RecordDict) -> Received:
         run=run,
         ends_round=_take(told, "ends-round", int, 0),
         ends_best=_take(told, "ends-best", int, 0),
+        masks=masks,
+        masks_weight=weight,
+        masks_check=_take(told, "masks-check", bytes, b""),
         frames=raw,
         told=told,
     )

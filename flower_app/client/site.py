@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 
-from flwr.app import Context, Message, RecordDict
+from flwr.app import ConfigRecord, Context, Message, RecordDict
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -22,16 +22,19 @@ from flower_app.build import (
 )
 from flower_app.client.defences.defence import Defence, defend
 from flower_app.client.defences.registry import NONE, make_defence
+from flower_app.client.masked import hide, reveal
 from flower_app.client.node import client_name, own_config, private_key, public_key
 from flower_app.client.own import OwnEnds, site_folder
 from flower_app.client.place import Place
 from flower_app.client.received import read_message
 from flower_app.client.remembered import load_cache, save_cache
+from flower_app.client.site_key import SiteKey, key_of_node, refuse_plain
 from flower_app.data.client import ClientData, load_client_data
 from flower_app.data.text import load_tokenizer
 from models import Part, client_state, fold_residuals, load_client_state
 from models.bridge import Regression, bridge_state, load_bridge_state, take_bridge
-from strategies.records import KEY_LOST, read_arrays
+from strategies.aggregate.masked import MaskedSum
+from strategies.records import ARRAYS, KEY_LOST, MASK, read_arrays, to_arrays
 from strategies.transport.stream.link import GrpcLink
 
 Connect = Callable[..., GrpcLink]
@@ -73,6 +76,11 @@ class Site:
         if config.aggregation.ends != "average" and asked.run:
             folder = site_folder(self._node, asked.run, self.place.client)
             self.own = OwnEnds(self._state, folder, asked.run)
+        self._key: SiteKey | None = None
+        if config.privacy.ends == "masked":
+            self._key = key_of_node(self._node)
+        else:
+            refuse_plain(self._node)
         set_threads(config.runtime.client_threads)
 
     def data(self) -> tuple[ClientData, PreTrainedTokenizerBase]:
@@ -134,8 +142,11 @@ class Site:
             raise ValueError(KEY_LOST_WORDS)
         return make_defence(self.config.privacy, secret)
 
-    def trained(self, bottom: Part, top: Part) -> dict[str, Tensor]:
-        """What the server gets of the trained ends; what it does not is kept here, by the round."""
+    def trained(self, bottom: Part, top: Part, tokens: int) -> RecordDict:
+        """What the server gets of the trained ends; what it does not is kept here, by the round.
+
+        Masked, they are weighted by `tokens`.
+        """
         if self.own is not None:
             stays = own_names(self.config, bottom, top)
             self.own.keep(
@@ -145,10 +156,19 @@ class Site:
                 best=self.asked.ends_best,
                 most=self.config.output.keep_checkpoints,
             )
-        return self.shared(bottom, top)
+        if self._key is None:
+            return RecordDict({ARRAYS: to_arrays(self.shared(bottom, top))})
+        masked = hide(client_state(bottom, top), tokens, self._key)
+        told = ConfigRecord({"nonce": masked.nonce, "check": masked.check})
+        return RecordDict({ARRAYS: to_arrays(masked.tensors), MASK: told})
 
     def shared(self, bottom: Part, top: Part) -> dict[str, Tensor]:
-        """What of the ends, and of the bridge, may leave this client."""
+        """What of the ends, and of the bridge, may leave this client as it is."""
+        if self._key is not None:
+            raise ValueError(
+                f"the server asks for this site's ends, and may not read them (privacy.ends="
+                f"{self.config.privacy.ends})"
+            )
         stays = own_names(self.config, bottom, top)
         state = {name: t for name, t in client_state(bottom, top).items() if name not in stays}
         return {**state, **(bridge_state(self.bridge.bridge) if self.bridge else {})}
@@ -185,15 +205,25 @@ class Site:
 
     def _received(self) -> dict[str, Tensor]:
         """The tensors that came with this message: fp32 and finite; the parts check the rest."""
+        asked, masked = self.asked, self._key is not None
         try:
-            return read_arrays(self.asked.arrays)
+            tensors = read_arrays(asked.arrays, masked=masked)
+            if self._key is None or not tensors:
+                return tensors
+            check, weight = asked.masks_check, asked.masks_weight
+            return reveal(MaskedSum(tensors, tuple(asked.masks), weight, check), self._key)
         except ValueError as error:
             raise ValueError(f"what the server sent cannot be trained on: {error}") from error
 
     @property
+    def key_check(self) -> bytes:
+        """Of this site's key; empty if the run needs none."""
+        return self._key.check if self._key is not None else b""
+
+    @property
     def residuals(self) -> dict[str, Tensor]:
-        """Those that came with this message."""
-        return take_residuals(self._received())[0]
+        """Those that came with this message; masked ends have none."""
+        return {} if self._key is not None else take_residuals(self._received())[0]
 
     def link(self, steps: int) -> GrpcLink:
         """Open the session that the ticket is for; with a cache, if it trains."""

@@ -92,6 +92,12 @@ def trained(found: Checkpoint, config: Config) -> dict[str, Tensor]:
     ValueError
         If the ends of its run are the clients' own, or it does not fit the model.
     """
+    if config.privacy.ends != "plain":
+        raise ValueError(
+            f"{found.folder} holds no model that can be read: its ends are masked (privacy.ends="
+            f"{config.privacy.ends}). Once the run has ended, a site takes `graft unmask "
+            f"{found.folder.parents[1]} --site-key FILE --to DIR`"
+        )
     if config.aggregation.ends != "average":
         raise ValueError(
             f"{found.folder} holds no whole model: each client has its own ends "

@@ -19,6 +19,8 @@ from flower_app.runs.instants import BEFORE_ALL, instant
 CHECKPOINTS, SUMMARY = "checkpoints", "summary.json"
 MODEL = "model"
 """Key of the summary: where the model is, relative to the run folder if it lies in it."""
+COMMON, MASKED = "common.safetensors", "masked.safetensors"
+"""Where the server has no whole model: what of it is the same for all, and the ends' masked sum."""
 STAMP = "%Y%m%d-%H%M%S"
 """Of UTC; begins the name of a run folder."""
 FINISHED, STOPPED, FAILED = "finished", "stopped", "failed"

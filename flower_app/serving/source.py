@@ -264,6 +264,12 @@ def serve_model(run: Path, model: Path, config: Config, cut: Cut | None = None) 
 
 
 def _without_model(run: Path, config: Config) -> str:
+    if config.privacy.ends != "plain":
+        return (
+            f"{run} has no model of its own: its ends are masked (privacy.ends="
+            f"{config.privacy.ends}). A site makes one: `graft unmask {run} --site-key FILE --to "
+            "DIR`; name that folder"
+        )
     if config.aggregation.ends != "average":
         return (
             f"{run} has no model of its own: each client has its own ends (aggregation.ends="

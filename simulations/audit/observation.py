@@ -102,5 +102,11 @@ class Knowledge:
     public: Sequence[Sequence[int]] = field(default_factory=list)
     """Public text, as ids."""
     sent: Callable[[Tensor], Tensor] = lambda h_BTD: h_BTD
-    """What of codec and defences is no chance, applied to h1: an adaptive attacker compares what it
+    """What of the defence is no chance, applied to h1: an adaptive attacker compares what it
     guesses as the client would have sent it."""
+    noise: float = 0.0
+    """Deviation of the noise that the defence adds to each element of h1."""
+    rough: bool = False
+    """Whether h1 is no longer what the bottom gave out, by noise or by rounding that shows."""
+    trunk: Part | None = None
+    """The server's own. With the ends it is a language model, which says what a text may say."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from conf.schema import Config
 from flower_app.data.client import IGNORED, Example, batches, load_tokenizer
 from models import Part, Parts, load_client_state, load_trainable_state
+from simulations.audit.adaptive import as_sent
 from simulations.audit.observation import (
     EXACT,
     PUBLIC,
@@ -28,6 +29,8 @@ from simulations.audit.texts import public_ids
 PUBLIC_TEXTS = 400
 """Pieces of public text, of a context each, at most."""
 
+EXACT_CODECS = ("fp32", "bf16", "fp16")
+"""That round less than tokens differ."""
 TOGETHER = 32
 """Examples whose loss is computed at once."""
 
@@ -76,6 +79,8 @@ class Recording:
         """What an attacker of this level has against a client."""
         states = {EXACT: client.exact, STALE: self.round_start, START: self.first}
         bottom, top = self._foreign if level == PUBLIC else self._ends(states[level])
+        observation = client.observation
+        sent, noise = as_sent(observation.config.privacy, bottom, observation.crossed, self.public)
         tokenizer = load_tokenizer(self.config.model)
         return Knowledge(
             level=level,
@@ -84,6 +89,10 @@ class Recording:
             tokenizer=tokenizer,
             vocabulary=self.vocabulary,
             public=self.public,
+            sent=sent,
+            noise=noise,
+            rough=bool(noise) or observation.config.link.codec["h1"] not in EXACT_CODECS,
+            trunk=self._copy.trunk.eval(),
         )
 
     @cached_property

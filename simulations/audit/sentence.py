@@ -13,8 +13,10 @@ from flower_app.client import streamed
 from flower_app.client.defences.defence import defend
 from flower_app.client.defences.registry import make_defence
 from flower_app.data.client import Batch, load_tokenizer
+from simulations.audit.adaptive import as_sent
 from simulations.audit.attacks.search import search
 from simulations.audit.observation import EXACT, Knowledge
+from simulations.audit.recording import EXACT_CODECS
 from simulations.audit.subject import subject_of
 from simulations.audit.tap import TappedLink
 from simulations.audit.texts import public_ids
@@ -58,13 +60,19 @@ def read_sentence(config: Config, text: str = SENTENCE) -> dict[str, Any]:
     h1_BTD = link.crossed[0, 0].h1_BTD
     assert h1_BTD is not None
     vocabulary = parts.bottom.config.get_text_config(decoder=True).vocab_size
+    public = public_ids(tokenizer, 64, 8, vocabulary)
+    sent, noise = as_sent(config.privacy, parts.bottom, [link.crossed[0, 0]], public)
     knowledge = Knowledge(
         level=EXACT,
         ends=lambda crossed: (parts.bottom, parts.top),
         loss=lambda ends, trunk, examples: torch.zeros(len(examples)),
         tokenizer=tokenizer,
         vocabulary=vocabulary,
-        public=public_ids(tokenizer, 64, 1, vocabulary),
+        sent=sent,
+        noise=noise,
+        rough=bool(noise) or config.link.codec["h1"] not in EXACT_CODECS,
+        trunk=parts.trunk.eval(),
+        public=public,
     )
     found_BT = search(parts.bottom, h1_BTD, knowledge)
     return {

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from conf.schema import Config
 from models import Cut, Part, fold_residuals, in_ends, trainable_state
 from models.residuals import RESIDUAL, residual_weights
+from strategies.aggregate.masked import MaskedSum, add_up, take_masked
 from strategies.aggregate.state import Contribution, GlobalState, Report
 from strategies.engine.engine import TrunkEngine
 from strategies.records import to_arrays
@@ -33,6 +34,8 @@ class JointModel:
         self._state = GlobalState(config)
         self._bases: dict[str, Tensor] = {}
         self._arrays: dict[tuple[int, int, int], ArrayRecord] = {}
+        self.masked: MaskedSum | None = None
+        """The clients' ends where the server may not read them, after the first round."""
 
     def start(self, ends: Mapping[str, Tensor]) -> None:
         """Set the clients' first tensors, where averaging needs to know them."""
@@ -49,6 +52,8 @@ class JointModel:
 
         Empty before the first round: clients start from what the configuration says.
         """
+        if self.masked is not None:
+            return to_arrays(self.masked.tensors)
         cut, rank = cut or self._cut, rank or self._config.lora.rank
         place = (cut.bottom, cut.top, rank)
         if place not in self._arrays:
@@ -58,7 +63,10 @@ class JointModel:
 
     def update(self, number: int, contributions: Sequence[Contribution]) -> Report:
         """Average a round, and give the trunk its part; returns how that went."""
+        masked = [(each.masked, each.weight) for each in contributions if each.masked]
+        total = add_up(masked) if masked else None
         report = self._state.update(number, contributions)
+        self.masked = total
         if common := self._engine.policy.ends():
             # What the last step left; a client that ended before it holds something older.
             self._state.start(common)
@@ -72,12 +80,18 @@ class JointModel:
         self._fold(kept)
         return report
 
+    def told(self) -> Mapping[str, list[bytes] | int | bytes]:
+        """What a message to a client says of masked ends that it brings."""
+        return self.masked.told() if self.masked is not None else {}
+
     def state_dict(self) -> dict[str, Tensor]:
         """All that a later round depends on, besides the engine's state; sharing memory."""
-        return self._state.state_dict()
+        masked = self.masked.state_dict() if self.masked else {}
+        return {**self._state.state_dict(), **masked}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Go back to a `state_dict`; the engine is at its own already."""
+        self.masked, state = take_masked(state)
         self._state.load_state_dict(state)
         self._arrays.clear()
         self._fold(

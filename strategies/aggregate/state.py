@@ -27,6 +27,7 @@ from strategies.aggregate.lora import (
     form_but_rank,
     named,
 )
+from strategies.aggregate.masked import Masked
 from strategies.aggregate.means import check_alike, refuse_infinite, shares_of
 from strategies.aggregate.robust.deviation import anomalies, distances
 from strategies.aggregate.robust.registry import find_robust
@@ -46,12 +47,15 @@ class Contribution:
     weight : float
         Such as its trained tokens.
     state : mapping
-        Every tensor it trained, by its name in the whole model.
+        Every tensor it trained, by its name in the whole model; without those in `masked`.
+    masked : Masked, optional
+        Its ends, where the server may not read them.
     """
 
     client: str
     weight: float
     state: Mapping[str, Tensor]
+    masked: Masked | None = None
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 
 import torch
@@ -82,10 +83,25 @@ def check_finite(
 
 
 def check_bounded(tensor: Tensor, what: str) -> None:
-    """Refuse numbers that would drown those of other clients where they meet."""
-    if float(tensor.abs().max()) > LARGEST:
+    """Refuse what is not finite, or would drown the numbers of other clients where they meet."""
+    check_finite(tensor, what)
+    if tensor.numel() and float(tensor.abs().max()) > LARGEST:
         raise TrunkError(
             f"{what} holds values beyond {LARGEST:.3g}; lower train.lr, or set train.clip",
+            kind="not-finite",
+        )
+
+
+def check_square(step: int, square: float) -> None:
+    """Refuse a squared norm that is none, or would drown those of other clients."""
+    if not square >= 0:
+        raise TrunkError(f"a square norm cannot be {square}")
+    if math.isinf(square):
+        raise norm_error(step, square)
+    if square > LARGEST**2:
+        raise TrunkError(
+            f"the square norm {square:.3g} of step {step} is beyond {LARGEST**2:.3g}; lower "
+            "train.lr, or set train.clip",
             kind="not-finite",
         )
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from strategies.engine.bench import Bench
-from strategies.engine.checks import has_dropout, norm_error
+from strategies.engine.checks import check_square, has_dropout
 from strategies.engine.member import Member
 from strategies.errors import TrunkError
 from strategies.optim import Progress, add_proximal, clipped_step, learning_rate, square_norm
@@ -165,8 +165,7 @@ class OwnLane(Lane):
         self, step: int, square: float, tokens: int, gradients: Mapping[str, Tensor]
     ) -> StepResult:
         norm = math.sqrt(self._square + square)
-        if not math.isfinite(norm):
-            raise norm_error(step, norm)
+        check_square(step, self._square + square)
         train, round = self.bench.train, self.member.round
         here = Progress(round=round.number, rounds=round.rounds, step=step, steps=self.member.steps)
         lr = learning_rate(train, here, trunk=True)

@@ -85,6 +85,10 @@ class Policy:
         """What there is to tell of the open round."""
         return {}
 
+    def anomalies(self) -> Mapping[str, Mapping[str, float]]:
+        """By client, what stood out of the gradients in the last round; see `RoundDone`."""
+        return {}
+
     def state_dict(self) -> dict[str, Any]:
         """What outlives a round besides the trunk's tensors: optimizers."""
         return {}

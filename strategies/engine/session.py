@@ -5,7 +5,6 @@ Shapes: B sequences, T tokens, D hidden size.
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,7 +12,7 @@ from contextlib import contextmanager
 from torch import Tensor
 
 from strategies.engine.bench import Bench
-from strategies.engine.checks import check_finite, norm_error
+from strategies.engine.checks import check_bounded, check_square
 from strategies.engine.lane import Lane, StepResult
 from strategies.engine.meter import Meter
 from strategies.errors import TrunkError
@@ -75,7 +74,7 @@ class Session:
         self.check_shapes(tuple(h_BTD.shape), None if mask_BT is None else tuple(mask_BT.shape))
         if not h_BTD.is_floating_point():
             raise TrunkError(f"activations must be floating point, got {h_BTD.dtype}", kind="shape")
-        check_finite(h_BTD, f"the tensor of activations of step {step}")
+        check_bounded(h_BTD, f"the tensor of activations of step {step}")
         h_BTD = h_BTD.to(self._bench.device)
         mask_BT = None if mask_BT is None else mask_BT.to(self._bench.device)
         if not self.round.training:
@@ -197,7 +196,7 @@ class Session:
     def _check_backward(self, step: int, micro: int, grad_BTD: Tensor | None, last: bool) -> None:
         self.check_due(step, micro, None if grad_BTD is None else tuple(grad_BTD.shape))
         if grad_BTD is not None:
-            check_finite(grad_BTD, f"the gradient of step {step}")
+            check_bounded(grad_BTD, f"the gradient of step {step}")
         if last and (others := sorted(self._pending.keys() - {micro})):
             raise TrunkError(
                 f"step {step}: micro-batches {others} still wait for their backward, so this one "
@@ -239,10 +238,7 @@ class Session:
 
     def _check_apply(self, step: int, client_square_norm: float, tokens: int) -> None:
         self._check_step(step)
-        if not client_square_norm >= 0:
-            raise TrunkError(f"a square norm cannot be {client_square_norm}")
-        if not math.isfinite(client_square_norm):
-            raise norm_error(step, client_square_norm)
+        check_square(step, client_square_norm)
         if self._lane.takes_empty_steps and tokens == 0 and not self._learnable:
             return
         if not self._ready:

@@ -18,8 +18,9 @@ from torch import Tensor
 from conf.schema import Config
 from models import Cut
 from strategies.aggregate.aggregator import find_aggregator
+from strategies.aggregate.masked import CHECK_BYTES, NONCE_BYTES, Masked
 from strategies.aggregate.state import Contribution
-from strategies.records import ARRAYS, KEY_LOST, METRICS, OUTCOME, PROFILE, Form, read_arrays
+from strategies.records import ARRAYS, KEY_LOST, MASK, METRICS, OUTCOME, PROFILE, Form, read_arrays
 from strategies.transport.tickets import is_usable
 
 COUNTERS = (
@@ -53,6 +54,8 @@ class Profile:
     rank: int
     examples: int = 0
     public_key: bytes = b""
+    key_check: bytes = b""
+    """Of its site key, with `privacy.ends=masked`."""
 
     @property
     def cut(self) -> Cut:
@@ -88,6 +91,8 @@ class Answer:
     client: str
     state: Mapping[str, Tensor] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
+    masked: Masked | None = None
+    """Its ends, with `privacy.ends=masked`; `state` is empty then."""
 
 
 def join(
@@ -99,6 +104,7 @@ def join(
             answer.client,
             answer.metrics["num-tokens"],
             {**answer.state, **replicas.get(answer.key, {})},
+            answer.masked,
         )
         for answer in answers
     ]
@@ -159,13 +165,22 @@ def read_profile(node: int, reply: Message, config: Config, bounds: Bounds) -> P
         rank=told["lora-rank"],
         examples=told["examples"],
         public_key=told["public-key"],
+        key_check=_key_check(name, told) if config.privacy.ends == "masked" else b"",
     )
+
+
+def _key_check(name: str, told: Mapping[str, Any]) -> bytes:
+    check = told.get("key-check")
+    if not isinstance(check, bytes) or len(check) != CHECK_BYTES:
+        raise ValueError(f"{name} shows key-check={check!r:.80}; {CHECK_BYTES} bytes are due")
+    return check
 
 
 def _ranges(config: Config, bounds: Bounds) -> dict[str, tuple[int, int]]:
     """Least and most of what a profile's numbers can be."""
     cut, rank = config.cut, config.lora.rank
-    alike = config.aggregation.ends == "average"  # ends of their own are of one form
+    # Ends of their own are of one form, as masked ones.
+    alike = config.aggregation.ends == "average" and config.privacy.ends == "plain"
     any_rank = alike and find_aggregator(config.aggregation.lora).by_product
     own_cut = alike and bounds.own_cut and not config.train.bridge
     most = bounds.blocks - 1
@@ -206,8 +221,22 @@ def read_trained(reply: Message, profile: Profile, key: str, form: Form, seen: S
             raise ValueError(
                 f"it reports {name}={metrics[name]:g} of training, the trunk has applied {count}"
             )
-    state = read_arrays(_record(reply.content.array_records, ARRAYS), form)
-    return Answer(key=key, client=profile.client, state=state, metrics=metrics)
+    arrays = _record(reply.content.array_records, ARRAYS)
+    if not profile.key_check:
+        state = read_arrays(arrays, form)
+        return Answer(key=key, client=profile.client, state=state, metrics=metrics)
+    masked = _read_masked(reply, profile, read_arrays(arrays, form, masked=True))
+    return Answer(key=key, client=profile.client, metrics=metrics, masked=masked)
+
+
+def _read_masked(reply: Message, profile: Profile, tensors: Mapping[str, Tensor]) -> Masked:
+    record: Mapping[str, Any] = _record(reply.content.config_records, MASK)
+    nonce, check = record.get("nonce"), record.get("check")
+    if not isinstance(nonce, bytes) or len(nonce) != NONCE_BYTES:
+        raise ValueError(f"its mask has nonce={nonce!r:.80}; {NONCE_BYTES} bytes are due")
+    if check != profile.key_check:
+        raise ValueError("its ends are masked with another site key than it had when it was asked")
+    return Masked(nonce, profile.key_check, tensors)
 
 
 def read_evaluated(reply: Message, profile: Profile, key: str, seen: Seen) -> Answer:

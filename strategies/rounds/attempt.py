@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +41,8 @@ class Run:
     """Names and shapes of what a client of this cut and rank trains, and answers with."""
     observer: Observer
     """Told who is asked, and what becomes of each answer."""
+    masked: Callable[[], Mapping[str, Any]] = dict
+    """What a message says of the masked ends that it brings."""
     local: LocalEnds | None = None
     """Of which round each client's own ends are; None: all have the average."""
 
@@ -176,6 +178,7 @@ class Attempt:
                 "model": run.model,
                 "round": self._number,
                 "rounds": self._rounds,
+                **run.masked(),
             }
         )
         if run.local is not None:

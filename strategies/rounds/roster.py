@@ -204,11 +204,22 @@ class Roster:
         try:
             profile = read_profile(node, reply, self._config, self._bounds)
             self._check_owner(profile)
+            self._check_key(profile)
         except ValueError as error:
             self._refused[node] = str(error)
         else:
             self._refused.pop(node, None)
             self._profiles[node] = self._owners[profile.client] = profile
+
+    def _check_key(self, profile: Profile) -> None:
+        """All sites of a run mask with one key: that of the first."""
+        first = next(iter(self._owners.values()), profile)
+        if profile.key_check != first.key_check:
+            raise ValueError(
+                f"{profile.client} has another site key (check {profile.key_check.hex()}) than "
+                f"{first.client} (check {first.key_check.hex()}): give both the same file, as "
+                "site-key in --node-config"
+            )
 
     def _check_owner(self, profile: Profile) -> None:
         """Names seed the order of the data and weigh in the mean: two nodes may not share one."""

@@ -89,11 +89,11 @@ class SplitFed(Strategy):
         central: Callable[[ArrayRecord], Mapping[str, float] | None] | None = None,
     ) -> None:
         self.local = None if config.aggregation.ends == "average" else LocalEnds()
-        self._run = Run(engine, plane, config, model, form, observer, self.local)
+        self.joint = JointModel(engine, config)
+        self._run = Run(engine, plane, config, model, form, observer, self.joint.told, self.local)
         self.config, self._observer, self._keep = config, observer, keep
         self._central, self.losses = central, Losses(config.train.patience)
         self.roster = Roster(config, bounds_of(engine))
-        self.joint = JointModel(engine, config)
         self._rounds = config.train.rounds
         self.done = 0
         self._known: list[str] = []
@@ -226,6 +226,7 @@ class SplitFed(Strategy):
         if report.lora_error is not None:
             metrics["lora-error"] = report.lora_error
         self._tally.note(report.anomalies)
+        self._tally.note(self._run.engine.policy.anomalies())
         self._tally.training, self._tally.train = cohort.turnout, metrics
         self._tally.tokens = int(metrics["num-tokens"])
         if self.local is not None:

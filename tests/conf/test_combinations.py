@@ -30,6 +30,30 @@ from conf.rules import ConfigError
         ("output.share_trunk=true", r"share_trunk=true is for aggregation\.ends=local"),
         ("aggregation.ends=own", "must be one of|average, local"),
         (
+            "privacy.ends=masked train.strategy=merged train.sync=step",
+            r"train\.sync=step with privacy\.ends=masked.*set train\.sync=round",
+        ),
+        (
+            "privacy.ends=masked aggregation.optimizer=fedadam",
+            r"optimizer=fedadam with privacy\.ends=masked.*aggregation\.optimizer=fedavg",
+        ),
+        (
+            "privacy.ends=masked aggregation.lora=exact tuning.trunk=lora",
+            r"aggregation\.lora=exact with privacy\.ends=masked.*lora=factors or ffa",
+        ),
+        (
+            "privacy.ends=masked aggregation.lora=svd tuning.trunk=lora",
+            r"aggregation\.lora=svd with privacy\.ends=masked",
+        ),
+        ("privacy.ends=masked aggregation.ends=local-top", r"ends=local-top with privacy\.ends"),
+        ("privacy.ends=masked aggregation.robust=median", r"robust=median with privacy\.ends"),
+        ("privacy.ends=masked train.bridge=16", r"bridge=16 with privacy\.ends=masked"),
+        (
+            "privacy.ends=masked data.central_path=/data/own.jsonl",
+            r"own\.jsonl' with privacy\.ends=masked: the server only adds",
+        ),
+        ("privacy.ends=hidden", "must be one of|plain, masked"),
+        (
             "train.patience=2 output.model=best data.heldout=0",
             r"train\.patience=2 and output\.model=best by a held-out loss, and nobody evaluates",
         ),
@@ -50,6 +74,7 @@ def test_what_does_not_go_together_is_refused(overrides: str, words: str) -> Non
         "aggregation.ends=local aggregation.lora=exact tuning.trunk=lora",
         "aggregation.ends=local output.checkpoint_every=0 output.share_trunk=true",
         "aggregation.ends=local-top train.strategy=merged train.prox=0.1",
+        "privacy.ends=masked tuning.trunk=lora aggregation.lora=ffa train.strategy=merged",
         "train.patience=2 output.model=best data.heldout=0 data.central_path=/data/own.jsonl",
     ],
 )

@@ -2,8 +2,9 @@
 
 h1 of position t follows from the tokens up to t: with those before it found, every token is tried
 in its place, and the one whose h1 is nearest is taken (SipIt, Nikolaou et al. 2025,
-arXiv:2510.15511). With a lossy codec, noise or ends of another step the nearest is no longer the
-same, and is still the likeliest.
+arXiv:2510.15511). With a lossy codec or ends of another step the nearest is no longer the same, and
+is still the likeliest. Where the defence adds noise, whose deviation is known, nearness is weighed
+against what the attacker's own whole model expects to follow.
 
 Shapes: B sequences, T tokens, D hidden size, V vocabulary, K candidates tried at once.
 """
@@ -20,13 +21,15 @@ from torch import Tensor
 from models import Part
 from models.cached import PartCache
 from simulations.audit.attack import NotApplicable, TokenAttack
-from simulations.audit.observation import EXACT, STALE, START, Knowledge, Observation
+from simulations.audit.observation import EXACT, STALE, START, Crossed, Knowledge, Observation
 
 TRIED = 512
 """Candidates that are run at once."""
 SHORT_LIST = 1024
 """Of a larger vocabulary so many tokens are tried first: those whose h1 is nearest behind another
 prefix."""
+BEAM = 4
+"""Texts that are kept of each sequence where h1 crosses with noise, or coarsely."""
 FAR = 2.0
 """Times the usual distance: then none of the short list is right, and all tokens are tried."""
 PREFIX = 8
@@ -39,6 +42,7 @@ class Search(TokenAttack):
     name = "search"
     reads = ("h1",)
     levels: ClassVar[tuple[str, ...]] = (EXACT, STALE, START)
+    ends = ("bottom",)
     finds = 0.99
 
     def guess(
@@ -68,19 +72,77 @@ def search(bottom: Part, h1_BTD: Tensor, knowledge: Knowledge) -> Tensor:
         The vocabulary, and what becomes of h1 on its way.
     """
     B, T = h1_BTD.shape[:2]
+    W = BEAM if knowledge.rough else 1
     list_VD = _table(bottom, knowledge) if knowledge.vocabulary > SHORT_LIST else None
-    everything_BV = torch.arange(knowledge.vocabulary).expand(B, -1)
-    found_BT, distances_BT = torch.zeros(B, T, dtype=torch.long), torch.zeros(B, T)
-    cache = PartCache(bottom.config, bottom.blocks)
+    beam = _Beam(bottom, knowledge, B, W)
     for t in range(T):
-        tried_BK = everything_BV if list_VD is None or not t else _listed(h1_BTD[:, t], list_VD)
-        best_B, distance_B = _best(bottom, cache, tried_BK, h1_BTD[:, t], knowledge)
-        usual_B = distances_BT[:, :t].median(1).values if t else distance_B
-        if tried_BK.shape[1] < knowledge.vocabulary and bool((distance_B > FAR * usual_B).any()):
-            best_B, distance_B = _best(bottom, cache, everything_BV, h1_BTD[:, t], knowledge)
-        found_BT[:, t], distances_BT[:, t] = best_B, distance_B
-        bottom(best_B[:, None], cache=cache)
-    return found_BT
+        seen_RD = h1_BTD[:, t].repeat_interleave(W, 0)
+        tried_RK = None if list_VD is None or not t else _listed(seen_RD, list_VD)
+        beam.go_on(seen_RD, tried_RK)
+    return beam.texts()
+
+
+class _Beam:
+    """The likeliest texts so far, W for each sequence: R = B W rows.
+
+    Parameters
+    ----------
+    bottom, knowledge
+        The attacker's.
+    B, W : int
+        Sequences, and how many texts are kept of each.
+    """
+
+    def __init__(self, bottom: Part, knowledge: Knowledge, B: int, W: int) -> None:
+        self._bottom, self._knowledge, self._B, self._W = bottom, knowledge, B, W
+        self._cache = PartCache(bottom.config, bottom.blocks)
+        self._expected = Expected(bottom, knowledge)
+        self._texts_RT = torch.zeros(B * W, 0, dtype=torch.long)
+        self._distances_RT = torch.zeros(B * W, 0)
+        # All texts of a sequence are the same at first: one of them counts.
+        self._total_R = torch.tensor([0.0] + [float("inf")] * (W - 1)).repeat(B)
+
+    def texts(self) -> Tensor:
+        """The likeliest of each sequence (B, T)."""
+        return self._texts_RT[:: self._W]
+
+    def go_on(self, seen_RD: Tensor, tried_RK: Tensor | None) -> None:
+        """Find the next token of each text among those to try; None: among all."""
+        everything_RV = torch.arange(self._knowledge.vocabulary).expand(len(seen_RD), -1)
+        short = tried_RK is not None
+        tried_RK = everything_RV if tried_RK is None else tried_RK
+        distances_RK = self._distances(seen_RD, tried_RK)
+        if short and self._is_far(distances_RK):
+            tried_RK = everything_RV
+            distances_RK = self._distances(seen_RD, tried_RK)
+        scores_RK = self._expected.scores(distances_RK, tried_RK)
+        totals_BN = (self._total_R[:, None] + scores_RK).view(self._B, -1)
+        best = totals_BN.topk(self._W, largest=False)
+        K, first_B1 = tried_RK.shape[1], self._W * torch.arange(self._B)[:, None]
+        rows_R = (first_B1 + best.indices // K).flatten()
+        at_R = (best.indices % K).flatten()
+        ids_R1 = tried_RK[rows_R, at_R][:, None]
+        self._total_R = best.values.flatten()
+        self._texts_RT = torch.cat([self._texts_RT[rows_R], ids_R1], 1)
+        distance_R1 = distances_RK[rows_R, at_R][:, None]
+        self._distances_RT = torch.cat([self._distances_RT[rows_R], distance_R1], 1)
+        if self._W > 1:
+            self._cache.keep(rows_R.tolist(), self._cache.length)
+            self._expected.keep(rows_R.tolist())
+        self._expected.go_on(self._bottom(ids_R1, cache=self._cache))
+
+    def _is_far(self, distances_RK: Tensor) -> bool:
+        """Whether nothing of a short list is as near as what was found before."""
+        usual_R = self._distances_RT.median(1).values
+        return bool((distances_RK.min(1).values > FAR * usual_R).any())
+
+    def _distances(self, seen_RD: Tensor, tried_RK: Tensor) -> Tensor:
+        """From what was seen to each candidate's h1 behind the text (R, K)."""
+        pieces = [
+            self._knowledge.sent(_tried(self._bottom, self._cache, ids_RK)) - seen_RD[:, None]
+            for ids_RK in tried_RK.split(TRIED, 1)
+        ]
+        return torch.cat([piece.norm(dim=2) for piece in pieces], 1)
 
 
 def _table(bottom: Part, knowledge: Knowledge) -> Tensor:
@@ -97,19 +159,47 @@ def _listed(h1_BD: Tensor, list_VD: Tensor) -> Tensor:
     return distances_BV.topk(SHORT_LIST, largest=False).indices
 
 
-def _best(
-    bottom: Part, cache: PartCache, tried_BK: Tensor, h1_BD: Tensor, knowledge: Knowledge
-) -> tuple[Tensor, Tensor]:
-    """The token (B,) whose h1 behind the known prefix is nearest, and how near that is."""
-    distances_BK = torch.cat(
-        [
-            (knowledge.sent(_tried(bottom, cache, ids_BK)) - h1_BD[:, None]).norm(dim=2)
-            for ids_BK in tried_BK.split(TRIED, 1)
-        ],
-        1,
-    )
-    distance_B, at_B = distances_BK.min(1)
-    return tried_BK.gather(1, at_B[:, None])[:, 0], distance_B
+class Expected:
+    """What the attacker's whole model expects after the tokens that were found.
+
+    Parameters
+    ----------
+    bottom : Part
+        As the attacker has it; what its `go_on` is given comes from it.
+    knowledge : Knowledge
+        Without noise, or without a trunk, nothing is expected.
+    """
+
+    def __init__(self, bottom: Part, knowledge: Knowledge) -> None:
+        self._noise = knowledge.noise
+        self._vocabulary = knowledge.vocabulary
+        self._rest: list[tuple[Part, PartCache]] = []
+        if knowledge.noise and knowledge.trunk is not None:
+            _, top = knowledge.ends(Crossed(step=0, micro=0))
+            parts = (knowledge.trunk, top)
+            self._rest = [(part, PartCache(part.config, part.blocks)) for part in parts]
+        self._expected_BV: Tensor | None = None
+
+    def go_on(self, h_B1D: Tensor) -> None:
+        """Take h1 of the token that was found."""
+        for part, cache in self._rest:
+            h_B1D = part(h_B1D, cache=cache)
+        if self._rest:
+            self._expected_BV = h_B1D[:, 0, : self._vocabulary].float().log_softmax(-1)
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with these rows, in this order."""
+        for _, cache in self._rest:
+            cache.keep(rows, cache.length)
+
+    def scores(self, distances_BK: Tensor, tried_BK: Tensor) -> Tensor:
+        """Less is likelier (B, K): distances, or by Gaussian noise and the model's expectation."""
+        if not self._noise:
+            return distances_BK.square()
+        if self._expected_BV is None:
+            return distances_BK.square() / (2 * self._noise**2)
+        expected_BK = self._expected_BV.gather(1, tried_BK)
+        return distances_BK.square() / (2 * self._noise**2) - expected_BK
 
 
 def _tried(bottom: Part, cache: PartCache, tried_BK: Tensor) -> Tensor:

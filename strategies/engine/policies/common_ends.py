@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from conf.schema import TrainConfig
-from strategies.engine.checks import check_bounded, check_finite
+from strategies.engine.checks import check_bounded
 from strategies.errors import TrunkError
 from strategies.optim import build_optimizer, square_norm
 
@@ -43,7 +43,6 @@ class CommonEnds:
         """Refuse gradients that are not of exactly these tensors."""
         self.check_shapes({name: tuple(gradient.shape) for name, gradient in gradients.items()})
         for name, gradient in gradients.items():
-            check_finite(gradient, f"the gradient of '{name}'")
             check_bounded(gradient, f"the gradient of '{name}'")
 
     def check_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> None:

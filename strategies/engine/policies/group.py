@@ -29,6 +29,7 @@ from strategies.engine.member import Member
 from strategies.engine.policies.batches import Batch, Micro, Runner, buckets
 from strategies.engine.policies.common_ends import CommonEnds
 from strategies.engine.policies.meeting import Meeting, Request
+from strategies.engine.policies.outliers import Outliers
 from strategies.errors import TrunkError
 from strategies.optim import Progress, clipped_step, learning_rate, square_norm
 
@@ -72,6 +73,7 @@ class Group:
         self._parameters, self._optimizer, self.ends = parameters, optimizer, ends
         # All that follows belongs to whoever does the work; others change it by `Meeting.note`.
         self._train, self._run = bench.train, Runner(trunk, bench)
+        self.outliers = Outliers(bench.train.outlier_clip)
         self._meeting = Meeting(KINDS, self._do, gather(bench.timeout))
         self.padded = self.positions = 0
         self._announced: list[int] = []
@@ -206,6 +208,7 @@ class Group:
         if not self._reference:
             # A power of two near the step's tokens keeps gradients in range and loses no bit.
             self._reference = 2.0 ** round(math.log2(sum(r.payload[1] for r in requests)))
+        self.outliers.cut_backwards(self._step, self._meeting.waiting.values())
         for request in requests:
             if not request.gone_back:
                 self._backward_batch(self._batches[request.member][0])
@@ -320,9 +323,10 @@ class Group:
 
     def _clients_square(self, requests: list[Request], total: int) -> float:
         """Squared norm of the clients' common gradient, or the mean of those of their own."""
+        told = self.outliers.cut_steps(self._step, requests)
         if self.ends is not None:
-            return self.ends.set_gradients([(r.payload[1], r.payload[2]) for r in requests])
-        return float(sum(r.payload[0] * r.payload[1] for r in requests) / total)
+            return self.ends.set_gradients([(tokens, own) for _, tokens, own in told])
+        return float(sum(square * tokens for square, tokens, _ in told) / total)
 
     def _progress(self, member: Member) -> Progress:
         """Where this step lies. No single announcement stretches the schedule for everybody."""

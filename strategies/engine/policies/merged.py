@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from conf.schema import TrainConfig
 from strategies.engine.bench import Bench
-from strategies.engine.checks import LARGEST, check_bounded
 from strategies.engine.lane import Lane, StepResult
 from strategies.engine.member import Member
 from strategies.engine.policies.common_ends import CommonEnds
@@ -38,6 +37,7 @@ class Merged(Policy):
         self._optimizer = build_optimizer(self._parameters, train)
         self.common: CommonEnds | None = None
         self._group: Group | None = None
+        self._cut: dict[str, dict[str, float]] = {}
 
     @classmethod
     def needs_all_at_once(cls, train: TrainConfig) -> bool:
@@ -61,6 +61,7 @@ class Merged(Policy):
             self._group = Group(
                 self.trunk, self._parameters, self._optimizer, self.common, self.bench
             )
+            self._cut = self._group.outliers.cut
         return _GroupLane(self.trunk, member, self.bench, self._group, self._parameters)
 
     def forget(self) -> None:
@@ -73,6 +74,10 @@ class Merged(Policy):
         """One client of the cohort will not come."""
         if self._group is not None:
             self._group.miss()
+
+    def anomalies(self) -> dict[str, dict[str, float]]:
+        """Whose gradients were cut in the last round that trained."""
+        return self._cut
 
     def statistics(self) -> dict[str, float]:
         """Of the open round: the share of merged positions that padded a shorter micro-batch."""
@@ -122,7 +127,6 @@ class _GroupLane(Lane):
     def forward(
         self, step: int, micro: int, h_BTD: Tensor, mask_BT: Tensor | None, *, wanted: bool = True
     ) -> Tensor:
-        check_bounded(h_BTD, f"the tensor of activations of step {step}")
         h_out_BTD = self._group.forward(self.member, h_BTD, mask_BT, wanted=wanted)
         self._due.append(micro)
         return h_out_BTD
@@ -143,8 +147,6 @@ class _GroupLane(Lane):
                 f"micro-batch {micro} of step {step} comes with {tokens} tokens, the step began "
                 f"with {self._declared}"
             )
-        if grad_BTD is not None:
-            check_bounded(grad_BTD, f"the gradient of step {step}")
         answer = self._group.backward(self.member, grad_BTD, tokens, last=last)
         self._declared = tokens
         del self._due[0]
@@ -156,12 +158,6 @@ class _GroupLane(Lane):
         if tokens != self._declared:
             raise TrunkError(
                 f"step {step} ends with {tokens} tokens, it began with {self._declared}"
-            )
-        if square > LARGEST**2:
-            raise TrunkError(
-                f"the square norm {square:.3g} of step {step} is beyond {LARGEST**2:.3g}; lower "
-                "train.lr, or set train.clip",
-                kind="not-finite",
             )
         if self._group.ends is not None and tokens:
             self._group.ends.check(gradients)

@@ -104,3 +104,29 @@ def test_ranks() -> None:
     assert hits_at(hundred_N, hundred_N >= 100, 0.01) == 1.0
     mixed_N = torch.from_numpy(np.random.default_rng(0).permutation(20_000)).double()
     assert hits_at(mixed_N, torch.arange(20_000) < 10_000, 0.01) == pytest.approx(0.01, abs=0.005)
+
+
+def test_who_knows_the_clip_and_the_noise_reads_through_them() -> None:
+    noise = ("privacy.defence=gaussian", "privacy.clip=0.05", "privacy.noise=0.05")
+    recording = record(small(*noise))
+    client = recording.clients[0]
+    assert recording.knowledge(client, EXACT).noise == pytest.approx(0.05 * 0.05)
+    simple = find_attacks(["search"])[0]
+    knowledge = recording.knowledge(client, EXACT)
+    blind = replace(knowledge, sent=lambda h_BTD: h_BTD, noise=0.0, rough=False)
+    rng = np.random.default_rng(0)
+    found = [
+        simple.run(client.observation, each, client.truth, rng)["tokens"].value
+        for each in (knowledge, blind)
+    ]
+    assert found[0] > 0.9
+    assert found[1] < 0.3
+
+
+def test_a_learned_inverter_reads_the_bottom_that_it_learned_from(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("simulations.audit.attacks.inverter.LEARNED", 100)
+    recording = record(small(), Scope(clients=1, warm=0, steps=1, sequences=2))
+    assert attack("inverter", recording)["tokens"].value > 0.6
+    assert attack("inverter", recording, shuffled=True)["tokens"].value < 0.4

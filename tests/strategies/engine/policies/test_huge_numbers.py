@@ -233,3 +233,97 @@ def test_announced_steps_are_those_of_the_settings() -> None:
     engine.open_round(1, 1, training=True)
     with pytest.raises(TrunkError, match="announces 1048577 optimizer steps; at most"):
         engine.open("b", steps=2**20 + 1)
+
+
+@pytest.mark.parametrize("strategy", ["splitfed-v1", "splitfed-v2"])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"activations": 1e30},
+        {"gradient": 1e30},
+        {"norm": 1e30},
+        # Within bounds one by one: the trunk's own gradient is beyond them, or not finite.
+        {"activations": 1e11, "gradient": 1e11},
+        {"activations": float("nan")},
+    ],
+    ids=str,
+)
+def test_under_every_policy_they_cost_their_sender_alone(
+    bad: dict[str, float], strategy: str
+) -> None:
+    """Under splitfed-v2 one step of 1e30, unclipped, was the end of everybody's trunk."""
+    engine, sessions = cohort_of("abc", bare, strategy=strategy, clip=0.0)
+    alone, honest = cohort_of("ac", bare, strategy=strategy, clip=0.0)
+
+    work(sessions["a"], {})
+    with pytest.raises(TrunkError) as refused:
+        work(sessions["b"], bad)
+    work(sessions["c"], {})
+    for session in honest.values():
+        work(session, {})
+
+    assert refused.value.kind == "not-finite"
+    assert [sessions[name].applied for name in "abc"] == [1, 0, 1]
+    assert largest_difference(engine.trunk, alone.trunk) == 0.0
+    replicas, _ = engine.collect("ac")
+    want, _ = alone.collect("ac")
+    assert all(torch.equal(t, want[c][n]) for c, own in replicas.items() for n, t in own.items())
+
+
+@pytest.mark.parametrize("strategy", ["splitfed-v1", "splitfed-v2", "merged"])
+def test_in_evaluation_too(strategy: str) -> None:
+    engine = engine_for(bare(), TrainConfig(strategy=strategy))
+    engine.open_round(1, 1, training=False)
+    with pytest.raises(TrunkError, match="activations of step 0 holds values beyond"):
+        engine.open("a", client="a").compute(0, 0, H * 1e30, None)
+
+
+@pytest.mark.parametrize("sync", ["round", "step"])
+def test_one_clients_gradient_is_cut_to_a_multiple_of_the_median(sync: str) -> None:
+    """What is large, but not huge, takes the whole of a step's direction, clipped or not."""
+    settings = {"sync": sync, "accumulate": 2, "clip": 0.0}
+    first = bare()
+    moved, told = {}, {}
+    for most, gradient in ((0.0, 0.1), (0.0, 1e4), (2.0, 0.1), (2.0, 1e4)):
+        engine, sessions = cohort_of("abc", bare, outlier_clip=most, **settings)
+        bad = {"gradient": gradient, "ends": 10 * gradient}
+        assert together(sessions, bad) == {"a": None, "b": None, "c": None}
+        moved[most, gradient] = largest_difference(engine.trunk, first)
+        ends = [float(tensor.abs().max()) for tensor in engine.policy.ends().values()]
+        told[most, gradient] = (engine.policy.anomalies(), ends)
+
+    assert moved[2.0, 0.1] == moved[0.0, 0.1]
+    assert told[2.0, 0.1] == told[0.0, 0.1]
+    assert moved[0.0, 1e4] > 1000 * moved[0.0, 0.1]
+    assert moved[2.0, 1e4] == pytest.approx(
+        moved[0.0, 0.1] * 4 / 3, rel=1e-3
+    )  # 1, 2, 1 for 1, 1, 1
+    odd, ends = told[2.0, 1e4]
+    assert list(odd) == ["b"]
+    assert odd["b"]["clipped"] == 1
+    assert odd["b"]["clipped_times"] == pytest.approx(1e5, rel=1e-3)
+    if sync == "step":
+        assert ends[0] == pytest.approx(told[0.0, 0.1][1][0] * 4 / 3, rel=1e-3)
+
+
+def test_a_client_that_comes_alone_is_held_to_the_last_median() -> None:
+    """Else whoever sends one micro-batch more than the others does so unwatched."""
+    engine, sessions = cohort_of("abc", bare, outlier_clip=2.0, accumulate=2, clip=0.0)
+
+    def more(session: Session) -> None:
+        for micro in range(2):
+            session.compute(0, micro, H, None)
+        session.backward(0, 0, ONES * 0.1, last=False, tokens=20)
+        session.backward(0, 1, ONES * 1e4, last=True, tokens=20)
+        session.apply(0, client_square_norm=1.0, tokens=20)
+
+    def less(session: Session) -> None:
+        session.compute(0, 0, H, None)
+        session.backward(0, 0, ONES * 0.1, last=True, tokens=10)
+        session.apply(0, client_square_norm=1.0, tokens=10)
+
+    with ThreadPoolExecutor(3) as pool:
+        works = {"a": less, "b": more, "c": less}
+        done = [pool.submit(works[name], session) for name, session in sessions.items()]
+        assert [each.result(20) for each in done] == [None] * 3
+    assert engine.policy.anomalies()["b"]["clipped_times"] == pytest.approx(2**0.5 * 1e5, rel=1e-3)

@@ -1,0 +1,72 @@
+"""What an attacker has in a run: which ends, and what becomes of h1 on its way, but for chance.
+
+Shapes: B sequences, T tokens, D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from conf.schema import Config, PrivacyConfig
+from models import Part
+from simulations.audit.observation import Crossed
+
+BOTTOM, TOP = "bottom", "top"
+
+Sent = Callable[[Tensor], Tensor]
+
+
+def as_sent(
+    config: PrivacyConfig,
+    bottom: Part,
+    crossed: Sequence[Crossed],
+    public: Sequence[Sequence[int]],
+) -> tuple[Sent, float]:
+    """What the defence does to h1 that is no chance, and the deviation of the noise that it adds.
+
+    Parameters
+    ----------
+    config : PrivacyConfig
+        Of the run: no secret.
+    bottom : Part
+        As the attacker has it.
+    crossed : sequence of Crossed
+        What was seen.
+    public : sequence of sequences of int
+        Public text, which says how long h1 usually is.
+    """
+    if config.defence != "gaussian":
+        return lambda h_BTD: h_BTD, 0.0
+    if not config.clip:
+        seen = torch.cat([_rows(each) for each in crossed if each.h1_BTD is not None])
+        wide = float(seen.std())
+        return lambda h_BTD: h_BTD, wide * config.noise / (1 + config.noise**2) ** 0.5
+    noise = config.noise * config.clip
+    if config.unit == "token":
+        return lambda h_BTD: _clipped(h_BTD, config.clip), noise
+    with torch.no_grad():
+        h_BTD = bottom(torch.tensor([list(text) for text in public[:8]]))
+    share = float((config.clip / h_BTD.flatten(1).norm(dim=1)).mean().clamp_max(1.0))
+    return lambda h_BTD: h_BTD * share, noise
+
+
+def seen_ends(config: Config) -> set[str]:
+    """Which trained ends the server sees in a run: of each client, and their average."""
+    if config.privacy.ends != "plain":
+        return set()
+    return {"average": {BOTTOM, TOP}, "local-top": {BOTTOM}}.get(config.aggregation.ends, set())
+
+
+def _clipped(h_BTD: Tensor, clip: float) -> Tensor:
+    return h_BTD * (clip / h_BTD.norm(dim=-1, keepdim=True)).clamp_max(1.0)
+
+
+def _rows(crossed: Crossed) -> Tensor:
+    """What is no padding (N, D)."""
+    assert crossed.h1_BTD is not None
+    if crossed.mask_BT is None:
+        return crossed.h1_BTD.flatten(0, 1)
+    return crossed.h1_BTD[crossed.mask_BT.bool()]
