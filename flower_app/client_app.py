@@ -64,8 +64,9 @@ def _query(site: Site, context: Context) -> RecordDict:
         "lora-rank": config.lora.rank,
         "examples": len(site.data()[0].train) if site.asked.count_examples else 0,
         "public-key": site.public_key(),
-        "key-check": site.key_check,
     }
+    if site.key_check:
+        told["key-check"] = site.key_check
     content = RecordDict({PROFILE: Record(told)})
     if site.asked.send_tensors:
         content[ARRAYS] = to_arrays(site.shared(*site.parts()))
