@@ -1,4 +1,4 @@
-"""What an attacker knows of codec and defence: what becomes of h1 on its way, but for chance.
+"""What an attacker has in a run: which ends, and what becomes of h1 on its way, but for chance.
 
 Shapes: B sequences, T tokens, D hidden size.
 """
@@ -10,9 +10,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from conf.schema import PrivacyConfig
+from conf.schema import Config, PrivacyConfig
 from models import Part
 from simulations.audit.observation import Crossed
+
+BOTTOM, TOP = "bottom", "top"
 
 Sent = Callable[[Tensor], Tensor]
 
@@ -49,6 +51,13 @@ def as_sent(
         h_BTD = bottom(torch.tensor([list(text) for text in public[:8]]))
     share = float((config.clip / h_BTD.flatten(1).norm(dim=1)).mean().clamp_max(1.0))
     return lambda h_BTD: h_BTD * share, noise
+
+
+def seen_ends(config: Config) -> set[str]:
+    """Which trained ends the server sees in a run: of each client, and their average."""
+    if config.privacy.ends != "plain":
+        return set()
+    return {"average": {BOTTOM, TOP}, "local-top": {BOTTOM}}.get(config.aggregation.ends, set())
 
 
 def _clipped(h_BTD: Tensor, clip: float) -> Tensor:

@@ -50,6 +50,8 @@ class Attack:
     """What it works on: ``h1``, ``dL/dh2``, ``update``, ``loss``."""
     levels: ClassVar[tuple[str, ...]] = (EXACT,)
     """The knowledge it can use, from most to least."""
+    ends: ClassVar[tuple[str, ...]] = ()
+    """Which of the clients' trained ends it takes, where it knows more than the run's start."""
     metric: ClassVar[str] = ""
     """The one that speaks for it."""
     finds: ClassVar[float] = 0.95

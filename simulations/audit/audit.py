@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -11,8 +12,10 @@ import numpy as np
 
 from conf.schema import Config
 from flower_app.build import cut_of
+from simulations.audit.adaptive import seen_ends
 from simulations.audit.attack import Attack, NotApplicable, Score, find_attacks
 from simulations.audit.calibrate import attack_all, calibrate_all, joined
+from simulations.audit.observation import EXACT, STALE
 from simulations.audit.recorder import Recorder
 from simulations.audit.recording import Recording, Scope
 from simulations.audit.subject import subject_of
@@ -54,8 +57,9 @@ def audit(
     Returns
     -------
     dict
-        ``rows``: attack, reads, knowledge, metric, whether it is the attack's ``main`` one, mean,
-        low, high, values, chance, count; ``calibration`` by attack; ``refused``: why by attack.
+        ``rows``: attack, reads, knowledge, metric, whether it is the attack's ``main`` one, whether
+        the run's server has what it takes (``held``), mean, low, high, values, chance, count;
+        ``calibration`` by attack; ``refused``: why by attack.
     """
     started, scope = time.perf_counter(), scope or Scope()
     subject = subject_of(config, trained)
@@ -77,14 +81,22 @@ def audit(
         "codec": dict(config.link.codec),
         "seeds": list(seeds),
         "scope": asdict(scope),
-        "rows": _rows(found, chosen),
+        "rows": _rows(found, chosen, config),
         "calibration": calibration,
         "refused": refused,
         "seconds": round(time.perf_counter() - started, 1),
     }
 
 
-def _rows(found: Mapping[Key, Sequence[Score]], attacks: Sequence[Attack]) -> list[Row]:
+def _held(attack: Attack, level: str, config: Config) -> bool:
+    """Whether a server has what the attack takes, as this run is configured."""
+    takes = level in (EXACT, STALE) or "update" in attack.reads
+    return not takes or set(attack.ends) <= seen_ends(config)
+
+
+def _rows(
+    found: Mapping[Key, Sequence[Score]], attacks: Sequence[Attack], config: Config
+) -> list[Row]:
     by_name = {attack.name: attack for attack in attacks}
     return [
         {
@@ -93,7 +105,8 @@ def _rows(found: Mapping[Key, Sequence[Score]], attacks: Sequence[Attack]) -> li
             "knowledge": level,
             "metric": metric,
             "main": metric == by_name[name].metric,
-            **_over(scores),
+            "held": _held(by_name[name], level, config),
+            **_over(scores, math.inf if metric.startswith("exposure") else 1.0),
         }
         for (name, level, metric), scores in found.items()
     ]
@@ -119,7 +132,7 @@ def _add(
         say(f"seed {seed}, {attack.name}, {level}: {scores[attack.metric].value:.3f}")
 
 
-def _over(scores: Sequence[Score]) -> Row:
+def _over(scores: Sequence[Score], most: float) -> Row:
     """Mean over seeds, and its 95 % interval by Student's t; none of one seed."""
     values = [score.value for score in scores]
     mean, low, high = float(np.mean(values)), None, None
@@ -128,7 +141,7 @@ def _over(scores: Sequence[Score]) -> Row:
 
         half = float(stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1))
         half /= len(values) ** 0.5
-        low, high = max(0.0, mean - half), mean + half
+        low, high = max(0.0, mean - half), min(most, mean + half)
     all_of = joined(scores)
     return {
         "mean": mean, "low": low, "high": high, "values": values,

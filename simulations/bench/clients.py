@@ -51,7 +51,8 @@ class Asked:
     turns: int = 3
     """Of which the median is told, after one that warms up."""
     client_threads: int = 1
-    trunk_threads: int = 1
+    trunk_threads: int = 0
+    """0: one where each session has a replica and works by itself, else all cores."""
     whole_threads: int = os.cpu_count() or 1
 
 
@@ -206,10 +207,11 @@ def _trunk(
     pipe: Connection, strategy: str, asked: Asked, sizes: dict[str, int], count: int
 ) -> None:
     """The trunk, with a ticket for each client."""
-    torch.set_num_threads(asked.trunk_threads)
     part = split(make_model(sizes), CUT).trunk
     train = _train(asked, strategy)
     engine = TrunkEngine(part, hidden_size=part.hidden_size, train=train, timeout=PATIENCE)
+    own = 1 if engine.policy.replicates else asked.whole_threads
+    torch.set_num_threads(asked.trunk_threads or own)
     engine.open_round(1, 1, training=True, cohort=count)
     service = TrunkService(engine, link_config(asked))
     service.start()

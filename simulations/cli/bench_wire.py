@@ -69,7 +69,9 @@ def bench_clients(
     codec: Annotated[str, typer.Option(help="As link.codec.")] = "fp32",
     turns: Annotated[int, typer.Option(help="Timed turns, of three steps each.", min=1)] = 3,
     client_threads: Annotated[int, typer.Option(help="Torch's, of each client.", min=1)] = 1,
-    trunk_threads: Annotated[int, typer.Option(help="Torch's, of the trunk.", min=1)] = 1,
+    trunk_threads: Annotated[
+        int, typer.Option(help="Torch's, of the trunk; 0: 1 with replicas, else all cores.", min=0)
+    ] = 0,
 ) -> None:
     """Compare clients that train at once on one trunk with the unsplit model on all cores."""
     from simulations.bench import clients as several

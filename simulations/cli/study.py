@@ -157,3 +157,43 @@ def study_privacy(
 
 def _words(text: str) -> list[str]:
     return [word.strip() for word in text.split(",") if word.strip()]
+
+
+@study.command("poison")
+def study_poison(
+    attacks: Annotated[str, typer.Option(help="'sign flip,backdoor'; empty: all.")] = "",
+    robust: Annotated[str, typer.Option(help="As aggregation.robust; empty: all.")] = "",
+    seed: Annotated[int, typer.Option(help="Of the one run for each.", min=0)] = 0,
+    division: Annotated[str, typer.Option(help="As data.partitioner.")] = "iid",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Poison updates: held-out loss under each attack with each way to aggregate."""
+    import json
+
+    from conf.rules import check_known
+    from flower_app.build import set_threads
+    from simulations.disturb.poison import ATTACKS
+    from simulations.study.poison import METHODS
+    from simulations.study.poison import study_poison as run
+
+    asked = [each.strip() for each in attacks.split(",") if each.strip()] or list(ATTACKS)
+    methods = [each.strip() for each in robust.split(",") if each.strip()] or list(METHODS)
+    for each in asked:
+        check_known("--attacks", each, ATTACKS)
+    set_threads(1)
+    rows = run(asked, methods, seed=seed, division=division)
+    if as_json:
+        typer.echo(json.dumps(rows, indent=1))
+        return
+    columns = ["attack", "aggregation.robust", "held-out loss", "backdoor works", "stood out"]
+    told = [
+        [
+            row["attack"],
+            row["robust"],
+            f"{row['loss']:.3f}",
+            f"{row['backdoor']:.0%}",
+            ", ".join(f"{name} {times}x" for name, times in row["stood_out"].items()),
+        ]
+        for row in rows
+    ]
+    table(columns, told)

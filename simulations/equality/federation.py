@@ -102,10 +102,10 @@ class Federation:
         self._engine = TrunkEngine(
             trunk, hidden_size=trunk.hidden_size, train=config.train, seed=config.seed
         )
-        self._joint = JointModel(self._engine, config)
+        self.joint = JointModel(self._engine, config)
         if config.train.sync == "step":
             first = client_state(*self.ends(0))
-            self._joint.start(first)
+            self.joint.start(first)
 
     def round(self, cohort: Cohort, number: int) -> None:
         """Train all clients for one round, and average what they trained."""
@@ -159,12 +159,12 @@ class Federation:
 
     def update(self, number: int, answers: Sequence[Answer]) -> None:
         """Average what the clients trained, as the strategy does it."""
-        self._joint.update(number, join(answers, self.replicas))
+        self.joint.update(number, join(answers, self.replicas))
 
     def ends(self, client: int) -> tuple[Part, Part]:
         """Bottom and top as a client begins the next round with them."""
         own = self._clients[client]
-        arrays = self._joint.arrays_for(own.cut, own.rank)
+        arrays = self.joint.arrays_for(own.cut, own.rank)
         residuals, weights = take_residuals(from_arrays(arrays))
         # Residuals are for original weights; otherwise every trained tensor is replaced.
         if residuals or not weights or client not in self._ends:
@@ -181,7 +181,7 @@ class Federation:
 
     def tensors(self) -> dict[str, Tensor]:
         """All that is trained, by name in the whole model."""
-        return self._joint.tensors()
+        return self.joint.tensors()
 
     def _own_cut(self, client: int) -> Cut | None:
         cut = self._clients[client].cut

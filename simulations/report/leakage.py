@@ -18,6 +18,7 @@ KNOWS = {
     "pretrained": "the ends of the run's start",
     "public": "the architecture, public text",
 }
+NOT_HELD = " (which this run's server does not see)"
 COLUMNS = ["attack", "reads", "knows", "metric", "found", "95 % interval", "chance", "of"]
 
 
@@ -44,7 +45,7 @@ def rows(told: Mapping[str, Any]) -> list[list[str]]:
         [
             row["attack"],
             row["reads"],
-            KNOWS.get(row["knowledge"], row["knowledge"]),
+            KNOWS.get(row["knowledge"], row["knowledge"]) + ("" if row["held"] else NOT_HELD),
             row["metric"],
             f"{row['mean']:.3f}",
             NONE if row["low"] is None else f"{row['low']:.3f} to {row['high']:.3f}",

@@ -9,6 +9,7 @@ from typing import Any
 
 from flower_app.runs.history import History, Record
 from flower_app.runs.lines import perplexity
+from flower_app.runs.summary import times_odd
 from simulations.report.commands import commands
 from simulations.report.curves import add_axes, client_curves, round_curve, train_curve
 from simulations.report.participation import Asking, askings
@@ -208,10 +209,13 @@ def _clients(history: History, asked: Sequence[Asking], rows: Sequence[Record]) 
     own: dict[str, list[Record]] = defaultdict(list)
     for row in rows:
         own[row["client"]].append(row)
-    return [_client(name, asked, own[name]) for name in sorted(names)]
+    odd = times_odd(history.rounds)
+    return [_client(name, asked, own[name], odd) for name in sorted(names)]
 
 
-def _client(name: str, asked: Sequence[Asking], rows: Sequence[Record]) -> Record:
+def _client(
+    name: str, asked: Sequence[Asking], rows: Sequence[Record], odd: Mapping[str, int]
+) -> Record:
     steps = sum(row["steps"] for row in rows)
     busy = sum(row[f"{phase}_seconds"] for row in rows for phase in PHASES)
     heldout = [row["heldout_loss"] for row in rows if row["heldout_loss"] is not None]
@@ -221,6 +225,7 @@ def _client(name: str, asked: Sequence[Asking], rows: Sequence[Record]) -> Recor
         "asked": sum(name in each.asked for each in asked),
         "answered": sum(each.outcome(name) == "answered" for each in asked),
         "missing": sum(name in each.missing for each in asked),
+        "stood_out": odd.get(name, 0),
         "steps": steps,
         "tokens": sum(row["tokens"] for row in rows if row["outcome"] == "answered"),
         "bytes_up": sum(row["bytes_up"] for row in rows),

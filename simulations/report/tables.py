@@ -156,13 +156,16 @@ def memory(run: Run) -> Table:
 
 def clients(run: Run) -> Table:
     """One row a client: how it took part, what it moved, how it learns."""
-    columns = ["client", "asked", "answered", "missing", "steps", "tokens", "share", "MB up"]
+    columns = ["client", "asked", "answered", "missing", "stood out"]
+    columns += ["steps", "tokens", "share", "MB up"]
     columns += ["MB down", "s per step", "last train loss", "held-out loss", "peak MB"]
     tokens = sum(each["tokens"] for each in run["clients"])
     rows = [
         [
             each["client"],
-            *(whole(each[name]) for name in ("asked", "answered", "missing", "steps", "tokens")),
+            *(whole(each[name]) for name in ("asked", "answered", "missing")),
+            whole(each["stood_out"] or None),
+            *(whole(each[name]) for name in ("steps", "tokens")),
             f"{each['tokens'] / tokens:.1%}" if tokens else NONE,
             megabytes(each["bytes_up"]),
             megabytes(each["bytes_down"]),

@@ -33,6 +33,7 @@ class Canaries(Attack):
     name = "canaries"
     reads = ("update", "loss")
     levels: ClassVar[tuple[str, ...]] = (STALE,)
+    ends = ("bottom", "top")
     metric = "exposure"
     finds = 4.0
     margin = 2.5

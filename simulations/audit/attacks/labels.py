@@ -36,6 +36,7 @@ class Labels(TokenAttack):
     name = "labels"
     reads = ("h2", "dL/dh2")
     levels: ClassVar[tuple[str, ...]] = (EXACT, STALE, START)
+    ends = ("top",)
     finds = 0.9
 
     def guess(

@@ -33,6 +33,7 @@ class Membership(Attack):
     name = "membership"
     reads = ("update", "loss")
     levels: ClassVar[tuple[str, ...]] = (STALE,)
+    ends = ("bottom", "top")
     metric = "AUC"
     finds = 0.8
     margin = 0.15

@@ -29,6 +29,7 @@ class Rows(Attack):
     name = "rows"
     reads = ("update",)
     levels: ClassVar[tuple[str, ...]] = (PUBLIC,)
+    ends = ("bottom",)
     metric = "AUC"
     finds = 0.9
     margin = 0.15

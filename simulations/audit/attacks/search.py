@@ -42,6 +42,7 @@ class Search(TokenAttack):
     name = "search"
     reads = ("h1",)
     levels: ClassVar[tuple[str, ...]] = (EXACT, STALE, START)
+    ends = ("bottom",)
     finds = 0.99
 
     def guess(

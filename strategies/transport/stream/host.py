@@ -137,6 +137,11 @@ class Host:
         """Refuse new sessions and end the open ones."""
         self._stopped.set()
         self._server.stop(grace=1.0).wait()
+        with self._lock:
+            seats = [seat for seat in self._seats.values() if seat.open]
+        for seat in seats:
+            # Its thread may wait for another session, which nobody would give up any more.
+            self._give_up(seat, TrunkError("the server has stopped", kind="closed"))
 
     def _find(self, session: str) -> Seat | None:
         """The seat of a session's name, known or new; None for a stranger."""

@@ -16,6 +16,7 @@ from conf.rules import ConfigError
 from conf.schema import Config
 from flower_app.runs.recorder import Recorder
 from flower_app.server_app import run_experiment
+from simulations.audit.adaptive import seen_ends
 from simulations.audit.attack import TokenAttack, attacks, find_attacks
 from simulations.audit.audit import audit
 from simulations.audit.begin import find_subject, keep
@@ -142,3 +143,19 @@ def test_the_model_of_a_run_is_what_is_audited(tmp_path: Path) -> None:
     name = next(name for name in recording.round_start if "embed_tokens" in name)
     torch.testing.assert_close(recording.round_start[name], saved[name])
     assert not torch.equal(recording.first[name], saved[name])
+
+
+@pytest.mark.parametrize(
+    ("changes", "seen"),
+    [
+        ((), {"bottom", "top"}),
+        (("aggregation.ends=local",), set()),
+        (("privacy.ends=masked",), set()),
+    ],
+)
+def test_what_a_server_does_not_see_is_marked(changes: tuple[str, ...], seen: set[str]) -> None:
+    assert seen_ends(small(*changes)) == seen
+    told = audit(small(*changes), ["search", "rows"], [0], scope=SCOPE)
+    held = {(row["attack"], row["knowledge"]): row["held"] for row in told["rows"]}
+    assert held["search", "exact"] == held["rows", "public"] == bool(seen)
+    assert held["search", "pretrained"]

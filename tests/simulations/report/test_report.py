@@ -306,7 +306,8 @@ def test_a_report_says_what_leaks_or_that_nobody_looked(tmp_path: Path) -> None:
         "rows": [
             {
                 "attack": "search", "reads": "h1", "knowledge": "exact", "metric": "tokens",
-                "main": True, "mean": 0.987, "low": 0.9, "high": 1.0, "chance": 0.125, "count": 77,
+                "main": True, "held": True, "mean": 0.987, "low": 0.9, "high": 1.0, "chance": 0.125,
+                "count": 77,
             }
         ],
         "trained": True, "seeds": [0, 1], "scope": {"clients": 2},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 import threading
 import time
 from dataclasses import dataclass, field, replace
@@ -543,3 +544,30 @@ def test_a_client_that_comes_back_is_told_why_it_was_refused() -> None:
         with pytest.raises(TrunkError, match="at least 1 step"):
             refuse_failure(read_server_frame(again.receive(5) or b""))
         again.drop()
+
+
+def test_a_server_that_stops_leaves_no_session_waiting_for_another() -> None:
+    """Else the process could not end: under merged, one session waits for what all have to send."""
+    engine = engine_for(split(tiny_model(), CUT).trunk, TrainConfig(strategy="merged"))
+    engine.open_round(1, 1, training=True, cohort=2)
+    before = set(threading.enumerate())
+    with served(engine) as service:
+        links = [connect(service, key, 1) for key in ("a", "b")]
+        links[0].compute(0, 0, torch.randn(1, 4, HIDDEN), None)
+        links[0]._connection.receive(0.5)  # it has come, and waits for b's
+    deadline = time.monotonic() + 10
+    while busy := [
+        thread
+        for thread in set(threading.enumerate()) - before
+        if thread.name.startswith("graft-session") and not _idle(thread)
+    ]:
+        assert time.monotonic() < deadline, busy
+        time.sleep(0.05)
+
+
+def _idle(thread: threading.Thread) -> bool:
+    """Whether a thread of a pool has nothing to do."""
+    frame = sys._current_frames().get(thread.ident or 0)
+    while frame is not None and frame.f_code.co_name != "_serve":
+        frame = frame.f_back
+    return frame is None
