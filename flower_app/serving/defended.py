@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -35,25 +35,9 @@ class _Session:
     def __init__(self, session: RemoteSession, defence: Defence) -> None:
         self._session, self._defence = session, defence
 
-    def forward(
-        self,
-        h_BTD: Tensor,
-        *,
-        mask_BT: Tensor | None = None,
-        positions_BT: Tensor | None = None,
-        rows: Sequence[int] = (),
-        length: int = 0,
-        keep: bool = True,
-    ) -> Crossed:
+    def forward(self, h_BTD: Tensor, **call: Any) -> Crossed:
         """See `RemoteSession.forward`."""
-        return self._session.forward(
-            self._defence.up(h_BTD.detach(), mask_BT),
-            mask_BT=mask_BT,
-            positions_BT=positions_BT,
-            rows=rows,
-            length=length,
-            keep=keep,
-        )
+        return self._session.forward(self._defence.up(h_BTD.detach(), call.get("mask_BT")), **call)
 
     def fork(self) -> RemoteSession:
         """See `RemoteSession.fork`."""
