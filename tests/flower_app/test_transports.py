@@ -270,3 +270,25 @@ def test_metrics_count_the_frames(tmp_path: Path) -> None:
     assert first["bytes_up"] > 4 * 16 * 32 * 4
     assert first["seconds"]["bottom"] > 0
     assert json.dumps(metrics)
+
+
+@pytest.mark.parametrize("codec", ["fp32", "int4"])
+def test_later_rounds_cross_for_less_with_a_cache(tmp_path: Path, codec: str) -> None:
+    """Through both apps: what a node keeps outlives its messages, evaluation does not disturb it,
+    and in fp32 no number changes."""
+    found, losses = {}, {}
+    for cache_mb in (0, 8):
+        config = tiny_config(
+            tmp_path,
+            "tuning.bottom=frozen tuning.top=frozen train.rounds=3 train.local_steps=0 "
+            f"train.local_epochs=1 link.codec={codec} link.cache_mb={cache_mb}",
+        )
+        _, metrics, _ = run(config, InProcessGrid())
+        rounds = [m for m in metrics if m["kind"] == "round" and m["round"] > 0]
+        found[cache_mb] = [m["bytes_up"] for m in rounds]
+        losses[cache_mb] = step_losses(metrics)
+    assert found[8][1] < 0.8 * found[0][1]
+    assert found[8][0] < 1.1 * found[0][0]
+    if codec == "fp32":
+        gap = max(abs(losses[0][key] - losses[8][key]) for key in losses[0])
+        assert gap < 1e-5  # in other company padding is longer, and rounds elsewhere
