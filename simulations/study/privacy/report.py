@@ -157,6 +157,11 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+def _most(points: Mapping[str, Any]) -> float:
+    """The largest loss gap, per cent; 1 at least."""
+    return max(1.0, *(100 * each["gap"]["mean"] for each in points.values()))
+
+
 def _panel(axes: Any, model: str, points: Mapping[str, Any], colours: Mapping[str, str]) -> None:
     tokens, loss = GOAL
     axes.axhspan(0, 100 * tokens, xmax=1.0, color="#3a8f5c", alpha=0.06)
@@ -176,6 +181,9 @@ def _panel(axes: Any, model: str, points: Mapping[str, Any], colours: Mapping[st
                     markerfacecolor=face or colour,
                 )  # fmt: skip
     axes.set_xscale("symlog", linthresh=1.0)
+    ticks = [gap for gap in (0, 0.5, 1, 2, 5, 10, 20, 50) if gap <= _most(points) * 1.5]
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
     axes.set_ylim(-3, 103)
     axes.set_title(model, fontsize=10)
     axes.set_xlabel("more held-out loss than undefended, %", fontsize=9)
