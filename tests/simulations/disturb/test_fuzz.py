@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from simulations.disturb.fuzz import fuzz
+from strategies.engine.checks import check_finite
 from strategies.transport import conversation
 from strategies.transport import trunk_pb2 as pb
 from strategies.transport.codec.codec import Codec
@@ -52,12 +53,10 @@ def _trusting(
 
 SABOTAGE = {
     "what is not finite is let in": (
-        "strategies.engine.session.check_finite", lambda tensor, what: None, "not finite"
+        "strategies.engine.session.check_bounded", lambda tensor, what: None, "not finite"
     ),
     "huge numbers meet others": (
-        "strategies.engine.policies.merged.check_bounded",
-        lambda tensor, what: None,
-        "let in to a step that clients share",
+        "strategies.engine.session.check_bounded", check_finite, "was let in"
     ),
     "shapes are not checked": (
         "strategies.engine.bench.check_shapes",

@@ -396,7 +396,7 @@ SABOTAGE = {
         lambda self, step: None,
     ),
     "what is not finite is let in": (
-        "strategies.engine.session.check_finite",
+        "strategies.engine.session.check_bounded",
         lambda tensor, what: None,
     ),
     "nothing is given back": (
