@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from conf.schema import TrainConfig
-from flower_app.client.defences.defence import defence_of
+from flower_app.client.defences.defence import defence_of, say_place
 from flower_app.client.place import Place
 from flower_app.client.remembered import check_same, names_of
 from flower_app.data.client import Batch
@@ -119,6 +119,7 @@ class Ends:
     def up(self, step: int, micro: int, batch: Batch) -> Tensor:
         """The bottom's output h1 (B, T, D), with its graph; the same in every call."""
         ids, mask, _ = on_device(self._device, batch)
+        say_place(self._bottom, "train", self._place.round, step, micro)
         with self._seeded(step, micro, "bottom"), self.clock("bottom"), self._autocast():
             h1_BTD: Tensor = self._bottom(ids, mask)
         return h1_BTD
@@ -144,6 +145,7 @@ class Ends:
         """
         _, mask, labels = on_device(self._device, batch)
         h2_BTD = h2_BTD.detach().to(self._device).requires_grad_()
+        say_place(self._top, "train", self._place.round, step, micro)
         with self._seeded(step, micro, "top"), self.clock("top"):
             with self._autocast():
                 loss, _ = token_loss(self._top(h2_BTD, mask), labels)

@@ -138,7 +138,8 @@ class Site:
         """What is done to all that these parts give out."""
         if self.config.privacy.defence == NONE:
             return None
-        if not (secret := self._secret(b"graft noise " + self.asked.run.encode())):
+        purpose = f"graft noise {self.asked.round} {self.asked.run}"
+        if not (secret := self._secret(purpose.encode())):
             raise ValueError(KEY_LOST_WORDS)
         return make_defence(self.config.privacy, secret)
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from conf.schema import TrainConfig
+from flower_app.client.defences.defence import say_place
 from flower_app.client.ends import Clock, Ends, on_device, token_loss
 from flower_app.data.client import Batch
 from strategies.engine.lane import StepResult
@@ -203,6 +204,7 @@ class Evaluation:
     def compute(self, position: int, batch: Batch) -> None:
         """Bottom's forward; sends h1."""
         ids, mask, _ = on_device(self._device, batch)
+        say_place(self._bottom, "evaluate", position)
         with self.clock("bottom"), autocast(self._device, self._config.precision):
             h1_BTD = self._bottom(ids, mask)
         self._link.compute(position, 0, h1_BTD, mask)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hmac
 import json
 import threading
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from conf.schema import Config
 from flower_app.build import build_client
 from flower_app.client.messaged import PROGRESS, TENSORS
+from flower_app.client.site import Site
 from tests.flower_app.grid import InProcessGrid
 from tests.flower_app.test_app import run, tiny_config
 from tests.strategies.helpers import largest_difference
@@ -102,6 +104,29 @@ def test_both_transports_give_the_same_numbers(changes: str, tmp_path: Path) -> 
     assert losses < TOLERANCE * 5
     for state in grid.states.values():  # nothing is left behind to grow with the rounds
         assert not {TENSORS, PROGRESS} & set(state)
+
+
+@pytest.mark.parametrize("changes", ["", "train.accumulate=2 tuning.bottom=frozen"])
+def test_noise_is_the_same(changes: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With one secret at each node for both, which nodes of a run draw by themselves."""
+
+    def secret(site: Site, purpose: bytes) -> bytes:
+        assert f" {site.asked.round} ".encode() in purpose, "evaluations know no round themselves"
+        return hmac.digest(site.place.client.encode(), f"{site.asked.round}".encode(), "sha256")
+
+    monkeypatch.setattr(Site, "_secret", secret)
+    noise = (
+        "privacy.defence=gaussian privacy.clip=1 privacy.noise=0.1 privacy.clip_gradient=1e-3 "
+        "privacy.noise_gradient=0.1"
+    )
+
+    def config(transport: str) -> Config:
+        return tiny_config(tmp_path, f"{noise} {changes} {transport}")
+
+    weights, losses, _ = both(config, 2)
+
+    assert weights < TOLERANCE * 10
+    assert losses < TOLERANCE * 5
 
 
 def test_dropout_draws_the_same(tmp_path: Path) -> None:

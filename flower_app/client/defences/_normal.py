@@ -17,14 +17,15 @@ from torch import Tensor
 _HALF = 2.0**-33
 
 
-def key_of(secret: bytes, what: str, tensor: Tensor) -> bytes:
-    """A key for one tensor: another one for other values, the same for the same ones.
+def key_of(secret: bytes, where: str, tensor: Tensor) -> bytes:
+    """A key for one tensor at one place: the same only for the same values at the same place.
 
-    So noise repeats exactly where what it hides does: whoever asks twice for the same gets no
-    second sample, and no two values ever have the same noise, whose difference would be plain.
+    By its place, two that are equal have unlike noise: else what is sent would be equal, too, and
+    would say so, which no epsilon allows. By its values, whoever has a place computed twice with
+    other weights never gets two under the same noise, whose difference would be plain.
     """
     data = tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes()
-    return hmac.digest(secret, what.encode() + hashlib.sha256(data).digest(), "sha256")
+    return hmac.digest(secret, hashlib.sha256(data).digest() + where.encode(), "sha256")
 
 
 def normal(key: bytes, shape: torch.Size) -> Tensor:

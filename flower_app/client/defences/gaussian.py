@@ -23,17 +23,18 @@ class Gaussian(Defence):
 
     name = "gaussian"
 
-    def up(self, h1_BTD: Tensor, mask_BT: Tensor | None) -> Tensor:
+    def up(self, h1_BTD: Tensor, mask_BT: Tensor | None, place: str = "") -> Tensor:
         """See `Defence.up`."""
-        return self._noisy(h1_BTD, mask_BT, "h1", self.config.clip, self.config.noise)
+        clip, noise = self.config.clip, self.config.noise
+        return self._noisy(h1_BTD, mask_BT, f"h1 {place}", clip, noise)
 
-    def back(self, grad_BTD: Tensor, mask_BT: Tensor | None) -> Tensor:
+    def back(self, grad_BTD: Tensor, mask_BT: Tensor | None, place: str = "") -> Tensor:
         """See `Defence.back`."""
-        config = self.config
-        return self._noisy(grad_BTD, mask_BT, "dL/dh2", config.clip_gradient, config.noise_gradient)
+        clip, noise = self.config.clip_gradient, self.config.noise_gradient
+        return self._noisy(grad_BTD, mask_BT, f"dL/dh2 {place}", clip, noise)
 
     def _noisy(
-        self, tensor_BTD: Tensor, mask_BT: Tensor | None, what: str, clip: float, noise: float
+        self, tensor_BTD: Tensor, mask_BT: Tensor | None, where: str, clip: float, noise: float
     ) -> Tensor:
         clipped_BTD = clipped(tensor_BTD, mask_BT, clip, self.config.unit) if clip else tensor_BTD
         if not noise:
@@ -42,16 +43,16 @@ class Gaussian(Defence):
         if mask_BT is not None:
             values = values[mask_BT.bool()]
         scale = noise * (clip or float(values.float().std()))
-        return clipped_BTD + self._drawn(tensor_BTD.detach(), mask_BT, what) * scale
+        return clipped_BTD + self._drawn(tensor_BTD.detach(), mask_BT, where) * scale
 
-    def _drawn(self, tensor_BTD: Tensor, mask_BT: Tensor | None, what: str) -> Tensor:
-        """Noise for each sequence by itself: in other company, or in a later epoch, it is the same
-        for the same values, and nothing is gained by comparing."""
+    def _drawn(self, tensor_BTD: Tensor, mask_BT: Tensor | None, where: str) -> Tensor:
+        """Noise for each sequence by itself, so that padding, which does not travel, changes
+        nothing; two equal sequences have unlike noise."""
         drawn_BTD = torch.zeros_like(tensor_BTD)
         for row, rows_TD in enumerate(tensor_BTD):
             here_T = slice(None) if mask_BT is None else mask_BT[row].bool()
             values_nD = rows_TD[here_T]
-            noise_nD = normal(key_of(self.secret, what, values_nD), values_nD.shape)
+            noise_nD = normal(key_of(self.secret, f"{where} {row}", values_nD), values_nD.shape)
             drawn_BTD[row, here_T] = noise_nD.to(drawn_BTD)
         return drawn_BTD
 

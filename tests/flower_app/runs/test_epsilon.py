@@ -46,6 +46,30 @@ def test_tokens_clipped_alone_prove_less() -> None:
     assert tokens == pytest.approx(_of(10.0, *rest, "privacy.unit=sequence"))
 
 
+@pytest.mark.parametrize(
+    ("changes", "words", "absent"),
+    [
+        ((), "other examples' rows", "names them alike"),
+        ((), "the ends' updates, which the server reads", "names them alike"),
+        (("privacy.ends=masked",), "other examples' rows", "which the server reads"),
+        (
+            ("tuning.bottom=frozen", "tuning.top=frozen", "link.cache_mb=8"),
+            "names them alike",
+            "other examples' rows",
+        ),
+    ],
+)
+def test_what_epsilon_leaves_out_is_said(changes: tuple[str, ...], words: str, absent: str) -> None:
+    """Ends that learn carry an example into others' rows; steps' losses are told in the clear."""
+    settings = [*NOISY, "privacy.noise=1", "privacy.noise_gradient=1", *changes]
+    told = summarize(load_config("demo", settings), [], 1.0)["privacy"]
+    left = "; ".join(told["leaves-out"])
+    assert words in left
+    assert absent not in left
+    assert "loss, tokens and gradient norm of each step" in left
+    assert "own rows" in told["unit"]
+
+
 def test_where_nothing_can_be_proven_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     assert privacy_of(load_config("demo")) is None
     bare = privacy_of(load_config("demo", ["privacy.defence=gaussian", "privacy.noise=1"]))

@@ -49,8 +49,23 @@ def test_what_is_generated_with_passes_the_defence(one_thread: None) -> None:
         model = join_remote(parts.bottom, parts.top, trunk)
         model.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0)
     assert len(noisy.sent) == len(plain.sent) == 4
-    assert torch.equal(noisy.sent[0], defence.up(plain.sent[0], None))
+    assert torch.equal(noisy.sent[0], defence.up(plain.sent[0], None, "generate/1"))
     assert not torch.equal(noisy.sent[0], plain.sent[0])
     for sent in noisy.sent:
         assert float(sent.norm(dim=-1).max()) < 0.12
     assert float(plain.sent[0].norm(dim=-1).max()) > 0.12
+
+
+def test_a_token_that_comes_again_looks_unlike(one_thread: None) -> None:
+    """Without a block below the cut, a generated token's h1 is its embedding: with the same noise
+    each time, the frames would spell the text in a cipher of one sign for each token."""
+    parts = split(tiny_model("llama"), CUT)
+    heard = Heard(LocalTrunk(GenerationEngine(parts.trunk, Limits())))
+    config = PrivacyConfig(defence="gaussian", clip=0.05, noise=2.0)
+    trunk, token_BTD = DefendedTrunk(heard, Gaussian(config, b"s" * 32)), torch.randn(1, 1, 32)
+    for session in (trunk.open(), trunk.open()):
+        for length in range(3):
+            session.forward(token_BTD, length=length)
+        session.fork().forward(token_BTD, length=3)
+    frames = {sent.numpy().tobytes() for sent in heard.sent}
+    assert len(frames) == len(heard.sent) >= 6

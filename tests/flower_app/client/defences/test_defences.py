@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -13,10 +15,12 @@ from conf.rules import ConfigError
 from conf.schema import PrivacyConfig, TrainConfig
 from flower_app.client import streamed
 from flower_app.client.defences._normal import key_of, normal
-from flower_app.client.defences.defence import Defence, defend
+from flower_app.client.defences.defence import Defence, defend, say_place
 from flower_app.client.defences.gaussian import Gaussian, clipped
 from flower_app.client.defences.nopeek import distance_correlation
 from flower_app.client.defences.registry import defences, find_defence, make_defence
+from flower_app.client.ends import Ends
+from flower_app.client.step import Evaluation
 from models import Parts, split
 from simulations.equality.local_link import LocalLink
 from tests.strategies.helpers import (
@@ -61,8 +65,8 @@ def test_the_defences_that_ship() -> None:
         find_defence("gausian")
 
 
-def test_noise_is_normal_and_hangs_on_secret_and_values() -> None:
-    """Only who has the secret can repeat it, and it repeats for the same values alone."""
+def test_noise_is_normal_and_hangs_on_secret_place_and_values() -> None:
+    """Only who has the secret can repeat it, for the same values at the same place alone."""
     values = torch.randn(64, 64)
     key = key_of(SECRET, "h1", values)
     noise = normal(key, torch.Size((200, 500)))
@@ -76,9 +80,10 @@ def test_noise_is_normal_and_hangs_on_secret_and_values() -> None:
     others = [
         key_of(b"t" * 32, "h1", values),
         key_of(SECRET, "dL/dh2", values),
+        key_of(SECRET, "h1 train/1/0/1", values),
         key_of(SECRET, "h1", changed),
     ]
-    assert len({key, *others}) == 4
+    assert len({key, *others}) == 5
     for other in others:
         both = torch.stack([noise, normal(other, torch.Size((200, 500)))]).flatten(1)
         assert abs(float(torch.corrcoef(both)[0, 1])) < 0.02
@@ -100,17 +105,67 @@ def test_what_is_sent_is_bounded_and_noisy() -> None:
     assert abs(float(difference.std()) - 1.5) < 0.05
 
 
-def test_the_noise_of_an_example_does_not_hang_on_its_company() -> None:
-    """Else it could be averaged away over epochs, or batches that hold it twice."""
+@pytest.mark.parametrize("crossing", ["up", "back"])
+def test_equal_examples_look_unlike(crossing: str) -> None:
+    """In one batch, in another one, and in another round: else who sees two equal frames knows that
+    two texts are the same, and no noise is large enough for an epsilon."""
+    defence = make_defence(STRONG, SECRET)
+    assert defence is not None
+    noisy = getattr(defence, crossing)
+    twice = torch.randn(1, 7, 16).expand(2, 7, 16)
+    sent = [*noisy(twice, None, "train/1/0/0"), *noisy(twice, None, "train/1/0/1")]
+    for one in range(4):
+        for other in range(one):
+            both = torch.stack([sent[one] - sent[other], sent[one]])
+            assert float(both[0].abs().min()) > 0
+    again = noisy(twice, None, "train/1/0/1")
+    assert torch.equal(torch.stack(sent[2:]), again)
+
+
+def test_each_step_of_each_round_is_a_place_of_its_own() -> None:
+    """Through the client's own step: the same batch and weights, and noise that differs."""
+    sent = list[Tensor]()
+
+    class Heard(Gaussian):
+        def up(self, h1_BTD: Tensor, mask_BT: Tensor | None, place: str = "") -> Tensor:
+            sent.append(super().up(h1_BTD, mask_BT, place).detach())
+            return h1_BTD
+
+        def back(self, grad_BTD: Tensor, mask_BT: Tensor | None, place: str = "") -> Tensor:
+            sent.append(super().back(grad_BTD, mask_BT, place))
+            return grad_BTD
+
+    parts, batch = split(tiny_model("llama"), CUT), random_batch(3, 2, 5, "right")
+    defend(parts.bottom, parts.top, Heard(STRONG, SECRET))
+    for number in (1, 2):
+        there = replace(place(), round=number)
+        ends = Ends(parts.bottom, parts.top, 2, TrainConfig(), there)
+        for step, micro in ((0, 0), (0, 1), (1, 0)):
+            h1_BTD = ends.up(step, micro, batch).detach()
+            ends.across(step, micro, batch, h1_BTD, batch.tokens)
+    evaluation = Evaluation(parts.bottom, parts.top, Deaf(), TrainConfig())
+    for position in (0, 1):
+        evaluation.compute(position, batch)
+    assert len({frame.numpy().tobytes() for frame in sent}) == len(sent) == 14
+
+
+def test_padding_changes_no_noise() -> None:
+    """It does not travel."""
     defence = make_defence(STRONG, SECRET)
     assert defence is not None
     h1_BTD = torch.randn(3, 7, 16)
     whole = defence.up(h1_BTD, None)
-    assert torch.equal(whole[1:2], defence.up(h1_BTD[1:2], None))
     padded = torch.cat([h1_BTD, torch.randn(3, 2, 16)], 1)
     mask_BT = torch.ones(3, 9).long()
     mask_BT[:, 7:] = 0
     assert torch.equal(defence.up(padded, mask_BT)[:, :7], whole)
+
+
+class Deaf:
+    """A link that nobody listens to."""
+
+    def compute(self, *args: Any, **told: Any) -> None:
+        """See `Sender.compute`."""
 
 
 class Inserted(nn.Module):
@@ -128,7 +183,7 @@ class Inserted(nn.Module):
         for row in range(len(ids)):
             here = slice(None) if mask is None else mask[row].bool()
             values = h_BTD[row, here].detach()
-            noise[row, here] = normal(key_of(SECRET, "h1", values), values.shape)
+            noise[row, here] = normal(key_of(SECRET, f"h1 here {row}", values), values.shape)
         return rows + noise * self.own.noise * self.own.clip
 
 
@@ -143,6 +198,7 @@ def test_gradients_go_the_way_the_values_came() -> None:
         bottom: nn.Module = parts.bottom
         if way == "defended":
             defend(parts.bottom, parts.top, make_defence(config, SECRET))
+            say_place(parts.bottom, "here")
         else:
             bottom = Inserted(parts.bottom, config)
         mask = batch.attention_mask
@@ -236,4 +292,7 @@ def test_a_defence_that_is_copied_still_defends() -> None:
     parts = split(tiny_model("llama"), CUT)
     defend(parts.bottom, parts.top, make_defence(STRONG, SECRET))
     ids = random_batch(3, 2, 5, "right").input_ids
-    assert torch.equal(copy.deepcopy(parts.bottom)(ids, None), parts.bottom(ids, None))
+    other = copy.deepcopy(parts.bottom)
+    assert torch.equal(other(ids, None), parts.bottom(ids, None))
+    say_place(other, "elsewhere")
+    assert not torch.equal(other(ids, None), parts.bottom(ids, None))
