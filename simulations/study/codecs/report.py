@@ -98,18 +98,24 @@ def tables(result: Mapping[str, Any]) -> list[Table]:
         "gap without codec", "gap with codec", "seeds",
     ]  # fmt: skip
     return [
-        (title, columns, [_row(name, row) for name, row in each["codecs"].items()])
+        (
+            title,
+            columns,
+            [_row(name, row, each["condition"]) for name, row in each["codecs"].items()],
+        )
         for title, each in result.items()
     ]
 
 
-def _row(name: str, row: Mapping[str, Any]) -> list[str]:
-    crossings = [row["crossings"][crossing] for crossing in CROSSINGS]
+def _row(name: str, row: Mapping[str, Any], condition: Mapping[str, Any]) -> list[str]:
+    # Of what was kept and named later the error is not known.
+    known = [e["bits"] and (e["error"] or not condition["cache_mb"]) for e in _crossings(row)]
+    crossings = _crossings(row)
     return [
         name,
         f"{row['factor']:.1f}x",
         *(f"{each['bits']:.2f}" if each["bits"] else "-" for each in crossings),
-        *(f"{each['error']:.1%}" if _known(row, each) else "-" for each in crossings),
+        *(f"{e['error']:.1%}" if k else "-" for e, k in zip(crossings, known, strict=True)),
         f"{row['encode_ms_per_mb']:.1f}",
         f"{row['decode_ms_per_mb']:.1f}",
         _percent(row["gap_without"]),
@@ -118,8 +124,8 @@ def _row(name: str, row: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _known(row: Mapping[str, Any], crossing: Mapping[str, Any]) -> bool:
-    return bool(crossing["bits"]) and (crossing["error"] > 0 or row["factor"] == 1.0)
+def _crossings(row: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return [row["crossings"][crossing] for crossing in CROSSINGS]
 
 
 def _percent(spread: Mapping[str, float]) -> str:
