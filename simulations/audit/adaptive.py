@@ -12,7 +12,7 @@ from torch import Tensor
 
 from conf.schema import Config, PrivacyConfig
 from models import Part
-from simulations.audit.observation import Crossed
+from simulations.audit.observation import CLIENT, SERVER, Crossed
 
 BOTTOM, TOP = "bottom", "top"
 
@@ -34,11 +34,11 @@ def as_sent(
     bottom : Part
         As the attacker has it.
     crossed : sequence of Crossed
-        What was seen.
+        What was seen; a client that looks sees nothing.
     public : sequence of sequences of int
         Public text, which says how long h1 usually is.
     """
-    if config.defence != "gaussian":
+    if config.defence != "gaussian" or not crossed:
         return lambda h_BTD: h_BTD, 0.0
     if not config.clip:
         seen = torch.cat([_rows(each) for each in crossed if each.h1_BTD is not None])
@@ -53,9 +53,12 @@ def as_sent(
     return lambda h_BTD: h_BTD * share, noise
 
 
-def seen_ends(config: Config) -> set[str]:
-    """Which trained ends the server sees in a run: of each client, and their average."""
-    if config.privacy.ends != "plain":
+def seen_ends(config: Config, who: str = SERVER) -> set[str]:
+    """Which trained ends are seen in a run, of each client by the server, averaged by the others.
+
+    The mask of `privacy.ends=masked` hides them from the server alone.
+    """
+    if config.privacy.ends != "plain" and who != CLIENT:
         return set()
     return {"average": {BOTTOM, TOP}, "local-top": {BOTTOM}}.get(config.aggregation.ends, set())
 

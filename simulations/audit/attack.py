@@ -16,8 +16,8 @@ from torch import Tensor
 from conf.registry import kinds
 from conf.rules import check_known
 from conf.schema import Config
-from flower_app.data.client import Batch
-from simulations.audit.observation import EXACT, Knowledge, Observation, Truth
+from flower_app.data.client import IGNORED, Batch
+from simulations.audit.observation import EXACT, SERVER, Knowledge, Observation, Truth
 from simulations.audit.recording import Scope
 from simulations.audit.shuffled import shuffle
 from simulations.audit.texts import Rarity, classes_of, rouge_l
@@ -73,6 +73,11 @@ class Attack:
         """
         raise NotImplementedError
 
+    @classmethod
+    def serves(cls, who: str) -> bool:
+        """Whether the server, or another client, has what it reads: clients see no frames."""
+        return who == SERVER or set(cls.reads) <= {"update", "loss"}
+
     def planted(self, config: Config, scope: Scope) -> tuple[Config, Scope]:
         """What is trained of an undefended wire so that the attack must find something."""
         return config, scope
@@ -102,37 +107,56 @@ class TokenAttack(Attack):
     ) -> Scores:
         """See `Attack.run`."""
         guesses = self.guess(observation, knowledge, rng)
-        pairs = list(_pairs(guesses, [self.targets(batch) for batch in truth.batches]))
-        return score_tokens(pairs, knowledge)
+        targets = [self.targets(batch) for batch in truth.batches]
+        scored = list(_scored(guesses, targets, [batch.labels for batch in truth.batches]))
+        return score_tokens(scored, knowledge, prompted=any(map(_prompted, truth.batches)))
 
 
-def _pairs(guesses: Sequence[Tensor], targets: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Each sequence's guesses and targets, where there are both."""
-    for guess_BT, target_BT in zip(guesses, targets, strict=True):
-        for guess_T, target_T in zip(guess_BT, target_BT, strict=True):
+def _prompted(batch: Batch) -> bool:
+    """Whether some of its tokens are read and not learned."""
+    return bool(((batch.labels == IGNORED) & batch.attention_mask.bool()).any())
+
+
+Scored = tuple[Tensor, Tensor, Tensor]
+"""Guess and target (T,) of a sequence, and which of its tokens are learned."""
+
+
+def _scored(
+    guesses: Sequence[Tensor], targets: Sequence[Tensor], labels: Sequence[Tensor]
+) -> Iterator[Scored]:
+    """Each sequence, where there are both guess and target."""
+    for batch in zip(guesses, targets, labels, strict=True):
+        for guess_T, target_T, labels_T in zip(*batch, strict=True):
             both = (guess_T >= 0) & (target_T >= 0)
             if bool(both.any()):
-                yield guess_T[both], target_T[both]
+                yield guess_T[both], target_T[both], labels_T[both] != IGNORED
 
 
-def score_tokens(pairs: Sequence[tuple[Tensor, Tensor]], knowledge: Knowledge) -> Scores:
-    """Top-1 recovery: of all tokens, of rare ones, numbers and names apart; and ROUGE-L.
+def score_tokens(
+    scored: Sequence[Scored], knowledge: Knowledge, *, prompted: bool = False
+) -> Scores:
+    """Top-1 recovery: of all tokens, of kinds apart (`classes_of`), and ROUGE-L.
 
     Parameters
     ----------
-    pairs : sequence of pairs of Tensor
-        Guess and target (T,) of each sequence.
+    scored : sequence of Scored
+        Of each sequence.
     knowledge : Knowledge
         Tokenizer, and the public text that says what is rare and what is common.
+    prompted : bool
+        Whether prompt (what is not learned) and answer are counted apart, too.
     """
-    if not pairs:
+    if not scored:
         raise NotApplicable("no position was attacked")
     rarity = Rarity(knowledge.public, knowledge.vocabulary)
     found: dict[str, list[Tensor]] = {}
     aimed: dict[str, list[Tensor]] = {}
-    for guess_T, target_T in pairs:
+    for guess_T, target_T, learned_T in scored:
         hit_T = guess_T == target_T
-        for name, kept_T in classes_of(target_T, knowledge.tokenizer, rarity).items():
+        kinds = classes_of(target_T, knowledge.tokenizer, rarity)
+        if prompted:
+            kinds |= {"prompt": ~learned_T, "answer": learned_T}
+        for name, kept_T in kinds.items():
             found.setdefault(name, []).append(hit_T[kept_T])
             aimed.setdefault(name, []).append(target_T[kept_T])
     scores = {}
@@ -142,10 +166,10 @@ def score_tokens(pairs: Sequence[tuple[Tensor, Tensor]], knowledge: Knowledge) -
             scores[name] = Score(
                 value=float(hit_N.float().mean()), chance=rarity.chance(target_N), count=len(hit_N)
             )
-    rouge = [rouge_l(guess.tolist(), target.tolist()) for guess, target in pairs]
-    blind = [rouge_l([rarity.commonest] * len(t), t.tolist()) for _, t in pairs]
+    rouge = [rouge_l(guess.tolist(), target.tolist()) for guess, target, _ in scored]
+    blind = [rouge_l([rarity.commonest] * len(t), t.tolist()) for _, t, _ in scored]
     scores["ROUGE-L"] = Score(
-        value=float(np.mean(rouge)), chance=float(np.mean(blind)), count=len(pairs)
+        value=float(np.mean(rouge)), chance=float(np.mean(blind)), count=len(scored)
     )
     return scores
 

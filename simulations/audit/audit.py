@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -15,13 +16,13 @@ from flower_app.build import cut_of
 from simulations.audit.adaptive import seen_ends
 from simulations.audit.attack import Attack, NotApplicable, Score, find_attacks
 from simulations.audit.calibrate import attack_all, calibrate_all, joined
-from simulations.audit.observation import EXACT, STALE
+from simulations.audit.observation import EXACT, STALE, WHO
 from simulations.audit.recorder import Recorder
 from simulations.audit.recording import Recording, Scope
 from simulations.audit.subject import subject_of
 
-Key = tuple[str, str, str]
-"""Attack, knowledge, metric."""
+Key = tuple[str, str, str, str]
+"""Attack, who attacks, knowledge, metric."""
 
 Row = dict[str, Any]
 """A metric of an attack with a knowledge, over clients and seeds."""
@@ -57,8 +58,9 @@ def audit(
     Returns
     -------
     dict
-        ``rows``: attack, reads, knowledge, metric, whether it is the attack's ``main`` one, whether
-        the run's server has what it takes (``held``), mean, low, high, values, chance, count;
+        ``rows``: attack, who attacks (``server`` or ``client``), reads, knowledge, metric, whether
+        it is the attack's ``main`` one, whether who attacks has what it takes in this run
+        (``held``), mean, low, high, values, chance, count;
         ``calibration`` by attack; ``refused``: why by attack.
     """
     started, scope = time.perf_counter(), scope or Scope()
@@ -88,10 +90,10 @@ def audit(
     }
 
 
-def _held(attack: Attack, level: str, config: Config) -> bool:
-    """Whether a server has what the attack takes, as this run is configured."""
+def _held(attack: Attack, who: str, level: str, config: Config) -> bool:
+    """Whether the attacker has what the attack takes, as this run is configured."""
     takes = level in (EXACT, STALE) or "update" in attack.reads
-    return not takes or set(attack.ends) <= seen_ends(config)
+    return not takes or set(attack.ends) <= seen_ends(config, who)
 
 
 def _rows(
@@ -101,14 +103,15 @@ def _rows(
     return [
         {
             "attack": name,
+            "who": who,
             "reads": ", ".join(by_name[name].reads),
             "knowledge": level,
             "metric": metric,
             "main": metric == by_name[name].metric,
-            "held": _held(by_name[name], level, config),
+            "held": _held(by_name[name], who, level, config),
             **_over(scores, math.inf if metric.startswith("exposure") else 1.0),
         }
-        for (name, level, metric), scores in found.items()
+        for (name, who, level, metric), scores in found.items()
     ]
 
 
@@ -120,16 +123,17 @@ def _add(
     seed: int,
     say: Callable[[str], None],
 ) -> None:
-    """Attack a recording with each knowledge that the attack can use."""
-    for level in attack.levels:
+    """Attack a recording, as each who can and with each knowledge that the attack can use."""
+    for who, level in itertools.product(filter(attack.serves, WHO), attack.levels):
         try:
-            scores = attack_all(attack, recording, level, seed)
+            scores = attack_all(attack, recording, level, seed, who=who)
         except NotApplicable as why:
             refused[attack.name] = str(why)
             return
         for metric, score in scores.items():
-            found.setdefault((attack.name, level, metric), []).append(score)
-        say(f"seed {seed}, {attack.name}, {level}: {scores[attack.metric].value:.3f}")
+            found.setdefault((attack.name, who, level, metric), []).append(score)
+        if scores:
+            say(f"seed {seed}, {attack.name}, {who}, {level}: {scores[attack.metric].value:.3f}")
 
 
 def _over(scores: Sequence[Score], most: float) -> Row:

@@ -61,7 +61,7 @@ def keep(told: Mapping[str, Any], run: Path | None, out: Path | None) -> Path | 
     if path is not None:
         replace_whole(path, json.dumps(told, indent=1) + "\n")
     if run is not None and (summary := read_summary(run)) is not None:
-        heads = ("attack", "knowledge", "held", "metric", "mean", "low", "high", "chance")
+        heads = ("attack", "who", "knowledge", "held", "metric", "mean", "low", "high", "chance")
         found = [{key: row[key] for key in heads} for row in told["rows"] if row["main"]]
         summary["leakage"] = {"found": found, "refused": told["refused"]}
         replace_whole(run / SUMMARY, json.dumps(summary, indent=2) + "\n")

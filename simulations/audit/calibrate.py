@@ -16,6 +16,7 @@ import numpy as np
 from conf.schema import Config, PrivacyConfig
 from conf.sections.link import read_codecs
 from simulations.audit.attack import Attack, NotApplicable, Score, Scores
+from simulations.audit.observation import SERVER
 from simulations.audit.recorder import Recorder
 from simulations.audit.recording import Recording, Scope
 from simulations.audit.subject import subject_of
@@ -91,19 +92,27 @@ def _why_not(told: Mapping[str, float]) -> str:
 
 
 def attack_all(
-    attack: Attack, recording: Recording, level: str, seed: int, *, shuffled: bool = False
+    attack: Attack,
+    recording: Recording,
+    level: str,
+    seed: int,
+    *,
+    who: str = SERVER,
+    shuffled: bool = False,
 ) -> Scores:
     """Attack every client of a recording; metrics are weighted by what they are of.
 
-    With `shuffled` the truth is another one, of the same tokens and examples.
+    With `shuffled` the truth is another one, of the same tokens and examples. None, where `who`
+    sees nobody.
     """
     rng = np.random.default_rng(seed)
     each = []
-    for client in recording.clients:
+    for client in recording.seen_by(who):
         truth = attack.shuffled(client.truth, rng) if shuffled else client.truth
         knowledge = recording.knowledge(client, level)
         each.append(attack.run(client.observation, knowledge, truth, rng))
-    return {name: joined([s[name] for s in each if name in s]) for name in each[0]}
+    names = dict.fromkeys(name for scores in each for name in scores)
+    return {name: joined([s[name] for s in each if name in s]) for name in names}
 
 
 def joined(scores: Sequence[Score]) -> Score:

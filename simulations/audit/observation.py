@@ -1,4 +1,4 @@
-"""What a curious server has of a round, what it may know beside, and the truth, kept apart.
+"""What a curious party has of a round, what it may know beside, and the truth, kept apart.
 
 Shapes: B sequences, T tokens, D hidden size.
 """
@@ -19,6 +19,10 @@ EXACT, STALE, START, PUBLIC = "exact", "round", "pretrained", "public"
 LEVELS = (EXACT, STALE, START, PUBLIC)
 """What an attacker knows of the ends: those of the very step; those that the round began with, some
 steps stale; the model that the run began with; the architecture and public text alone."""
+
+SERVER, CLIENT = "server", "client"
+"""Who looks."""
+WHO = (SERVER, CLIENT)
 
 State = Mapping[str, Tensor]
 """Trained tensors of both ends, by name in the whole model."""
@@ -43,21 +47,24 @@ class Crossed:
 
 @dataclass(eq=False, kw_only=True)
 class Observation:
-    """What the server has of one client's round."""
+    """What the server, or another client, has of one client's round."""
 
     config: Config
     client: str
     crossed: Sequence[Crossed]
+    """Nothing, where a client looks."""
     start: State
     """The averaged ends that the round began with; empty where they stay with their clients."""
     end: State
-    """The client's own ends after the round, before they are averaged; empty where they stay."""
+    """The client's own ends after the round, before they are averaged; empty where they stay. Where
+    a client looks: what is left of the average without its own share."""
     gradients: State = field(default_factory=dict)
     """Of the ends in the last step, with `train.sync=step`."""
     trunk_start: State = field(default_factory=dict)
     """The trunk that the round began with."""
     trunk_end: State = field(default_factory=dict)
-    """The client's replica after the round, or the trunk that all share."""
+    """The client's replica after the round, or the trunk that all share. Where a client looks: the
+    trunk after the round, which it never sees, but can ask."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -77,6 +77,8 @@ class Recorder:
             self._round(number - 1, self.scope.warm)
         recording.round_start = self.state
         recording.clients = self._round(number, self.scope.steps, self.scope.canaries)
+        recording.round_end = self.state
+        recording.trunk_end = _copied(trainable_state(self.parts.trunk))
         return recording
 
     def _data(self, number: int) -> ClientData:
@@ -95,7 +97,7 @@ class Recorder:
         watched = [
             self._client(index, number, steps, canaries) for index in range(self.scope.clients)
         ]
-        weights = [sum(int((e.labels >= 0).sum()) for e in w.truth.members) for w in watched]
+        weights = [each.weight for each in watched]
         names = [each.observation.client for each in watched]
         replicas, _ = self.engine.collect(names)
         if replicas:
@@ -155,6 +157,7 @@ class Recorder:
                 canaries=planted,
             ),
             exact=exact,
+            weight=sum(int((each.labels >= 0).sum()) for each in seen.examples),
         )
 
     def _examples(self, index: int, steps: int, planted: Sequence[Canary]) -> list[Example]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -17,6 +17,7 @@ from simulations.audit.adaptive import as_sent
 from simulations.audit.observation import (
     EXACT,
     PUBLIC,
+    SERVER,
     STALE,
     START,
     Knowledge,
@@ -61,6 +62,8 @@ class Watched:
     truth: Truth
     exact: State
     """Its ends when the attacked h1 was made."""
+    weight: float = 1.0
+    """In the average: the tokens that it learned from."""
 
 
 @dataclass(eq=False)
@@ -72,8 +75,41 @@ class Recording:
     first: State = field(default_factory=dict)
     """Ends that the run began with."""
     round_start: State = field(default_factory=dict)
+    round_end: State = field(default_factory=dict)
+    """Averaged ends after the round."""
+    trunk_end: State = field(default_factory=dict)
+    """The trunk after the round, averaged if need be."""
     parts: Parts | None = None
     """To be filled with any of these."""
+
+    def seen_by(self, who: str) -> list[Watched]:
+        """Each client as the server sees it, or as each of the other clients does.
+
+        A client subtracts its own share of the averaged ends. With two clients the other's ends are
+        left, with more the mean of the others', held against each of them. Nobody is seen with
+        `train.sync=step`, where the ends of all are one at every step.
+        """
+        if who == SERVER:
+            return self.clients
+        if any(each.observation.gradients for each in self.clients):
+            return []
+        return [
+            self._seen(other, by)
+            for by in self.clients
+            for other in self.clients
+            if other is not by
+        ]
+
+    def _seen(self, other: Watched, by: Watched) -> Watched:
+        share, own = by.weight / sum(each.weight for each in self.clients), by.observation.end
+        left = {
+            name: ((mean.double() - share * own[name].double()) / (1 - share)).to(mean.dtype)
+            for name, mean in self.round_end.items()
+        }
+        observation = replace(
+            other.observation, crossed=(), end=left, gradients={}, trunk_end=self.trunk_end
+        )
+        return replace(other, observation=observation)
 
     def knowledge(self, client: Watched, level: str) -> Knowledge:
         """What an attacker of this level has against a client."""

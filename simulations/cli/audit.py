@@ -25,6 +25,7 @@ def audit(
         int, typer.Option(help="Steps before; 0: the round is the run's first.", min=0)
     ] = 40,
     steps: Annotated[int, typer.Option(help="Of the recorded round.", min=1)] = 8,
+    clients: Annotated[int, typer.Option(help="That train.", min=1)] = 2,
     sequences: Annotated[int, typer.Option(help="Attacked, of each client.", min=1)] = 4,
     text: Annotated[
         str, typer.Option(help="Attack this text's h1 alone; 'sentence': one that is built in.")
@@ -35,7 +36,7 @@ def audit(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Attack what crosses the cuts: which tokens, labels and members a curious server learns."""
+    """Attack what crosses the cuts: what a curious server, and other clients, learn."""
     import json
 
     from flower_app.build import set_threads
@@ -55,7 +56,7 @@ def audit(
         [each.strip() for each in attacks.split(",") if each.strip()],
         [int(each) for each in seeds.split(",")],
         trained=asked.trained,
-        scope=Scope(warm=warm, steps=steps, sequences=sequences),
+        scope=Scope(clients=clients, warm=warm, steps=steps, sequences=sequences),
         say=progress,
     )
     written = keep(told, asked.folder, out)

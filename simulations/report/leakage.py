@@ -18,8 +18,8 @@ KNOWS = {
     "pretrained": "the ends of the run's start",
     "public": "the architecture, public text",
 }
-NOT_HELD = " (which this run's server does not see)"
-COLUMNS = ["attack", "reads", "knows", "metric", "found", "95 % interval", "chance", "of"]
+NOT_HELD = " (which this run's {who} does not see)"
+COLUMNS = ["attack", "who", "reads", "knows", "metric", "found", "95 % interval", "chance", "of"]
 
 
 def read_leakage(folder: Path) -> dict[str, Any] | None:
@@ -36,7 +36,7 @@ def leakage(run: Mapping[str, Any]) -> Table:
     told = run.get("leakage")
     if not told:
         return Table(columns=COLUMNS, rows=[], note=NOT_AUDITED)
-    return Table(columns=COLUMNS, rows=rows(told), left=4, note=" ".join(notes(told)))
+    return Table(columns=COLUMNS, rows=rows(told), left=5, note=" ".join(notes(told)))
 
 
 def rows(told: Mapping[str, Any]) -> list[list[str]]:
@@ -44,8 +44,10 @@ def rows(told: Mapping[str, Any]) -> list[list[str]]:
     return [
         [
             row["attack"],
+            _who(row),
             row["reads"],
-            KNOWS.get(row["knowledge"], row["knowledge"]) + ("" if row["held"] else NOT_HELD),
+            KNOWS.get(row["knowledge"], row["knowledge"])
+            + ("" if row["held"] else NOT_HELD.format(who=_who(row))),
             row["metric"],
             f"{row['mean']:.3f}",
             NONE if row["low"] is None else f"{row['low']:.3f} to {row['high']:.3f}",
@@ -54,6 +56,11 @@ def rows(told: Mapping[str, Any]) -> list[list[str]]:
         ]
         for row in told["rows"]
     ]
+
+
+def _who(row: Mapping[str, Any]) -> str:
+    """Audits of before had no other attacker than the server, and did not say so."""
+    return str(row.get("who", "server"))
 
 
 def notes(told: Mapping[str, Any]) -> list[str]:

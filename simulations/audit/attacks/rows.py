@@ -22,6 +22,9 @@ from simulations.audit.attack import Attack, NotApplicable, Score, Scores
 from simulations.audit.observation import PUBLIC, Crossed, Knowledge, Observation, Truth
 from simulations.audit.ranks import auc
 
+ROUNDING = 1e-5
+"""A row that moved by a smaller share of its length did not: a client subtracts to get it."""
+
 
 class Rows(Attack):
     """Rows of the embedding's update, or of its gradient with `train.sync=step`."""
@@ -45,8 +48,9 @@ class Rows(Attack):
         step = observation.gradients.get(name)
         moved_VD = observation.end[name] - observation.start[name] if step is None else step
         norms_V = moved_VD.norm(dim=1)[: knowledge.vocabulary]
+        least_V = ROUNDING * observation.start[name].norm(dim=1)[: knowledge.vocabulary]
         there_V = _occurred(truth.members if step is None else truth.last, len(norms_V))
-        named_V = norms_V > 0
+        named_V = norms_V > (least_V if step is None else 0.0)
         hits = float((named_V & there_V).sum())
         base, count = float(there_V.float().mean()), int(there_V.sum())
         return {

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 
 from conf.load import load_config
@@ -31,3 +34,15 @@ def record(config: Config, scope: Scope = SCOPE, trained: str = "") -> Recording
 @pytest.fixture(scope="session")
 def recording() -> Recording:
     return record(small())
+
+
+@pytest.fixture(scope="session")
+def chats(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """Prompts and answers of several lengths."""
+    path: Path = tmp_path_factory.mktemp("chats") / "chats.jsonl"
+    rows = [{"prompt": f"{n * n}, {'a' * (n % 7)}?", "completion": f"={n}"} for n in range(60)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return small(
+        "data.source=files", f"data.path={path}", "data.partitioner=iid",
+        "data.prompt_column=prompt", "data.completion_column=completion",
+    )  # fmt: skip

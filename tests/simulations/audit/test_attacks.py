@@ -12,15 +12,15 @@ from flower_app.data.client import IGNORED, Batch
 from simulations.audit.attack import NotApplicable, Scores, find_attacks
 from simulations.audit.attacks.labels import match
 from simulations.audit.calibrate import attack_all
-from simulations.audit.observation import EXACT
+from simulations.audit.observation import CLIENT, EXACT, SERVER
 from simulations.audit.ranks import auc, hits_at
 from simulations.audit.recording import Recording, Scope
 from tests.simulations.audit.conftest import record, small
 
 
-def attack(name: str, recording: Recording, *, shuffled: bool = False) -> Scores:
+def attack(name: str, recording: Recording, *, who: str = SERVER, shuffled: bool = False) -> Scores:
     (one,) = find_attacks([name])
-    return attack_all(one, recording, one.levels[0], 0, shuffled=shuffled)
+    return attack_all(one, recording, one.levels[0], 0, who=who, shuffled=shuffled)
 
 
 def test_labels_follow_from_the_gradient_of_the_exact_top(recording: Recording) -> None:
@@ -62,6 +62,20 @@ def test_rows_that_moved_are_of_tokens_that_occurred(recording: Recording) -> No
     assert scores["precision"].value == 1.0
     assert scores["recall"].value > 0.9
     assert attack("rows", recording, shuffled=True)["AUC"].value < 0.7
+
+
+def test_of_two_clients_each_reads_the_others_rows_as_the_server_does(recording: Recording) -> None:
+    """What rounding moves is no token."""
+    by_server, by_client = (attack("rows", recording, who=who) for who in (SERVER, CLIENT))
+    assert by_client["precision"].value == 1.0
+    assert by_client["recall"].value == by_server["recall"].value
+
+
+def test_of_two_clients_each_finds_the_others_members() -> None:
+    scope = Scope(clients=2, warm=0, steps=60, sequences=1, reuse=20, canaries=(2,))
+    recording = record(small("train.lr=1e-2"), scope)
+    assert attack("membership", recording, who=CLIENT)["AUC"].value > 0.9
+    assert attack("canaries", recording, who=CLIENT)["exposure"].value > 3.0
 
 
 def test_rows_need_an_embedding_that_is_trained() -> None:

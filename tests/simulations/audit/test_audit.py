@@ -14,14 +14,15 @@ from torch import Tensor
 
 from conf.rules import ConfigError
 from conf.schema import Config
+from flower_app.data.client import IGNORED
 from flower_app.runs.recorder import Recorder
 from flower_app.server_app import run_experiment
 from simulations.audit.adaptive import seen_ends
 from simulations.audit.attack import TokenAttack, attacks, find_attacks
 from simulations.audit.audit import audit
 from simulations.audit.begin import find_subject, keep
-from simulations.audit.calibrate import calibrate_all
-from simulations.audit.observation import EXACT, Knowledge, Observation
+from simulations.audit.calibrate import attack_all, calibrate_all
+from simulations.audit.observation import CLIENT, EXACT, Knowledge, Observation
 from simulations.audit.recording import Recording
 from simulations.audit.texts import Rarity, classes_of, rouge_l
 from simulations.equality.inprocess import InProcessGrid, as_flower_runs_it, read_tensors
@@ -94,6 +95,40 @@ def test_kinds_of_tokens_are_told_apart(recording: Recording) -> None:
     assert kinds["rare tokens"][-1]
 
 
+class Halfway(Peeking):
+    """Reads the prompt, and nothing of the answer."""
+
+    def run(self, observation, knowledge, truth, rng):  # type: ignore[no-untyped-def]
+        self.known = [b.input_ids.masked_fill(b.labels != IGNORED, 0) for b in truth.batches]
+        return TokenAttack.run(self, observation, knowledge, truth, rng)
+
+
+def test_prompt_and_answer_are_counted_apart(chats: Config) -> None:
+    recording = record(chats)
+    scores = attack_all(Halfway(), recording, EXACT, 0)
+    batches = [batch for each in recording.clients for batch in each.truth.batches]
+    answers = sum(int((batch.labels != IGNORED).sum()) for batch in batches)
+    tokens = sum(int(batch.attention_mask.sum()) for batch in batches)
+    assert (scores["prompt"].value, scores["prompt"].count) == (1.0, tokens - answers)
+    assert (scores["answer"].value, scores["answer"].count) == (0.0, answers)
+    assert scores["prompt"].chance is not None
+    assert 0 < scores["prompt"].chance < 1
+
+
+def test_h1_tells_prompt_and_answer_and_the_gradient_the_answer(
+    chats: Config, recording: Recording
+) -> None:
+    search, labels = find_attacks(["search", "labels"])
+    prompted = record(chats)
+    found = attack_all(search, prompted, EXACT, 0)
+    assert found["prompt"].value > 0.99
+    assert found["answer"].value > 0.99
+    found = attack_all(labels, prompted, EXACT, 0)
+    assert found["answer"].value > 0.9
+    assert "prompt" not in found
+    assert not {"prompt", "answer"} & attack_all(labels, recording, EXACT, 0).keys()
+
+
 def test_rouge_is_the_longest_common_subsequence() -> None:
     assert rouge_l([1, 2, 3, 4], [1, 2, 3, 4]) == 1.0
     assert rouge_l([1, 9, 3], [1, 2, 3, 4]) == pytest.approx(2 * 2 / 7)
@@ -146,16 +181,21 @@ def test_the_model_of_a_run_is_what_is_audited(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "seen"),
+    ("changes", "seen", "by_clients"),
     [
-        ((), {"bottom", "top"}),
-        (("aggregation.ends=local",), set()),
-        (("privacy.ends=masked",), set()),
+        ((), {"bottom", "top"}, {"bottom", "top"}),
+        (("aggregation.ends=local",), set(), set()),
+        (("privacy.ends=masked",), set(), {"bottom", "top"}),
     ],
 )
-def test_what_a_server_does_not_see_is_marked(changes: tuple[str, ...], seen: set[str]) -> None:
+def test_what_is_not_seen_is_marked(
+    changes: tuple[str, ...], seen: set[str], by_clients: set[str]
+) -> None:
     assert seen_ends(small(*changes)) == seen
+    assert seen_ends(small(*changes), CLIENT) == by_clients
     told = audit(small(*changes), ["search", "rows"], [0], scope=SCOPE)
-    held = {(row["attack"], row["knowledge"]): row["held"] for row in told["rows"]}
-    assert held["search", "exact"] == held["rows", "public"] == bool(seen)
-    assert held["search", "pretrained"]
+    held = {(r["attack"], r["who"], r["knowledge"]): r["held"] for r in told["rows"]}
+    assert held["search", "server", "exact"] == held["rows", "server", "public"] == bool(seen)
+    assert held["search", "server", "pretrained"]
+    assert held["rows", "client", "public"] == bool(by_clients)
+    assert {who for name, who, _ in held if name == "search"} == {"server"}

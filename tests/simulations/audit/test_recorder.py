@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import pytest
 import torch
 
-from simulations.audit.observation import EXACT, STALE, START
-from simulations.audit.recording import Recording
-from tests.simulations.audit.conftest import record, small
+from simulations.audit.observation import CLIENT, EXACT, SERVER, STALE, START
+from simulations.audit.recording import Recording, Scope
+from tests.simulations.audit.conftest import SCOPE, record, small
 
 
 def test_h1_is_that_of_the_steps_own_bottom(recording: Recording) -> None:
@@ -69,3 +72,33 @@ def test_members_were_trained_on_and_strangers_were_not(recording: Recording) ->
         assert attacked <= members
         assert strangers
         assert not strangers & members
+
+
+@pytest.mark.parametrize("clients", [2, 3])
+def test_a_client_sees_what_is_left_of_the_average_without_its_share(clients: int) -> None:
+    """With two clients the other's ends; with three the others' mean; of crossings nothing."""
+    recording = record(small("data.partitioner=linear"), replace(SCOPE, clients=clients))
+    name = next(name for name in recording.round_start if "embed" in name)
+    seen = recording.seen_by(CLIENT)
+    assert len(seen) == clients * (clients - 1)
+    first, *others = recording.clients
+    weights = [each.weight for each in others]
+    mean = sum(
+        weight / sum(weights) * each.observation.end[name]
+        for weight, each in zip(weights, others, strict=True)
+    )
+    for view, other in zip(seen, others, strict=False):
+        assert view.truth is other.truth
+        torch.testing.assert_close(view.observation.end[name], mean, rtol=1e-6, atol=1e-6)
+        assert (view.observation.end[name] - first.observation.end[name]).norm() > 1e-3
+        assert not view.observation.crossed
+        trunk = view.observation.trunk_end
+        assert all(torch.equal(trunk[n], recording.trunk_end[n]) for n in trunk)
+        # The replica is the server's alone.
+        assert any(not torch.equal(trunk[n], other.observation.trunk_end[n]) for n in trunk)
+    assert recording.seen_by(SERVER) == recording.clients
+
+
+def test_with_common_steps_no_client_is_played() -> None:
+    config = small("train.strategy=merged", "train.sync=step")
+    assert not record(config, Scope(warm=0, steps=1, sequences=1)).seen_by(CLIENT)

@@ -305,9 +305,9 @@ def test_a_report_says_what_leaks_or_that_nobody_looked(tmp_path: Path) -> None:
     told = {
         "rows": [
             {
-                "attack": "search", "reads": "h1", "knowledge": "exact", "metric": "tokens",
-                "main": True, "held": True, "mean": 0.987, "low": 0.9, "high": 1.0, "chance": 0.125,
-                "count": 77,
+                "attack": "search", "who": "client", "reads": "h1", "knowledge": "exact",
+                "metric": "tokens", "main": True, "held": False, "mean": 0.987, "low": 0.9,
+                "high": 1.0, "chance": 0.125, "count": 77,
             }
         ],
         "trained": True, "seeds": [0, 1], "scope": {"clients": 2},
@@ -319,7 +319,10 @@ def test_a_report_says_what_leaks_or_that_nobody_looked(tmp_path: Path) -> None:
     (path,) = write_report([str(run)], tmp_path / "all", ["md"])
     for text in (page(run, out=tmp_path), path.read_text(encoding="utf-8")):
         assert "not audited" not in text
-        assert all(each in text for each in ("search", "the ends of the step", "0.987", "0.125"))
+        assert all(
+            each in text for each in ("search", "client", "the ends of the step", "0.987", "0.125")
+        )
+        assert "run's client does not see" in text.replace("&#x27;", "'").replace("&#39;", "'")
         assert "no verdict" in text
         assert "<b>bold" not in text
     assert numbers(run, out=tmp_path)["runs"][0]["leakage"] == told
