@@ -176,6 +176,40 @@ def check_masked(
             )
 
 
+def check_noisy_updates(
+    privacy: PrivacyConfig, how: AggregationConfig, train: TrainConfig, tuning: TuningConfig
+) -> None:
+    """Refuse to clip updates of ends where none leave, or something else leaves beside them."""
+    if not privacy.update_clip:
+        return
+    frozen = (tuning.bottom, tuning.top) == ("frozen", "frozen")
+    wrong = {
+        "train.sync=step": (
+            train.sync == "step",
+            "gradients of the ends cross at each step: set train.sync=round",
+        ),
+        f"train.bridge={train.bridge}": (
+            train.bridge > 0,
+            "the bridge would leave without noise: set train.bridge=0",
+        ),
+        "aggregation.ends=local": (
+            how.ends == "local",
+            "ends stay at their clients, and no update leaves: set aggregation.ends=average",
+        ),
+        "tuning.bottom=frozen": (
+            frozen,
+            "with tuning.top=frozen no update leaves: set tuning.bottom or tuning.top",
+        ),
+    }
+    for said, (found, why) in wrong.items():
+        if found:
+            raise ConfigError(
+                f"privacy.update_clip={privacy.update_clip:g} with {said}: {why}, or "
+                "privacy.update_clip=0 and privacy.update_noise=0",
+                key="privacy.update_clip",
+            )
+
+
 def check_bridge(how: AggregationConfig, train: TrainConfig) -> None:
     """Refuse a bridge that nobody would average."""
     if not train.bridge:

@@ -94,6 +94,9 @@ class RoundDone:
     """By client whose update is far from the others': its `distance` from the coordinates' median
     and how many `times` the median client's that is; under `merged`, the `clipped` steps in which
     its gradient was cut, and the most `clipped_times` the median norm."""
+    epsilon: Mapping[str, float] = field(default_factory=dict)
+    """So far, of `rows` and `updates`, as the summary's `privacy` says it at the end; the recorder
+    states it."""
 
 
 @dataclass(frozen=True, kw_only=True)

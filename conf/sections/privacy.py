@@ -33,6 +33,12 @@ class PrivacyConfig(Section):
     """As `noise`, of dL/dh2."""
     unit: str = setting("token", one_of("token", "sequence"))
     """What is clipped: each token's row, or all rows of a sequence together."""
+    update_clip: float = setting(0.0, rules.NOT_NEGATIVE)
+    """Longest that a client's update of its ends may be in a round (L2, over all tensors); 0: as it
+    is."""
+    update_noise: float = setting(0.0, rules.NOT_NEGATIVE)
+    """Standard deviation of the noise on each element of that update, in multiples of
+    `update_clip`."""
     delta: float = setting(1e-5, rules.BELOW_ONE)
     """At which epsilon is stated."""
     weight: float = setting(0.1, rules.NOT_NEGATIVE)
@@ -47,6 +53,12 @@ class PrivacyConfig(Section):
                     f"or privacy.{name}=0",
                     key=f"privacy.{name}",
                 )
+        if self.update_noise and not self.update_clip:
+            raise ConfigError(
+                f"privacy.update_noise={self.update_noise:g} is in multiples of privacy.update_clip"
+                ", which is 0: set privacy.update_clip, or privacy.update_noise=0",
+                key="privacy.update_noise",
+            )
         if self.defence == "gaussian" and not (self.noise or self.noise_gradient or self.clip):
             raise ConfigError(
                 "privacy.defence=gaussian with privacy.noise=0, privacy.noise_gradient=0 and "

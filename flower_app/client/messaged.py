@@ -71,10 +71,12 @@ class Parked:
         """Bottom and top as the last message left them, or as the round begins with them."""
         site = self._site
         if self.begun:
+            site.start = self.kept("start")
             return site.parts(self.kept("weight"), self.kept("residual"))
         bottom, top = site.parts()
         self.keep("weight", client_state(bottom, top))
         self.keep("residual", site.residuals)
+        self.keep("start", site.start)
         return bottom, top
 
     def kept(self, kind: str) -> dict[str, Tensor]:

@@ -24,10 +24,12 @@ from flower_app.client.defences.defence import Defence, defend
 from flower_app.client.defences.registry import NONE, make_defence
 from flower_app.client.masked import hide, reveal
 from flower_app.client.node import client_name, own_config, private_key, public_key
+from flower_app.client.noisy import noisy_ends
 from flower_app.client.own import OwnEnds, site_folder
 from flower_app.client.place import Place
 from flower_app.client.received import read_message
 from flower_app.client.remembered import load_cache, save_cache
+from flower_app.client.required import refuse_weaker
 from flower_app.client.site_key import SiteKey, key_of_node, refuse_plain
 from flower_app.data.client import ClientData, load_client_data
 from flower_app.data.text import load_tokenizer
@@ -76,7 +78,10 @@ class Site:
         if config.aggregation.ends != "average" and asked.run:
             folder = site_folder(self._node, asked.run, self.place.client)
             self.own = OwnEnds(self._state, folder, asked.run)
+        self.start: dict[str, Tensor] = {}
+        """The ends as the round began with them, where their update is clipped; else empty."""
         self._key: SiteKey | None = None
+        refuse_weaker(config.privacy, self._node)
         if config.privacy.ends == "masked":
             self._key = key_of_node(self._node)
         else:
@@ -107,6 +112,7 @@ class Site:
         Given `weights`, all that is trained, and `residuals`, with these.
         """
         bridge: dict[str, Tensor] = {}
+        begins = weights is None
         if weights is None:
             bridge, everything = take_bridge(self._received())
             residuals, received = take_residuals(everything)
@@ -125,6 +131,8 @@ class Site:
         if weights:
             load_client_state(bottom, top, weights)
             fold_residuals((bottom, top), residuals or {})
+        if begins and self.config.privacy.update_clip:
+            self.start = {n: t.clone() for n, t in client_state(bottom, top).items()}
         if own := build_bridge(self.config, bottom):
             if bridge:
                 load_bridge_state(own, bridge)
@@ -138,10 +146,14 @@ class Site:
         """What is done to all that these parts give out."""
         if self.config.privacy.defence == NONE:
             return None
+        return make_defence(self.config.privacy, self._noise_secret())
+
+    def _noise_secret(self) -> bytes:
+        """What this round's noise is made of."""
         purpose = f"graft noise {self.asked.round} {self.asked.run}"
         if not (secret := self._secret(purpose.encode())):
             raise ValueError(KEY_LOST_WORDS)
-        return make_defence(self.config.privacy, secret)
+        return secret
 
     def trained(self, bottom: Part, top: Part, tokens: int) -> RecordDict:
         """What the server gets of the trained ends; what it does not is kept here, by the round.
@@ -158,8 +170,8 @@ class Site:
                 most=self.config.output.keep_checkpoints,
             )
         if self._key is None:
-            return RecordDict({ARRAYS: to_arrays(self.shared(bottom, top))})
-        masked = hide(client_state(bottom, top), tokens, self._key)
+            return RecordDict({ARRAYS: to_arrays(self._leaving(self.shared(bottom, top)))})
+        masked = hide(self._leaving(client_state(bottom, top)), tokens, self._key)
         told = ConfigRecord({"nonce": masked.nonce, "check": masked.check})
         return RecordDict({ARRAYS: to_arrays(masked.tensors), MASK: told})
 
@@ -173,6 +185,13 @@ class Site:
         stays = own_names(self.config, bottom, top)
         state = {name: t for name, t in client_state(bottom, top).items() if name not in stays}
         return {**state, **(bridge_state(self.bridge.bridge) if self.bridge else {})}
+
+    def _leaving(self, ends: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What is sent of trained ends: the one place where their update is clipped and noised."""
+        privacy = self.config.privacy
+        if not privacy.update_clip:
+            return ends
+        return noisy_ends(privacy, self.start, ends, self._noise_secret(), f"{self.asked.round}")
 
     def export(self) -> RecordDict:
         """Save what of this site's model stays here, now that the run is over."""

@@ -114,7 +114,7 @@ def as_record(event: Event) -> dict[str, Any]:
     if event.abandoned:
         record["attempts"] = len(event.abandoned) + 1
         record["abandoned"] = [_turnout(turnout) for turnout in event.abandoned]
-    for key in ("per_client", "memory", "anomalies"):
+    for key in ("per_client", "memory", "anomalies", "epsilon"):
         if told := getattr(event, key):
             record[key] = told
     return record

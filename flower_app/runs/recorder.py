@@ -10,12 +10,14 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from conf.load import to_yaml
 from conf.schema import Config
 from flower_app.runs import checkpoint
+from flower_app.runs.epsilon import epsilon_so_far
 from flower_app.runs.folders import (
     FAILED,
     FINISHED,
@@ -137,6 +139,7 @@ class Recorder:
         """Record what the strategy tells."""
         with self._lock:
             if isinstance(event, RoundDone):
+                event = replace(event, epsilon=epsilon_so_far(self.config, event.round))
                 self._rounds.append(as_record(event))
             if isinstance(event, Stopped):
                 self._stopped = not event.why

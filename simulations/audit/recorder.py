@@ -19,6 +19,7 @@ from torch import Tensor
 from flower_app.client import streamed
 from flower_app.client.defences.defence import defend
 from flower_app.client.defences.registry import make_defence
+from flower_app.client.noisy import noisy_ends
 from flower_app.client.place import Place
 from flower_app.client.plan import Plan, padding_id
 from flower_app.data.client import Batch, ClientData, Example, load_client_data, load_tokenizer
@@ -117,7 +118,8 @@ class Recorder:
         config, name = self.config, f"client-{index}"
         bottom, top = copy.deepcopy((self.parts.bottom, self.parts.top))
         load_client_state(bottom, top, self.state)
-        defend(bottom, top, make_defence(config.privacy, secrets.token_bytes(32)))
+        secret = secrets.token_bytes(32)
+        defend(bottom, top, make_defence(config.privacy, secret))
         place = Place(seed=config.seed, client=name, round=number, rounds=self._rounds(number))
         planted = [_canary(repeats, index, config.seed) for repeats in canaries]
         own = replace(config, train=replace(config.train, local_steps=steps))
@@ -146,7 +148,13 @@ class Recorder:
                 client=name,
                 crossed=[_first(each, count) for each, count in zip(kept, rows, strict=True)],
                 start=self.state,
-                end=_copied(client_state(bottom, top)),
+                end=noisy_ends(
+                    config.privacy,
+                    self.state,
+                    _copied(client_state(bottom, top)),
+                    secret,
+                    f"{number}",
+                ),
                 gradients=gradients,
             ),
             truth=Truth(

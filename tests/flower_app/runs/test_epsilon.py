@@ -82,3 +82,23 @@ def test_where_nothing_can_be_proven_it_is_said(monkeypatch: pytest.MonkeyPatch)
     assert told["epsilon"] is None
     assert "graft[privacy]" in told["why"]
     assert "privacy" not in summarize(load_config("demo"), [], 1.0)
+
+
+def test_epsilon_of_updates_is_of_a_client_and_grows_by_rounds() -> None:
+    """One release a round, of twice the clip, whatever a round's steps."""
+    config = load_config(
+        "demo", ["privacy.update_clip=1", "privacy.update_noise=8", "train.rounds=5"]
+    )
+    told = privacy_of(config)
+    assert told is not None
+    assert "epsilon" not in told  # nothing is said of examples' rows
+    bound = _by_renyi(4.0, 5, 1e-5)
+    assert 0.7 * bound < told["updates"]["epsilon"] <= bound * 1.001
+    assert "every step" in "; ".join(told["updates"]["leaves-out"])
+    so_far = [epsilon.epsilon_so_far(config, n).get("updates", 0.0) for n in (0, 1, 3, 5)]
+    assert so_far[0] == 0.0
+    assert so_far == sorted(set(so_far))
+    assert so_far[-1] == told["updates"]["epsilon"]
+    bare = privacy_of(load_config("demo", ["privacy.update_clip=1"]))
+    assert bare is not None
+    assert bare["updates"]["epsilon"] is None
