@@ -68,9 +68,8 @@ def match(top: Part, crossed: Crossed) -> Tensor:
     crossed : Crossed
         With h2 and dL/dh2.
     """
-    assert crossed.h2_BTD is not None
     assert crossed.grad_h2_BTD is not None
-    h2_BTD = crossed.h2_BTD.clone().requires_grad_()
+    h2_BTD = _leaf(crossed)
     with sdpa_kernel(SDPBackend.MATH):  # the others have no second derivative
         hidden_BTD, logits_BTV, weight_VD = _run(top, h2_BTD, crossed.mask_BT)
         system = _System(h2_BTD, hidden_BTD)
@@ -83,6 +82,25 @@ def match(top: Part, crossed: Crossed) -> Tensor:
         along_BTV = (wanted_BTD * lost_BTD).sum(-1, keepdim=True) - lost_BTD @ weight_VD.T
         squares_BTV = squares_BTV - along_BTV.square()
     return _likeliest(squares_BTV, wanted_BTD.shape[-1], prediction_BTV, crossed.mask_BT)
+
+
+def head_gradients(top: Part, crossed: Crossed) -> Tensor:
+    """The gradient at the head's input (B, T, D) that explains dL/dh2 best, times the tokens."""
+    assert crossed.grad_h2_BTD is not None
+    h2_BTD = _leaf(crossed)
+    with sdpa_kernel(SDPBackend.MATH):
+        hidden_BTD, _, _ = _run(top, h2_BTD, crossed.mask_BT)
+        return _System(h2_BTD, hidden_BTD).solve(crossed.grad_h2_BTD * max(1, crossed.tokens))
+
+
+def _leaf(crossed: Crossed) -> Tensor:
+    """h2, with each text's first row where there is padding: of the zeros that are decoded there a
+    norm has a derivative so steep that the system could not be solved."""
+    assert crossed.h2_BTD is not None
+    h2_BTD = crossed.h2_BTD
+    if crossed.mask_BT is not None:
+        h2_BTD = torch.where(crossed.mask_BT.bool()[..., None], h2_BTD, h2_BTD[:, :1])
+    return h2_BTD.clone().requires_grad_()
 
 
 def _run(top: Part, h2_BTD: Tensor, mask_BT: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
+from conf.schema import Config
 from flower_app.data.client import IGNORED, Batch
 from simulations.audit.attack import NotApplicable, Scores, find_attacks
 from simulations.audit.attacks.labels import match
@@ -50,6 +52,39 @@ def test_what_is_not_learned_is_no_label(recording: Recording) -> None:
     ids_BT = torch.tensor([[5, 6, 7, 8]])
     batch = Batch(ids_BT, torch.ones_like(ids_BT), torch.tensor([[IGNORED, IGNORED, 7, 8]]))
     assert labels.targets(batch).tolist() == [[IGNORED, IGNORED, 7, 8]]  # type: ignore[attr-defined]
+
+
+def test_lengths_of_texts_and_prompts_are_told_to_the_token(chats: Config) -> None:
+    recording = record(chats)
+    scores = attack("lengths", recording)
+    assert scores["length"].value == scores["prompt length"].value == 1.0
+    assert scores["length"].chance is not None
+    assert scores["length"].chance < 1.0
+    assert attack("lengths", recording, shuffled=True)["length"].value < 0.5
+
+
+def test_a_text_without_a_prompt_has_no_prompts_length(recording: Recording) -> None:
+    assert attack("lengths", recording).keys() == {"length"}
+
+
+def test_padding_that_crossed_as_rows_would_be_told_by_its_gradient(recording: Recording) -> None:
+    """Why lengths are not padded up to a multiple: the zeros of dL/dh2 say where padding begins."""
+    assert recording.parts is not None
+    bottom, trunk, top = (copy.deepcopy(part).eval() for part in recording.parts)
+    lengths_B = torch.tensor([5, 9, 16, 15])
+    real_BT = torch.arange(16) < lengths_B[:, None]
+    ids_BT = torch.randint(3, 259, (4, 16), generator=torch.Generator().manual_seed(0))
+    ids_BT, labels_BT = ids_BT.where(real_BT, 0), ids_BT.where(real_BT, torch.tensor(IGNORED))
+    as_rows_BT = torch.ones_like(ids_BT)
+    h2_BTD = trunk(bottom(ids_BT, as_rows_BT), as_rows_BT).detach().requires_grad_()
+    logits_BTV = top(h2_BTD, as_rows_BT)
+    torch.nn.functional.cross_entropy(
+        logits_BTV[:, :-1].transpose(1, 2), labels_BT[:, 1:], ignore_index=IGNORED
+    ).backward()
+    assert h2_BTD.grad is not None
+    there_BT = h2_BTD.grad.norm(dim=-1) > 0
+    # Nothing is predicted from the last token.
+    assert (1 + (there_BT * torch.arange(1, 17)).max(1).values).equal(lengths_B)
 
 
 def test_the_direction_of_a_gradient_tells_equal_labels(recording: Recording) -> None:

@@ -124,7 +124,7 @@ def test_h1_tells_prompt_and_answer_and_the_gradient_the_answer(
     assert found["prompt"].value > 0.99
     assert found["answer"].value > 0.99
     found = attack_all(labels, prompted, EXACT, 0)
-    assert found["answer"].value > 0.9
+    assert found["answer"].value > 0.99
     assert "prompt" not in found
     assert not {"prompt", "answer"} & attack_all(labels, recording, EXACT, 0).keys()
 
