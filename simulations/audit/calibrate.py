@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
+from conf.load import from_json, to_json
 from conf.schema import Config, PrivacyConfig
 from conf.sections.link import read_codecs
 from simulations.audit.attack import Attack, NotApplicable, Score, Scores
@@ -38,17 +40,13 @@ def calibrate_all(
         By attack, why there is no verdict of it.
     """
     told, refused = {}, {}
-    recordings: dict[str, Recording] = {}
     for attack in attacks:
-        wire = attack.planted(undefended(config), PLANTED)
-        key = repr(wire)
-        if key not in recordings:
-            recordings[key] = Recorder(subject_of(wire[0]), wire[1]).record()
-        try:
-            told[attack.name] = one = _calibrate(attack, recordings[key])
-        except NotApplicable as error:
-            refused[attack.name] = str(error)
+        wire, scope = attack.planted(replace(undefended(config), seed=0), PLANTED)
+        one = _calibrate(type(attack), to_json(wire), scope)
+        if isinstance(one, str):
+            refused[attack.name] = one
             continue
+        told[attack.name] = dict(one)
         say(
             f"calibration, {attack.name}: planted {one['found']:.3f} (at least "
             f"{one['must_find']:.3f}), shuffled {one['shuffled']:.3f} (at most "
@@ -65,16 +63,27 @@ def undefended(config: Config) -> Config:
     return replace(config, link=link, privacy=PrivacyConfig())
 
 
-def _calibrate(attack: Attack, recording: Recording) -> dict[str, float]:
+@lru_cache(maxsize=64)
+def _calibrate(kind: type[Attack], wire: str, scope: Scope) -> dict[str, float] | str:
+    """What it scores on a wire, which points of a study share; why, if it has nothing to read."""
+    attack, recording = kind(), _recorded(wire, scope)
     level = attack.levels[0]
-    own = attack_all(attack, recording, level, 0)[attack.metric]
-    blind = attack_all(attack, recording, level, 0, shuffled=True)[attack.metric]
+    try:
+        own = attack_all(attack, recording, level, 0)[attack.metric]
+        blind = attack_all(attack, recording, level, 0, shuffled=True)[attack.metric]
+    except NotApplicable as error:
+        return str(error)
     return {
         "found": own.value,
         "must_find": attack.finds,
         "shuffled": blind.value,
         "must_not_pass": (blind.chance or 0.0) + attack.margin,
     }
+
+
+@lru_cache(maxsize=2)
+def _recorded(wire: str, scope: Scope) -> Recording:
+    return Recorder(subject_of(from_json(wire)), scope).record()
 
 
 def _why_not(told: Mapping[str, float]) -> str:

@@ -21,8 +21,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flower_app.data.client import Batch
 from models import Part
-from simulations.audit.attack import NotApplicable, TokenAttack
-from simulations.audit.observation import EXACT, STALE, START, Crossed, Knowledge, Observation
+from simulations.audit.attack import NotApplicable, Scores, TokenAttack
+from simulations.audit.observation import (
+    EXACT,
+    STALE,
+    START,
+    Crossed,
+    Knowledge,
+    Observation,
+    Truth,
+)
 
 ITERATIONS = 60
 """Of conjugate gradients. Noise is fitted by those that would follow."""
@@ -33,7 +41,7 @@ SLIGHT = 0.05
 class Labels(TokenAttack):
     """Gradient matching at dL/dh2."""
 
-    name = "labels"
+    name = metric = "labels"
     reads = ("h2", "dL/dh2")
     levels: ClassVar[tuple[str, ...]] = (EXACT, STALE, START)
     ends = ("top",)
@@ -56,6 +64,13 @@ class Labels(TokenAttack):
     def targets(self, batch: Batch) -> Tensor:
         """The labels that count; the first token is nobody's label."""
         return batch.labels
+
+    def run(
+        self, observation: Observation, knowledge: Knowledge, truth: Truth, rng: np.random.Generator
+    ) -> Scores:
+        """See `Attack.run`; of labels, not of what is read in h1."""
+        scores = super().run(observation, knowledge, truth, rng)
+        return {name.replace("tokens", "labels"): score for name, score in scores.items()}
 
 
 def match(top: Part, crossed: Crossed) -> Tensor:

@@ -25,9 +25,9 @@ from simulations.audit.observation import EXACT, STALE, START, Crossed, Knowledg
 
 TRIED = 512
 """Candidates that are run at once."""
-SHORT_LIST = 1024
+SHORT_LIST, EXPECTED = 256, 64
 """Of a larger vocabulary so many tokens are tried first: those whose h1 is nearest behind another
-prefix."""
+prefix; and where h1 crosses with noise, so many of them are those that the model expects most."""
 BEAM = 4
 """Texts that are kept of each sequence where h1 crosses with noise, or coarsely."""
 FAR = 2.0
@@ -73,11 +73,11 @@ def search(bottom: Part, h1_BTD: Tensor, knowledge: Knowledge) -> Tensor:
     """
     B, T = h1_BTD.shape[:2]
     W = BEAM if knowledge.rough else 1
-    list_VD = _table(bottom, knowledge) if knowledge.vocabulary > SHORT_LIST else None
+    table = _table(bottom, knowledge) if knowledge.vocabulary > 4 * SHORT_LIST else None
     beam = _Beam(bottom, knowledge, B, W)
     for t in range(T):
         seen_RD = h1_BTD[:, t].repeat_interleave(W, 0)
-        tried_RK = None if list_VD is None or not t else _listed(seen_RD, list_VD)
+        tried_RK = beam.listed(seen_RD, *table) if table and t else None
         beam.go_on(seen_RD, tried_RK)
     return beam.texts()
 
@@ -105,6 +105,13 @@ class _Beam:
     def texts(self) -> Tensor:
         """The likeliest of each sequence (B, T)."""
         return self._texts_RT[:: self._W]
+
+    def listed(self, seen_RD: Tensor, list_VD: Tensor, scale_D: Tensor) -> Tensor:
+        """What to try first (R, K): what looks most like it, and what the model expects."""
+        distances_RV = torch.cdist(seen_RD / scale_D, list_VD)
+        if (expected_RE := self._expected.likeliest(EXPECTED)) is not None:
+            distances_RV = distances_RV.scatter(1, expected_RE, -1.0)
+        return distances_RV.topk(SHORT_LIST, largest=False).indices
 
     def go_on(self, seen_RD: Tensor, tried_RK: Tensor | None) -> None:
         """Find the next token of each text among those to try; None: among all."""
@@ -145,18 +152,15 @@ class _Beam:
         return torch.cat([piece.norm(dim=2) for piece in pieces], 1)
 
 
-def _table(bottom: Part, knowledge: Knowledge) -> Tensor:
-    """h1 of each token behind some text (V, D): about as it is behind any other."""
-    before = knowledge.public[0][:PREFIX]
-    ids_VT = torch.tensor([[*before, i] for i in range(knowledge.vocabulary)])
-    return torch.cat([knowledge.sent(bottom(ids)[:, -1]) for ids in ids_VT.split(1024)])
-
-
-def _listed(h1_BD: Tensor, list_VD: Tensor) -> Tensor:
-    """The tokens that look most like it (B, K), no axis being larger than others."""
+def _table(bottom: Part, knowledge: Knowledge) -> tuple[Tensor, Tensor]:
+    """h1 of each token behind some text (V, D), about as it is behind any other, no axis of it
+    larger than others; and what each axis was divided by (D,)."""
+    cache = PartCache(bottom.config, bottom.blocks)
+    bottom(torch.tensor([list(knowledge.public[0][:PREFIX])]), cache=cache)
+    pieces_1VK = torch.arange(knowledge.vocabulary)[None].split(TRIED, 1)
+    list_VD = torch.cat([knowledge.sent(_tried(bottom, cache, ids))[0] for ids in pieces_1VK])
     scale_D = list_VD.std(0)
-    distances_BV = torch.cdist(h1_BD / scale_D, list_VD / scale_D)
-    return distances_BV.topk(SHORT_LIST, largest=False).indices
+    return list_VD / scale_D, scale_D
 
 
 class Expected:
@@ -191,6 +195,12 @@ class Expected:
         """Go on with these rows, in this order."""
         for _, cache in self._rest:
             cache.keep(rows, cache.length)
+
+    def likeliest(self, count: int) -> Tensor | None:
+        """So many tokens that are expected most (B, K); None where nothing is expected."""
+        if self._expected_BV is None:
+            return None
+        return self._expected_BV.topk(count).indices
 
     def scores(self, distances_BK: Tensor, tried_BK: Tensor) -> Tensor:
         """Less is likelier (B, K): distances, or by Gaussian noise and the model's expectation."""

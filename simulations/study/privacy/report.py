@@ -10,13 +10,15 @@ from typing import Any
 from simulations.audit.observation import EXACT, PUBLIC, STALE, START
 from simulations.study.privacy.settings import NOTHING
 
-LEVELS = {
-    EXACT: "tokens: this step's ends",
-    STALE: "tokens: the round's first ends",
-    START: "tokens: the run's first ends",
-    PUBLIC: "tokens: no ends",
+COLUMNS = {
+    ("tokens", EXACT): "tokens: this step's ends",
+    ("tokens", STALE): "tokens: the round's first ends",
+    ("tokens", START): "tokens: the run's first ends",
+    ("tokens", PUBLIC): "tokens: no ends",
+    ("labels", EXACT): "labels: this step's ends",
+    ("labels", START): "labels: the run's first ends",
 }
-"""Whose ends the attacker has; the strongest attack of each counts."""
+"""What is read, and whose ends the attacker has; the strongest attack of each counts."""
 GOAL = (0.10, 0.01)
 """At most this share of tokens, for at most this much more held-out loss."""
 COLOURS = ("#222222", "#4a90c4", "#c43c39", "#8e5bb5", "#3a8f5c", "#e8a33d", "#8c6d46", "#d672b0")
@@ -33,7 +35,10 @@ def summary(runs: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """
     found: dict[str, dict[str, dict[int, Mapping[str, Any]]]] = {}
     for run in runs:
-        found.setdefault(run["model"], {}).setdefault(run["point"], {})[run["seed"]] = run
+        seeds = found.setdefault(run["model"], {}).setdefault(run["point"], {})
+        # A later line has the other attacks of the same training.
+        before = seeds.get(run["seed"], {"rows": []})
+        seeds[run["seed"]] = {**run, "rows": [*before["rows"], *run["rows"]]}
     return {
         model: {
             name: _point(by_seed, points[NOTHING.name])
@@ -56,18 +61,20 @@ def _point(
         "strength": first["strength"],
         "seeds": seeds,
         "gap": _spread(gaps),
-        "tokens": {level: _spread_of(runs, seeds, "tokens", level) for level in LEVELS},
-        "labels": _spread_of(runs, seeds, "labels", ""),
+        **{
+            metric: {
+                level: _spread_of(runs, seeds, metric, level)
+                for what, level in COLUMNS
+                if what == metric
+            }
+            for metric in ("tokens", "labels")
+        },
     }
 
 
-def strongest(rows: Sequence[Mapping[str, Any]], metric: str, level: str = "") -> float | None:
-    """The highest mean of a metric over attacks, of one knowledge or any; None if none has it."""
-    values = [
-        row["mean"]
-        for row in rows
-        if row["metric"] == metric and (not level or row["knowledge"] == level)
-    ]
+def strongest(rows: Sequence[Mapping[str, Any]], metric: str, level: str) -> float | None:
+    """The highest mean of a metric over attacks of one knowledge; None if none has it."""
+    values = [r["mean"] for r in rows if (r["metric"], r["knowledge"]) == (metric, level)]
     return max(values, default=None)
 
 
@@ -85,20 +92,21 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
 
 def in_words(run: Mapping[str, Any]) -> str:
     """A line of progress."""
-    told = {level: strongest(run["rows"], "tokens", level) for level in LEVELS}
-    tokens = ", ".join(f"{level} {value:.3f}" for level, value in told.items() if value is not None)
-    return f"held-out loss {run['loss']:.4f}; tokens {tokens or '-'}; in {run['seconds']:.0f} s"
+    told = {column: strongest(run["rows"], *column) for column in COLUMNS}
+    found = ", ".join(
+        f"{what} {level} {value:.3f}" for (what, level), value in told.items() if value is not None
+    )
+    return f"held-out loss {run['loss']:.4f}; {found or '-'}; in {run['seconds']:.0f} s"
 
 
 def table(points: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Columns and rows of one model."""
-    columns = ["defence", "more held-out loss", *LEVELS.values(), "labels", "seeds"]
+    columns = ["defence", "more held-out loss", *COLUMNS.values(), "seeds"]
     rows = [
         [
             name,
             _percent(each["gap"], sign="+"),
-            *(_percent(each["tokens"][level]) for level in LEVELS),
-            _percent(each["labels"]),
+            *(_percent(each[what][level]) for what, level in COLUMNS),
             str(len(each["seeds"])),
         ]
         for name, each in points.items()

@@ -7,11 +7,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from simulations.audit.attack import attacks as attacks_there_are
 from simulations.audit.audit import audit
 from simulations.audit.recorder import Scope
 from simulations.study.codecs.settings import Condition, parse_mix
@@ -67,11 +68,10 @@ def study_privacy(
     scope = Scope(sequences=sequences)
     for seed in seeds:
         for point in (NOTHING, *(each for each in points if each != NOTHING)):
-            if (model, point.name, seed) in {_key(run) for run in read_runs(folder)}:
+            left = _left(read_runs(folder), (model, point.name, seed), attacks)
+            if not left:
                 continue
-            line = _line(
-                model, point, seed, condition_of(point, model, path, steps), attacks, scope
-            )
+            line = _line(model, point, seed, condition_of(point, model, path, steps), left, scope)
             with (folder / "runs.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
             say(f"{model}, seed {seed}, {point.name}: {report.in_words(line)}")
@@ -103,11 +103,17 @@ def _line(
         "steps": own.steps,
         "loss": run.loss_with,
         "heldout_tokens": run.heldout_tokens,
+        "attacks": list(attacks),
         "rows": told["rows"],
         "refused": told["refused"],
         "seconds": round(run.seconds + told["seconds"], 1),
     }
 
 
-def _key(run: dict[str, Any]) -> tuple[str, str, int]:
-    return run["model"], run["point"], run["seed"]
+def _left(
+    runs: Iterable[Mapping[str, Any]], key: tuple[str, str, int], asked: Sequence[str]
+) -> list[str]:
+    """The attacks that were not yet tried on a point, of those that are asked for; none: all."""
+    own = [run for run in runs if (run["model"], run["point"], run["seed"]) == key]
+    tried = {name for run in own for name in run["attacks"]}
+    return [name for name in asked or attacks_there_are() if name not in tried]

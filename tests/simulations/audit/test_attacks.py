@@ -27,9 +27,9 @@ def attack(name: str, recording: Recording, *, who: str = SERVER, shuffled: bool
 
 def test_labels_follow_from_the_gradient_of_the_exact_top(recording: Recording) -> None:
     scores = attack("labels", recording)
-    assert scores["tokens"].value > 0.95
-    assert scores["tokens"].chance is not None
-    assert scores["tokens"].chance < 0.5
+    assert scores["labels"].value > 0.95
+    assert scores["labels"].chance is not None
+    assert scores["labels"].chance < 0.5
 
 
 def test_labels_are_of_the_gradient_and_no_guess_of_the_model(recording: Recording) -> None:

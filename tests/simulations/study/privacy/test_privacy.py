@@ -19,10 +19,11 @@ def line(point: str, seed: int, loss: float, *rows: tuple[str, str, float]) -> d
     """What `runs.jsonl` holds of a run."""
     told = [{"metric": m, "knowledge": k, "mean": value} for m, k, value in rows]
     own = {"model": "demo", "point": point, "family": point, "strength": "", "seed": seed}
-    return {**own, "loss": loss, "rows": told, "refused": {}, "seconds": 1.0}
+    return {**own, "loss": loss, "attacks": ["a"], "rows": told, "refused": {}, "seconds": 1.0}
 
 
 RUNS = [
+    line("nothing", 0, 2.0, ("tokens", EXACT, 0.3)),  # another attack of the same run
     line("nothing", 0, 2.0, ("tokens", EXACT, 1.0), ("tokens", START, 0.9), ("names", EXACT, 0.2)),
     line("nothing", 1, 4.0, ("tokens", EXACT, 0.8)),
     line("noise", 0, 2.2, ("tokens", EXACT, 0.1), ("tokens", EXACT, 0.3), ("labels", EXACT, 0.5)),
@@ -39,9 +40,9 @@ def test_the_strongest_attack_counts_and_only_seeds_with_a_base() -> None:
     assert noise["gap"] == pytest.approx({"mean": 0.05, "low": 0.0, "high": 0.1})
     assert noise["tokens"][EXACT] == pytest.approx({"mean": 0.2, "low": 0.1, "high": 0.3})
     assert noise["tokens"][START] is None
-    assert noise["labels"]["mean"] == 0.5
+    assert noise["labels"][EXACT]["mean"] == 0.5
     assert (
-        "| noise | +5.0 % (+0.0 to +10.0) | 20.0 % (10.0 to 30.0) | - | - | - | 50.0 % | 2 |"
+        "| noise | +5.0 % (+0.0 to +10.0) | 20.0 % (10.0 to 30.0) | - | - | - | 50.0 % | - | 2 |"
         in (markdown(summary(RUNS)))
     )
 
@@ -74,6 +75,8 @@ def test_a_study_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.Monkey
     for seeds in ([0], [0, 1]):
         study.study_privacy("demo", POINTS[:5], seeds, tmp_path, say=lambda line: None)
     assert len(trained) == len(set(trained)) + 2 * 3 == 10  # codecs have no overrides
+    study.study_privacy("demo", [], [0], tmp_path, attacks=["a new one"], say=lambda line: None)
+    assert len(trained) == 11
     assert (tmp_path / "privacy.png").stat().st_size > 5000
     plot({}, tmp_path / "nothing.png")
     assert not (tmp_path / "nothing.png").exists()
