@@ -42,7 +42,8 @@ def calibrate_all(
     told, refused = {}, {}
     for attack in attacks:
         wire, scope = attack.planted(replace(undefended(config), seed=0), PLANTED)
-        one = _calibrate(type(attack), to_json(wire), scope)
+        kind: Callable[[], Attack] = type(attack)
+        one = _calibrate(kind, to_json(wire), scope)
         if isinstance(one, str):
             refused[attack.name] = one
             continue
@@ -64,7 +65,7 @@ def undefended(config: Config) -> Config:
 
 
 @lru_cache(maxsize=64)
-def _calibrate(kind: type[Attack], wire: str, scope: Scope) -> dict[str, float] | str:
+def _calibrate(kind: Callable[[], Attack], wire: str, scope: Scope) -> dict[str, float] | str:
     """What it scores on a wire, which points of a study share; why, if it has nothing to read."""
     attack, recording = kind(), _recorded(wire, scope)
     level = attack.levels[0]

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from conf.schema import Config
 from flower_app.data.client import IGNORED, Batch
 from simulations.audit.attack import NotApplicable, Scores, find_attacks
+from simulations.audit.attacks import search
 from simulations.audit.attacks.labels import match
 from simulations.audit.calibrate import attack_all
 from simulations.audit.observation import CLIENT, EXACT, SERVER
@@ -179,3 +182,25 @@ def test_a_learned_inverter_reads_the_bottom_that_it_learned_from(
     recording = record(small(), Scope(clients=1, warm=0, steps=1, sequences=2))
     assert attack("inverter", recording)["tokens"].value > 0.6
     assert attack("inverter", recording, shuffled=True)["tokens"].value < 0.4
+
+
+def test_a_large_vocabulary_is_searched_by_a_short_list_and_whole_where_that_fails(
+    recording: Recording, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[int] = []
+    distances = search._Beam._distances
+
+    def counted(self: Any, seen_RD: Tensor, tried_RK: Tensor) -> Tensor:
+        tried.append(tried_RK.shape[1])
+        return distances(self, seen_RD, tried_RK)
+
+    monkeypatch.setattr(search, "SHORT_LIST", 24)
+    monkeypatch.setattr(search._Beam, "_distances", counted)
+    assert attack("search", recording)["tokens"].value > 0.99
+    assert sum(count == 24 for count in tried) > 0.6 * len(tried)
+    tried.clear()
+    monkeypatch.setattr(
+        search._Beam, "listed", lambda self, seen, *table: torch.zeros(len(seen), 24, dtype=int)
+    )
+    assert attack("search", recording)["tokens"].value > 0.99
+    assert sum(count == 259 for count in tried) > 0.4 * len(tried)
