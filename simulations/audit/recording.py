@@ -9,6 +9,7 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from conf.schema import Config
 from flower_app.data.client import IGNORED, Example, batches, load_tokenizer
@@ -117,12 +118,11 @@ class Recording:
         bottom, top = self._foreign if level == PUBLIC else self._ends(states[level])
         observation = client.observation
         sent, noise = as_sent(observation.config.privacy, bottom, observation.crossed, self.public)
-        tokenizer = load_tokenizer(self.config.model)
         return Knowledge(
             level=level,
             ends=lambda crossed: (bottom, top),
             loss=self._loss,
-            tokenizer=tokenizer,
+            tokenizer=self.tokenizer,
             vocabulary=self.vocabulary,
             public=self.public,
             sent=sent,
@@ -132,17 +132,21 @@ class Recording:
         )
 
     @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's, which takes long to read out of a .gguf file."""
+        return load_tokenizer(self.config.model)
+
+    @cached_property
     def vocabulary(self) -> int:
         """How many ids a text may have: those of the tokenizer that the model embeds."""
         assert self.parts is not None
         own = self.parts.bottom.config.get_text_config(decoder=True).vocab_size
-        return min(len(load_tokenizer(self.config.model)), own)
+        return min(len(self.tokenizer), own)
 
     @cached_property
     def public(self) -> list[list[int]]:
         """Public text as ids."""
-        tokenizer = load_tokenizer(self.config.model)
-        return public_ids(tokenizer, self.config.data.context, PUBLIC_TEXTS, self.vocabulary)
+        return public_ids(self.tokenizer, self.config.data.context, PUBLIC_TEXTS, self.vocabulary)
 
     @torch.no_grad()
     def _loss(self, ends: State, trunk: State, examples: Sequence[Example]) -> Tensor:
