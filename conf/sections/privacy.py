@@ -44,7 +44,19 @@ class PrivacyConfig(Section):
     weight: float = setting(0.1, rules.NOT_NEGATIVE)
     """nopeek: of the distance correlation of h1 and the tokens' embeddings, beside the loss."""
 
+    perturb: float = setting(0.0, rules.NOT_NEGATIVE)
+    """Standard deviation of a vector that each token's embedding is given at the clients, made of
+    the site key and the same in all rounds; in multiples of the model's `initializer_range`. For
+    `ends=masked`."""
+
     def _check_together(self) -> None:
+        if self.perturb and self.ends != "masked":
+            raise ConfigError(
+                f"privacy.perturb={self.perturb:g} is made of the sites' key, and the server sees "
+                f"through it in the ends of privacy.ends={self.ends}: set privacy.ends=masked, or "
+                "privacy.perturb=0",
+                key="privacy.perturb",
+            )
         for name in ("clip", "noise", "clip_gradient", "noise_gradient"):
             if getattr(self, name) and self.defence != "gaussian":
                 raise ConfigError(

@@ -26,6 +26,7 @@ from flower_app.client.masked import hide, reveal
 from flower_app.client.node import client_name, own_config, private_key, public_key
 from flower_app.client.noisy import noisy_ends
 from flower_app.client.own import OwnEnds, site_folder
+from flower_app.client.perturbed import perturb
 from flower_app.client.place import Place
 from flower_app.client.received import read_message
 from flower_app.client.remembered import load_cache, save_cache
@@ -139,6 +140,8 @@ class Site:
             self.bridge = Regression(own)
         elif bridge:
             raise ValueError("the server sends a bridge, and this run has none (train.bridge=0)")
+        if self._key is not None:
+            perturb(bottom, self._key, self.config.privacy.perturb)
         defend(bottom, top, self._defence())
         return bottom, top
 

@@ -34,6 +34,8 @@ class SiteKey:
         self._secret = secret
         self.check = self._derive(b"graft site key: check", CHECK_BYTES)
         """Alike where the key is; a hash of 256 random bits tells nothing of them."""
+        self.of_embedding = self._derive(b"graft site key: embedding", KEY_BYTES)
+        """What the perturbation of the embedding is made of."""
 
     def mask(self, nonce: bytes, name: str, count: int) -> np.ndarray[Any, np.dtype[np.int64]]:
         """The mask of a tensor: (count,) uniform int64.

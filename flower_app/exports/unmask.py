@@ -8,9 +8,10 @@ from safetensors.torch import load_file
 
 from conf.load import load_config
 from flower_app.client.masked import reveal
+from flower_app.client.perturbed import fold
 from flower_app.client.site_key import read_site_key
 from flower_app.data.tokenizer import load_tokenizer
-from flower_app.export import export_model
+from flower_app.export import assemble, export_model
 from flower_app.runs.folders import COMMON, MASKED
 from flower_app.serving.source import find_run_folder
 from strategies.aggregate.masked import take_masked
@@ -43,6 +44,14 @@ def unmask(text: str, key: Path, to: Path) -> Path:
         raise ValueError(f"{to} is there already: take another --to")
     found, _ = take_masked(load_file(run / MASKED))
     assert found is not None
-    state = {**load_file(run / COMMON), **reveal(found, read_site_key(key))}
+    site = read_site_key(key)
+    state = {**load_file(run / COMMON), **reveal(found, site)}
     config = load_config(str(run / "config.yaml"))
-    return export_model(config, state, load_tokenizer(config.model), to)
+    tokenizer = load_tokenizer(config.model)
+    if not config.privacy.perturb:
+        return export_model(config, state, tokenizer, to)
+    whole = assemble(config, state)  # no adapter holds it
+    fold(whole, site, config.privacy.perturb)
+    whole.save_pretrained(to)
+    tokenizer.save_pretrained(to)
+    return to

@@ -20,8 +20,10 @@ from flower_app.client import streamed
 from flower_app.client.defences.defence import defend
 from flower_app.client.defences.registry import make_defence
 from flower_app.client.noisy import noisy_ends
+from flower_app.client.perturbed import perturb
 from flower_app.client.place import Place
 from flower_app.client.plan import Plan, padding_id
+from flower_app.client.site_key import KEY_BYTES, SiteKey
 from flower_app.data.client import Batch, ClientData, Example, load_client_data, load_tokenizer
 from models import client_state, load_client_state, named_trainable, trainable_state
 from simulations.audit.observation import Canary, Crossed, Observation, Truth
@@ -54,6 +56,7 @@ class Recorder:
         self.config, self.scope = replace(config, train=alone(config.train)), scope
         self.common_step = config.train.sync == "step"
         self.tokenizer = load_tokenizer(config.model)
+        self.site_key = SiteKey(secrets.token_bytes(KEY_BYTES))
         self.parts, self.first = subject.parts(), subject.first()
         self.engine = TrunkEngine(
             self.parts.trunk,
@@ -119,6 +122,7 @@ class Recorder:
         bottom, top = copy.deepcopy((self.parts.bottom, self.parts.top))
         load_client_state(bottom, top, self.state)
         secret = secrets.token_bytes(32)
+        perturb(bottom, self.site_key, config.privacy.perturb)
         defend(bottom, top, make_defence(config.privacy, secret))
         place = Place(seed=config.seed, client=name, round=number, rounds=self._rounds(number))
         planted = [_canary(repeats, index, config.seed) for repeats in canaries]
