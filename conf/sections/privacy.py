@@ -45,9 +45,9 @@ class PrivacyConfig(Section):
     """nopeek: of the distance correlation of h1 and the tokens' embeddings, beside the loss."""
 
     perturb: float = setting(0.0, rules.NOT_NEGATIVE)
-    """Standard deviation of a vector that each token's embedding is given at the clients, made of
-    the site key and the same in all rounds; in multiples of the model's `initializer_range`. For
-    `ends=masked`."""
+    """Standard deviation of vectors that each token's embedding and row of the head are given at
+    the clients, made of the site key and the same in all rounds; in multiples of the model's
+    `initializer_range`. For `ends=masked`."""
 
     def _check_together(self) -> None:
         if self.perturb and self.ends != "masked":

@@ -1,4 +1,4 @@
-"""A frozen perturbation of the input embedding, which only sites with the key can foretell.
+"""A frozen perturbation of the embedding and the head, which only sites with the key can foretell.
 
 Shapes: V vocabulary, D hidden size, B sequences, T tokens.
 """
@@ -10,47 +10,59 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from flower_app.client.defences._normal import normal
 from flower_app.client.site_key import SiteKey
 from models import Part
 
+EMBEDDING, HEAD = "embedding", "head"
 _HELD = "graft_perturbed"
 
 
-def perturb(bottom: Part, key: SiteKey, strength: float) -> None:
-    """Let a client's bottom add each token's own vector to its embedding.
+def perturb(bottom: Part, top: Part, key: SiteKey, strength: float) -> None:
+    """Let a client's ends add each token's own vectors to its embedding and to its row of the head.
 
     The vectors are the same at all sites with the key and in all rounds, and are not trained. What
-    perturbed the bottom before does so no more.
+    perturbed these parts before does so no more.
 
     Parameters
     ----------
-    bottom : Part
+    bottom, top : Part
         The client's.
     key : SiteKey
         Of the sites.
     strength : float
         Standard deviation of each element, in multiples of the model's `initializer_range`; 0:
         nothing is added.
+
+    Raises
+    ------
+    ValueError
+        If the model cannot have it.
     """
-    if (handle := getattr(bottom, _HELD, None)) is not None:
-        handle.remove()
-        object.__delattr__(bottom, _HELD)
+    for part in (bottom, top):
+        if (handle := getattr(part, _HELD, None)) is not None:
+            handle.remove()
+            object.__delattr__(part, _HELD)
     if not strength:
         return
-    embedding = bottom.model.get_input_embeddings()
-    table_VD = perturbation(bottom.model, key, strength)
+    embedding_VD = perturbation(bottom.model, key, strength, EMBEDDING)
+    head_VD = perturbation(top.model, key, strength, HEAD)
 
-    def out(module: nn.Module, args: Any, embedded_BTD: Tensor) -> Tensor:
-        return embedded_BTD + table_VD[args[0].cpu()].to(embedded_BTD)
+    def embedded(module: nn.Module, args: Any, out_BTD: Tensor) -> Tensor:
+        return out_BTD + embedding_VD[args[0].cpu()].to(out_BTD)
 
-    object.__setattr__(bottom, _HELD, embedding.register_forward_hook(out))
+    def told(module: nn.Module, args: Any, out_BTV: Tensor) -> Tensor:
+        return out_BTV + args[0] @ head_VD.to(args[0]).T
+
+    _hold(bottom, _module(bottom.model, EMBEDDING).register_forward_hook(embedded))
+    _hold(top, _module(top.model, HEAD).register_forward_hook(told))
 
 
-def perturbation(model: PreTrainedModel, key: SiteKey, strength: float) -> Tensor:
-    """The vector (V, D) of each token, fp32.
+def perturbation(model: PreTrainedModel, key: SiteKey, strength: float, where: str) -> Tensor:
+    """The vector (V, D) of each token in the `EMBEDDING` or the `HEAD`, fp32.
 
     Raises
     ------
@@ -64,23 +76,40 @@ def perturbation(model: PreTrainedModel, key: SiteKey, strength: float) -> Tenso
             f"privacy.perturb={strength:g} is in multiples of initializer_range, which the "
             f"configuration of {config.model_type} does not have: set privacy.perturb=0"
         )
-    shape = model.get_input_embeddings().weight.shape
-    return strength * float(unit) * _table(key.of_embedding, torch.Size(shape))
+    shape = _module(model, where).weight.shape
+    return strength * float(unit) * _table(key.of_perturbation(where), shape)
 
 
 def fold(whole: PreTrainedModel, key: SiteKey, strength: float) -> None:
-    """Add the perturbation to a whole model's input embedding; a head that was tied to it stays as
-    it was, and is tied no more."""
-    embedding, head = whole.get_input_embeddings(), whole.get_output_embeddings()
-    weight_VD = embedding.weight.detach()
-    if head is not None and head.weight is embedding.weight:
-        head.weight = nn.Parameter(weight_VD.clone())
-        whole.config.tie_word_embeddings = False
-        whole.config.get_text_config(decoder=True).tie_word_embeddings = False
-    table_VD = perturbation(whole, key, strength).to(weight_VD)
-    embedding.weight = nn.Parameter(weight_VD + table_VD)
+    """Add the perturbation to a whole model's weights; a head that was tied to the embedding is
+    tied no more."""
+    for where in (EMBEDDING, HEAD):
+        module = _module(whole, where)
+        weight_VD = module.weight.detach()
+        table_VD = perturbation(whole, key, strength, where).to(weight_VD)
+        module.weight = nn.Parameter(weight_VD + table_VD)
+    for config in (whole.config, whole.config.get_text_config(decoder=True)):
+        config.tie_word_embeddings = False
 
 
-@lru_cache(maxsize=1)
+def _module(model: PreTrainedModel, where: str) -> nn.Module:
+    """The embedding or the head, if its weight is all there is to it."""
+    module = model.get_input_embeddings() if where == EMBEDDING else model.get_output_embeddings()
+    ids_2 = torch.arange(2)
+    if where == HEAD and isinstance(module, nn.Linear):
+        return module
+    if where == EMBEDDING and torch.equal(module.forward(ids_2), module.weight[ids_2]):
+        return module
+    raise ValueError(
+        f"privacy.perturb adds to a row of each token, and the {where} of {type(model).__name__} "
+        f"({type(module).__name__}) is more than that, or none: set privacy.perturb=0"
+    )
+
+
+def _hold(part: Part, handle: RemovableHandle) -> None:
+    object.__setattr__(part, _HELD, handle)
+
+
+@lru_cache(maxsize=2)
 def _table(key: bytes, shape: torch.Size) -> Tensor:
     return normal(key, shape)

@@ -141,7 +141,7 @@ class Site:
         elif bridge:
             raise ValueError("the server sends a bridge, and this run has none (train.bridge=0)")
         if self._key is not None:
-            perturb(bottom, self._key, self.config.privacy.perturb)
+            perturb(bottom, top, self._key, self.config.privacy.perturb)
         defend(bottom, top, self._defence())
         return bottom, top
 

@@ -34,8 +34,6 @@ class SiteKey:
         self._secret = secret
         self.check = self._derive(b"graft site key: check", CHECK_BYTES)
         """Alike where the key is; a hash of 256 random bits tells nothing of them."""
-        self.of_embedding = self._derive(b"graft site key: embedding", KEY_BYTES)
-        """What the perturbation of the embedding is made of."""
 
     def mask(self, nonce: bytes, name: str, count: int) -> np.ndarray[Any, np.dtype[np.int64]]:
         """The mask of a tensor: (count,) uniform int64.
@@ -46,6 +44,10 @@ class SiteKey:
         key = self._derive(b"graft site key: mask " + nonce + name.encode(), KEY_BYTES)
         stream = Cipher(algorithms.AES256(key), modes.CTR(bytes(16))).encryptor()
         return np.frombuffer(stream.update(bytes(8 * count)), dtype="<i8")
+
+    def of_perturbation(self, where: str) -> bytes:
+        """What the perturbation of the embedding or the head is made of."""
+        return self._derive(b"graft site key: perturbation " + where.encode(), KEY_BYTES)
 
     def _derive(self, info: bytes, length: int) -> bytes:
         return HKDF(algorithm=SHA256(), length=length, salt=None, info=info).derive(self._secret)

@@ -122,7 +122,7 @@ class Recorder:
         bottom, top = copy.deepcopy((self.parts.bottom, self.parts.top))
         load_client_state(bottom, top, self.state)
         secret = secrets.token_bytes(32)
-        perturb(bottom, self.site_key, config.privacy.perturb)
+        perturb(bottom, top, self.site_key, config.privacy.perturb)
         defend(bottom, top, make_defence(config.privacy, secret))
         place = Place(seed=config.seed, client=name, round=number, rounds=self._rounds(number))
         planted = [_canary(repeats, index, config.seed) for repeats in canaries]

@@ -7,36 +7,46 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from conf.rules import ConfigError
 from flower_app.build import build_client
-from flower_app.client.perturbed import fold, perturb, perturbation
+from flower_app.client.perturbed import EMBEDDING, HEAD, fold, perturb, perturbation
 from flower_app.client.site_key import SiteKey, read_site_key
 from flower_app.exports.unmask import unmask
-from models import Cut, build_scratch, split
+from models import Cut, Parts, build_scratch, split
 from tests.flower_app import test_app
 from tests.flower_app.test_masked import EXACT, _flower_task, grid_of, key  # noqa: F401
+
+
+def through(parts: Parts, ids_BT: Tensor) -> Tensor:
+    """Logits (B, T, V) of all three."""
+    logits_BTV: Tensor = parts.top(parts.trunk(parts.bottom(ids_BT)))
+    return logits_BTV
 
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_it_is_what_the_folded_model_computes(tied: bool, tmp_path: Path) -> None:
     config = test_app.tiny_config(tmp_path)
     whole = build_scratch({**config.model.scratch, "tie_word_embeddings": tied}, seed=3).eval()
-    bottom = split(whole, Cut(1, 1)).bottom
+    parts = split(whole, Cut(1, 1))
     ids_BT = torch.arange(12).reshape(2, 6)
-    plain_BTV, own = whole(ids_BT).logits, SiteKey(bytes(32))
-    plain_BTD = bottom(ids_BT)
-    perturb(bottom, own, 2.0)
-    perturb(bottom, own, 2.0)  # once, however often it is asked for
-    perturbed_BTD = bottom(ids_BT)
-    table_VD = perturbation(bottom.model, own, 2.0)
-    assert float(table_VD.std()) == pytest.approx(2 * bottom.config.initializer_range, rel=0.05)
-    assert not torch.equal(table_VD, perturbation(bottom.model, SiteKey(bytes([1]) * 32), 2.0))
-    perturb(bottom, own, 0.0)
-    assert torch.equal(bottom(ids_BT), plain_BTD)
+    own, plain_BTV = SiteKey(bytes(32)), through(parts, ids_BT)
+    for _ in range(2):  # once, however often it is asked for
+        perturb(parts.bottom, parts.top, own, 2.0)
+    perturbed_BTV = through(parts, ids_BT)
+    embedding_VD = perturbation(parts.bottom.model, own, 2.0, EMBEDDING)
+    head_VD = perturbation(parts.top.model, own, 2.0, HEAD)
+    unit = parts.bottom.config.initializer_range
+    assert float(embedding_VD.std()) == pytest.approx(2 * unit, rel=0.05)
+    assert float((embedding_VD * head_VD).mean()) == pytest.approx(0.0, abs=0.1 * unit**2)
+    other_VD = perturbation(parts.top.model, SiteKey(bytes([1]) * 32), 2.0, HEAD)
+    assert not torch.allclose(other_VD, head_VD, atol=unit)
+    perturb(parts.bottom, parts.top, own, 0.0)
+    assert torch.equal(through(parts, ids_BT), plain_BTV)
     fold(whole, own, 2.0)
-    assert torch.equal(split(whole, Cut(1, 1)).bottom(ids_BT), perturbed_BTD)
+    assert torch.allclose(whole(ids_BT).logits, perturbed_BTV, atol=1e-6)
     whole.save_pretrained(tmp_path / "folded")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "folded")
     assert torch.allclose(again(ids_BT).logits, whole(ids_BT).logits, atol=1e-6)
@@ -72,17 +82,29 @@ def test_a_perturbed_run_is_a_plain_one_of_the_folded_model(
     made = unmask(str(runs["privacy.ends=masked privacy.perturb=3"][0]), key, tmp_path / "model")
     found = load_file(made / "model.safetensors")
     folded = load_file(tmp_path / "folded" / "model.safetensors")
-    assert torch.allclose(
-        found["model.embed_tokens.weight"], folded["model.embed_tokens.weight"], atol=1e-6
-    )
     assert found.keys() == folded.keys()
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        assert torch.allclose(found[name], folded[name], atol=1e-6)
 
 
 def test_a_key_that_the_server_sees_through_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="set privacy.ends=masked"):
         test_app.tiny_config(tmp_path, "privacy.perturb=1")
     config = test_app.tiny_config(tmp_path)
-    bottom, _ = build_client(config)
+    bottom, top = build_client(config)
     bottom.config.initializer_range = 0.0
     with pytest.raises(ValueError, match=r"privacy.perturb=1 is in multiples of initializer_range"):
-        perturb(bottom, SiteKey(bytes(32)), 1.0)
+        perturb(bottom, top, SiteKey(bytes(32)), 1.0)
+
+
+def test_an_embedding_that_does_more_than_look_up_is_refused(tmp_path: Path) -> None:
+    """Gemma's multiplies: what is folded would not be what was trained with."""
+    bottom, top = build_client(test_app.tiny_config(tmp_path))
+
+    class Scaled(torch.nn.Embedding):
+        def forward(self, ids: Tensor) -> Tensor:
+            return 2.0 * super().forward(ids)
+
+    bottom.model.set_input_embeddings(Scaled(259, bottom.config.hidden_size))
+    with pytest.raises(ValueError, match=r"the embedding of \w+ \(Scaled\) is more than that"):
+        perturb(bottom, top, SiteKey(bytes(32)), 1.0)
