@@ -54,7 +54,9 @@ class SiteKey:
 
 
 def new_site_key(path: Path) -> None:
-    """Write a new key to a file that only its owner reads; `FileExistsError` if it is there."""
+    """Write a new key to a file that only its owner reads, and its folder, if there is none;
+    `FileExistsError` if the file is there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
     with os.fdopen(os.open(path, flags, 0o600), "w", encoding="ascii") as file:
         file.write(f"{secrets.token_hex(KEY_BYTES)}\n")

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from simulations.audit.observation import EXACT, PUBLIC, STALE, START
+from simulations.audit.observation import EXACT, LEVELS, PUBLIC, STALE, START
 from simulations.study.privacy.settings import NOTHING
 
 COLUMNS = {
@@ -73,8 +73,10 @@ def _point(
 
 
 def strongest(rows: Sequence[Mapping[str, Any]], metric: str, level: str) -> float | None:
-    """The highest mean of a metric over attacks of one knowledge; None if none has it."""
-    values = [r["mean"] for r in rows if (r["metric"], r["knowledge"]) == (metric, level)]
+    """The highest mean of a metric over attacks of a knowledge or of less, which who has it has,
+    too; None if none has the metric."""
+    has = LEVELS[LEVELS.index(level) :]
+    values = [r["mean"] for r in rows if r["metric"] == metric and r["knowledge"] in has]
     return max(values, default=None)
 
 

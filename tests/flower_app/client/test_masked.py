@@ -88,7 +88,7 @@ def test_a_sum_that_is_none_is_refused() -> None:
 
 
 def test_the_command_makes_a_key_that_only_its_owner_reads(tmp_path: Path) -> None:
-    file = tmp_path / "key"
+    file = tmp_path / "new" / "key"
     result = CliRunner().invoke(app, ["site-key", "new", str(file)])
     assert result.exit_code == 0, result.output
     key = read_site_key(file)

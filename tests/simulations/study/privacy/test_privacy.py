@@ -9,7 +9,7 @@ import pytest
 
 from conf.load import load_config
 from flower_app.check import check_names
-from simulations.audit.observation import EXACT, START
+from simulations.audit.observation import EXACT, PUBLIC, START
 from simulations.study.privacy import study
 from simulations.study.privacy.report import markdown, plot, summary
 from simulations.study.privacy.settings import NOTHING, POINTS, condition_of
@@ -27,7 +27,7 @@ RUNS = [
     line("nothing", 0, 2.0, ("tokens", EXACT, 1.0), ("tokens", START, 0.9), ("names", EXACT, 0.2)),
     line("nothing", 1, 4.0, ("tokens", EXACT, 0.8)),
     line("noise", 0, 2.2, ("tokens", EXACT, 0.1), ("tokens", EXACT, 0.3), ("labels", EXACT, 0.5)),
-    line("noise", 1, 4.0, ("tokens", EXACT, 0.1)),
+    line("noise", 1, 4.0, ("tokens", EXACT, 0.1), ("tokens", PUBLIC, 0.05)),
     line("noise", 7, 9.0, ("tokens", EXACT, 1.0)),
 ]
 
@@ -39,12 +39,11 @@ def test_the_strongest_attack_counts_and_only_seeds_with_a_base() -> None:
     assert noise["seeds"] == [0, 1]
     assert noise["gap"] == pytest.approx({"mean": 0.05, "low": 0.0, "high": 0.1})
     assert noise["tokens"][EXACT] == pytest.approx({"mean": 0.2, "low": 0.1, "high": 0.3})
-    assert noise["tokens"][START] is None
+    assert noise["tokens"][START]["mean"] == 0.05, "who knows more has what who knows less has"
+    assert found["nothing"]["tokens"][PUBLIC] is None
     assert noise["labels"][EXACT]["mean"] == 0.5
-    assert (
-        "| noise | +5.0 % (+0.0 to +10.0) | 20.0 % (10.0 to 30.0) | - | - | - | 50.0 % | - | 2 |"
-        in (markdown(summary(RUNS)))
-    )
+    row = "| noise | +5.0 % (+0.0 to +10.0) | 20.0 % (10.0 to 30.0) |" + 3 * " 5.0 % |"
+    assert f"{row} 50.0 % | - | 2 |" in markdown(summary(RUNS))
 
 
 def test_every_point_is_a_configuration_that_can_run() -> None:
