@@ -42,7 +42,10 @@ def test_each_client_is_told_apart(transport: str, tmp_path: Path) -> None:
             assert own[0]["loss"] != own[1]["loss"]
             assert all(each["peak-memory-mb"] > 50 for each in own)
             known = [p for p in PHASES if (transport, p) != ("messages", "network")]
-            assert all(each[f"seconds-{phase}"] > 0 for each in own for phase in known)
+            # Of a step as short as these the network may take less than the clock can tell.
+            least = {"network": 0.0}
+            told_of = [(phase, each[f"seconds-{phase}"]) for each in own for phase in known]
+            assert all(s >= least.get(phase, 1e-9) for phase, s in told_of), told_of
         steps = [r for r in records if (r["kind"], r["round"]) == ("step", done["round"])]
         for step in steps:
             assert told[step["client"]]["train"]["num-steps"] == len(steps) / 2
