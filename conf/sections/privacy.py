@@ -43,7 +43,6 @@ class PrivacyConfig(Section):
     """At which epsilon is stated."""
     weight: float = setting(0.1, rules.NOT_NEGATIVE)
     """nopeek: of the distance correlation of h1 and the tokens' embeddings, beside the loss."""
-
     perturb: float = setting(0.0, rules.NOT_NEGATIVE)
     """Standard deviation of vectors that each token's embedding and row of the head are given at
     the clients, made of the site key and the same in all rounds; in multiples of the model's

@@ -48,17 +48,19 @@ def perturb(bottom: Part, top: Part, key: SiteKey, strength: float) -> None:
             object.__delattr__(part, _HELD)
     if not strength:
         return
-    embedding_VD = perturbation(bottom.model, key, strength, EMBEDDING)
-    head_VD = perturbation(top.model, key, strength, HEAD)
+    embedding, head = _module(bottom.model, EMBEDDING), _module(top.model, HEAD)
+    # Once where the weights are: not in each step.
+    embedding_VD = perturbation(bottom.model, key, strength, EMBEDDING).to(embedding.weight)
+    head_VD = perturbation(top.model, key, strength, HEAD).to(head.weight)
 
     def embedded(module: nn.Module, args: Any, out_BTD: Tensor) -> Tensor:
-        return out_BTD + embedding_VD[args[0].cpu()].to(out_BTD)
+        return out_BTD + embedding_VD[args[0]].to(out_BTD)
 
     def told(module: nn.Module, args: Any, out_BTV: Tensor) -> Tensor:
         return out_BTV + args[0] @ head_VD.to(args[0]).T
 
-    _hold(bottom, _module(bottom.model, EMBEDDING).register_forward_hook(embedded))
-    _hold(top, _module(top.model, HEAD).register_forward_hook(told))
+    _hold(bottom, embedding.register_forward_hook(embedded))
+    _hold(top, head.register_forward_hook(told))
 
 
 def perturbation(model: PreTrainedModel, key: SiteKey, strength: float, where: str) -> Tensor:

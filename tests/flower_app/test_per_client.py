@@ -42,7 +42,8 @@ def test_each_client_is_told_apart(transport: str, tmp_path: Path) -> None:
             assert own[0]["loss"] != own[1]["loss"]
             assert all(each["peak-memory-mb"] > 50 for each in own)
             known = [p for p in PHASES if (transport, p) != ("messages", "network")]
-            # Of a step as short as these the network may take less than the clock can tell.
+            # What is left for it: nothing, where the trunk works on one micro-batch while the ends
+            # work on another.
             least = {"network": 0.0}
             told_of = [(phase, each[f"seconds-{phase}"]) for each in own for phase in known]
             assert all(s >= least.get(phase, 1e-9) for phase, s in told_of), told_of

@@ -83,13 +83,8 @@ def match(top: Part, crossed: Crossed) -> Tensor:
     crossed : Crossed
         With h2 and dL/dh2.
     """
-    assert crossed.grad_h2_BTD is not None
-    h2_BTD = _leaf(crossed)
-    with sdpa_kernel(SDPBackend.MATH):  # the others have no second derivative
-        hidden_BTD, logits_BTV, weight_VD = _run(top, h2_BTD, crossed.mask_BT)
-        system = _System(h2_BTD, hidden_BTD)
-        z_BTD = system.solve(crossed.grad_h2_BTD * max(1, crossed.tokens))
-        lost_BTKD = system.lost()
+    system, z_BTD, logits_BTV, weight_VD = _solved(top, crossed)
+    lost_BTKD = system.lost()
     prediction_BTV = logits_BTV.detach().float().softmax(-1)
     wanted_BTD = prediction_BTV @ weight_VD - z_BTD
     squares_BTV = torch.cdist(wanted_BTD, weight_VD).square()
@@ -101,11 +96,18 @@ def match(top: Part, crossed: Crossed) -> Tensor:
 
 def head_gradients(top: Part, crossed: Crossed) -> Tensor:
     """The gradient at the head's input (B, T, D) that explains dL/dh2 best, times the tokens."""
+    return _solved(top, crossed)[1]
+
+
+def _solved(top: Part, crossed: Crossed) -> tuple[_System, Tensor, Tensor, Tensor]:
+    """The system of a micro-batch, its solution z, and the head's output and weight."""
     assert crossed.grad_h2_BTD is not None
     h2_BTD = _leaf(crossed)
-    with sdpa_kernel(SDPBackend.MATH):
-        hidden_BTD, _, _ = _run(top, h2_BTD, crossed.mask_BT)
-        return _System(h2_BTD, hidden_BTD).solve(crossed.grad_h2_BTD * max(1, crossed.tokens))
+    with sdpa_kernel(SDPBackend.MATH):  # the others have no second derivative
+        hidden_BTD, logits_BTV, weight_VD = _run(top, h2_BTD, crossed.mask_BT)
+        system = _System(h2_BTD, hidden_BTD)
+        z_BTD = system.solve(crossed.grad_h2_BTD * max(1, crossed.tokens))
+    return system, z_BTD, logits_BTV, weight_VD
 
 
 def _leaf(crossed: Crossed) -> Tensor:
