@@ -70,6 +70,11 @@ class Part(nn.Module):
                 return parameter.dtype
         return torch.float32
 
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are."""
+        return next(self.parameters()).device
+
     def forward(
         self,
         x: Tensor,

@@ -47,7 +47,7 @@ def as_sent(
     noise = config.noise * config.clip
     if config.unit == "token":
         return lambda h_BTD: _clipped(h_BTD, config.clip), noise
-    with torch.no_grad():
+    with torch.no_grad(), bottom.device:
         h_BTD = bottom(torch.tensor([list(text) for text in public[:8]]))
     share = float((config.clip / h_BTD.flatten(1).norm(dim=1)).mean().clamp_max(1.0))
     return lambda h_BTD: h_BTD * share, noise

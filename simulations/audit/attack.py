@@ -6,7 +6,7 @@ Shapes: B sequences, T tokens.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
@@ -106,7 +106,10 @@ class TokenAttack(Attack):
         self, observation: Observation, knowledge: Knowledge, truth: Truth, rng: np.random.Generator
     ) -> Scores:
         """See `Attack.run`."""
-        guesses = self.guess(observation, knowledge, rng)
+        crossed = [each.to(knowledge.device) for each in observation.crossed]
+        with knowledge.device:  # what an attack makes is there, too
+            guesses = self.guess(replace(observation, crossed=crossed), knowledge, rng)
+        guesses = [guess_BT.cpu() for guess_BT in guesses]
         targets = [self.targets(batch) for batch in truth.batches]
         scored = list(_scored(guesses, targets, [batch.labels for batch in truth.batches]))
         return score_tokens(scored, knowledge, prompted=any(map(_prompted, truth.batches)))

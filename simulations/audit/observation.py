@@ -6,8 +6,9 @@ Shapes: B sequences, T tokens, D hidden size.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -44,6 +45,11 @@ class Crossed:
     tokens: int = 0
     """That count in the whole step, as the client says."""
 
+    def to(self, device: torch.device) -> Crossed:
+        """The same on a device; as it is recorded it is on the CPU."""
+        moved = {n: v.to(device) for n, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **moved)
+
 
 @dataclass(eq=False, kw_only=True)
 class Observation:
@@ -52,7 +58,9 @@ class Observation:
     config: Config
     client: str
     crossed: Sequence[Crossed]
-    """Nothing, where a client looks."""
+    """What is attacked: of the last step. Nothing, where a client looks."""
+    heard: Sequence[Crossed] = ()
+    """h1 of all steps of the round, whole. Nothing, where a client looks."""
     start: State
     """The averaged ends that the round began with; empty where they stay with their clients."""
     end: State
@@ -115,5 +123,7 @@ class Knowledge:
     """Deviation of the noise that the defence adds to each element of h1."""
     rough: bool = False
     """Whether h1 is no longer what the bottom gave out, by noise or by rounding that shows."""
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    """Where parts are, and what is guessed is computed."""
     trunk: Part | None = None
     """The server's own. With the ends it is a language model, which says what a text may say."""

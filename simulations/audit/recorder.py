@@ -139,7 +139,7 @@ class Recorder:
         def after(step: int) -> None:
             if self.common_step and step == steps - 1:
                 both = named_trainable(bottom, top).items()
-                gradients.update({n: p.grad.clone() for n, p in both if p.grad is not None})
+                gradients.update(_copied({n: p.grad for n, p in both if p.grad is not None}))
 
         session = self.engine.open(name, client=name, steps=steps)
         link = TappedLink(config.link, session, before, after)
@@ -151,6 +151,7 @@ class Recorder:
                 config=config,
                 client=name,
                 crossed=[_first(each, count) for each, count in zip(kept, rows, strict=True)],
+                heard=list(link.crossed.values()),
                 start=self.state,
                 end=noisy_ends(
                     config.privacy,
@@ -239,4 +240,4 @@ def _first_rows(batch: Batch, count: int) -> Batch:
 
 
 def _copied(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in state.items()}
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in state.items()}

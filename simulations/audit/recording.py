@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from conf.schema import Config
+from flower_app.client.ends import on_device
 from flower_app.data.client import IGNORED, Example, batches, load_tokenizer
 from models import Part, Parts, load_client_state, load_trainable_state
 from simulations.audit.adaptive import as_sent
@@ -108,7 +109,12 @@ class Recording:
             for name, mean in self.round_end.items()
         }
         observation = replace(
-            other.observation, crossed=(), end=left, gradients={}, trunk_end=self.trunk_end
+            other.observation,
+            crossed=(),
+            heard=(),
+            end=left,
+            gradients={},
+            trunk_end=self.trunk_end,
         )
         return replace(other, observation=observation)
 
@@ -120,6 +126,7 @@ class Recording:
         sent, noise = as_sent(observation.config.privacy, bottom, observation.crossed, self.public)
         return Knowledge(
             level=level,
+            device=bottom.device,
             ends=lambda crossed: (bottom, top),
             loss=self._loss,
             tokenizer=self.tokenizer,
@@ -156,11 +163,9 @@ class Recording:
         load_trainable_state(middle, trunk)
         losses = []
         for batch in batches(examples, TOGETHER, pad_id=0):
-            logits_BTV = top(
-                middle(bottom(batch.input_ids, batch.attention_mask), batch.attention_mask),
-                batch.attention_mask,
-            )
-            losses.append(_losses(logits_BTV, batch.labels))
+            ids_BT, mask_BT, labels_BT = on_device(bottom.device, batch)
+            logits_BTV = top(middle(bottom(ids_BT, mask_BT), mask_BT), mask_BT)
+            losses.append(_losses(logits_BTV, labels_BT).cpu())
         return torch.cat(losses)
 
     @cached_property
@@ -183,7 +188,8 @@ class Recording:
             for parameter in part.parameters():
                 if parameter.dim() > 1:
                     scale = float(parameter.detach().std())
-                    parameter.data = scale * torch.randn(parameter.shape, generator=generator)
+                    random = torch.randn(parameter.shape, generator=generator)
+                    parameter.data = scale * random.to(parameter)
         return bottom.eval(), top.eval()
 
 

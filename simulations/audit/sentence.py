@@ -57,7 +57,7 @@ def read_sentence(config: Config, text: str = SENTENCE) -> dict[str, Any]:
     defend(bottom, top, make_defence(config.privacy, secrets.token_bytes(32)))
     batch = Batch(ids_BT, torch.ones_like(ids_BT), ids_BT)
     streamed.evaluate(bottom, top, link, [batch], config.train)
-    h1_BTD = link.crossed[0, 0].h1_BTD
+    h1_BTD = link.crossed[0, 0].to(bottom.device).h1_BTD
     assert h1_BTD is not None
     vocabulary = parts.bottom.config.get_text_config(decoder=True).vocab_size
     public = public_ids(tokenizer, 64, 8, vocabulary)
@@ -71,10 +71,12 @@ def read_sentence(config: Config, text: str = SENTENCE) -> dict[str, Any]:
         sent=sent,
         noise=noise,
         rough=bool(noise) or config.link.codec["h1"] not in EXACT_CODECS,
+        device=bottom.device,
         trunk=parts.trunk.eval(),
         public=public,
     )
-    found_BT = search(parts.bottom, h1_BTD, knowledge)
+    with knowledge.device:
+        found_BT = search(parts.bottom, h1_BTD, knowledge).cpu()
     return {
         "cut": config.cut.bottom,
         "codec": config.link.codec["h1"],

@@ -65,7 +65,8 @@ def _parts(config: Config) -> Parts:
     whole = copy.deepcopy(_whole(to_json(base)))
     parts = split(whole, cut_of(config), allow_untested=config.model.allow_untested)
     start(list(parts), config)
-    return parts
+    # One device for all: who attacks has what the server and the clients have.
+    return Parts(*(part.to(config.runtime.client_device) for part in parts))
 
 
 @lru_cache(maxsize=1)

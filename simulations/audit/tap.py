@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Unpack
 
+import torch
 from torch import Tensor
 
 from conf.schema import LinkConfig
@@ -43,7 +44,7 @@ class TappedCodec(Codec):
     ) -> Tensor:
         """See `Codec.decode`."""
         tensor_BTD = self._codec.decode(message, mask_BT, payload, what)
-        self._heard(self._crossing, tensor_BTD.detach().float().clone())
+        self._heard(self._crossing, tensor_BTD.detach().to("cpu", torch.float32, copy=True))
         return tensor_BTD
 
 
@@ -86,7 +87,9 @@ class TappedLink(FramedLink):
     ) -> None:
         """See `Framed.compute`."""
         self._place = step, micro
-        self.crossed[self._place] = Crossed(step=step, micro=micro, mask_BT=mask_BT)
+        self.crossed[self._place] = Crossed(
+            step=step, micro=micro, mask_BT=None if mask_BT is None else mask_BT.cpu()
+        )
         self._before(step, micro)
         super().compute(step, micro, h_BTD, mask_BT, **how)
 

@@ -114,6 +114,7 @@ def study_privacy(
     sequences: Annotated[int, typer.Option(help="Attacked, of each client.", min=1)] = 4,
     steps: Annotated[int, typer.Option(help="Of a run; 0: as suits the model.", min=0)] = 0,
     threads: Annotated[int, typer.Option(help="Torch threads; 0: torch's choice.", min=0)] = 0,
+    device: Annotated[str, typer.Option(help="As runtime.client_device: cpu, cuda.")] = "cpu",
     out: Annotated[
         str, typer.Option(help="Folder; what is there is not run again. Empty: a new one.")
     ] = "",
@@ -143,6 +144,7 @@ def study_privacy(
         sequences=sequences,
         path=path,
         steps=steps,
+        device=device,
         say=progress,
     )
     if as_json:

@@ -67,16 +67,18 @@ def _learn(bottom: Part, knowledge: Knowledge, generator: torch.Generator) -> nn
     with torch.no_grad():
         h1 = [knowledge.sent(bottom(ids)) for ids in ids_BT.split(8)]
     h1_BTD = torch.cat(h1)
-    h1_BTD = h1_BTD + knowledge.noise * torch.randn(h1_BTD.shape, generator=generator)
+    random_BTD = torch.randn(h1_BTD.shape, generator=generator, device="cpu")
+    h1_BTD = h1_BTD + knowledge.noise * random_BTD.to(h1_BTD)
     x_ND, y_N = _pairs(_even(h1_BTD, None)).flatten(0, 1), ids_BT.flatten()
-    with torch.random.fork_rng([]):
+    with torch.random.fork_rng([]), torch.device("cpu"):
         torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
         reader = nn.Sequential(
             nn.Linear(x_ND.shape[1], INNER), nn.GELU(), nn.Linear(INNER, knowledge.vocabulary)
         )
+    reader = reader.to(x_ND.device)
     optimizer = torch.optim.AdamW(reader.parameters(), lr=3e-3)
     for _ in range(LEARNED):
-        chosen = torch.randint(len(y_N), (AT_ONCE,), generator=generator)
+        chosen = torch.randint(len(y_N), (AT_ONCE,), generator=generator, device="cpu")
         loss = nn.functional.cross_entropy(reader(x_ND[chosen]), y_N[chosen])
         optimizer.zero_grad()
         loss.backward()

@@ -161,7 +161,8 @@ class _System:
         generator = torch.Generator().manual_seed(0)
         found: list[Tensor] = []
         for _ in range(2):
-            random_BTD = torch.randn(self._hidden_BTD.shape, generator=generator)
+            random_BTD = torch.randn(self._hidden_BTD.shape, generator=generator, device="cpu")
+            random_BTD = random_BTD.to(self._hidden_BTD)
             left_BTD = random_BTD - self.solve(self.apply(random_BTD))
             for each_BTD in found:
                 left_BTD = left_BTD - (left_BTD * each_BTD).sum(-1, keepdim=True) * each_BTD

@@ -78,7 +78,8 @@ def _norms(crossed: Crossed, knowledge: Knowledge) -> Tensor:
     assert crossed.grad_h2_BTD is not None
     if knowledge.level == PUBLIC:
         return crossed.grad_h2_BTD.norm(dim=-1)
-    return head_gradients(knowledge.ends(crossed)[1], crossed).norm(dim=-1)
+    there = crossed.to(knowledge.device)
+    return head_gradients(knowledge.ends(crossed)[1], there).norm(dim=-1).cpu()
 
 
 def _begins(norms_BT: Tensor, length_B: Sequence[int]) -> list[int]:

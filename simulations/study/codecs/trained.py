@@ -17,8 +17,10 @@ from flower_app.build import build_whole, cut_of, start
 from flower_app.client import streamed
 from flower_app.client.defences.defence import defend
 from flower_app.client.defences.registry import make_defence
+from flower_app.client.perturbed import perturb
 from flower_app.client.place import Place
 from flower_app.client.plan import Plan, padding_id
+from flower_app.client.site_key import SiteKey
 from flower_app.data.client import Batch, Example, batches, load_client_data, load_tokenizer
 from models import Parts, split
 from simulations.equality.fold import fold
@@ -153,6 +155,9 @@ def _parts(config: Config, before: int) -> Parts:
     base = base if config.model.scratch else replace(base, seed=0)
     parts = split(copy.deepcopy(_whole(to_json(base), before)), cut_of(config))
     start([parts.bottom, parts.trunk, parts.top], config)
+    ends, server = config.runtime.client_device, config.runtime.trunk_device
+    parts = Parts(parts.bottom.to(ends), parts.trunk.to(server), parts.top.to(ends))
+    perturb(parts.bottom, parts.top, SiteKey(SECRET), config.privacy.perturb)
     defend(parts.bottom, parts.top, make_defence(config.privacy, SECRET))
     return parts
 

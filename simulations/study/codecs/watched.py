@@ -91,7 +91,7 @@ class Watched(Codec):
         started = time.perf_counter()
         message = self._codec.encode(tensor_BTD, mask_BT, step, micro, parcel)
         seconds = time.perf_counter() - started
-        own, sent = self._crossing, tokens_of(tensor_BTD.detach(), mask_BT).clone()
+        own, sent = self._crossing, tokens_of(tensor_BTD.detach(), mask_BT).to("cpu", copy=True)
         own.encoding.append(seconds / (4 * sent.numel()))
         self._sent.append(sent)
         return message
@@ -169,4 +169,4 @@ def tokens_of(tensor_BTD: Tensor, mask_BT: Tensor | None) -> Tensor:
     """The rows (N, D) that are not padding."""
     if mask_BT is None:
         return tensor_BTD.reshape(-1, tensor_BTD.shape[-1])
-    return tensor_BTD[mask_BT.bool()]
+    return tensor_BTD[mask_BT.bool().to(tensor_BTD.device)]

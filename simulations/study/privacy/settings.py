@@ -40,6 +40,11 @@ def _nopeek(weight: float) -> Defended:
     return Defended("nopeek", f"{weight:g}", f"privacy.defence=nopeek privacy.weight={weight}")
 
 
+def _perturb(strength: float) -> Defended:
+    words = f"privacy.ends=masked privacy.perturb={strength}"
+    return Defended("perturb", f"{strength:g}", words)
+
+
 NOTHING = Defended("nothing", "", "")
 
 POINTS = (
@@ -50,12 +55,18 @@ POINTS = (
     *(_noise(noise) for noise in (0.1, 0.3, 1.0, 3.0, 10.0)),
     *(_both(noise) for noise in (0.3, 1.0, 3.0)),
     *(_nopeek(weight) for weight in (0.1, 1.0, 10.0)),
-    Defended("cut below", "2", "cut.bottom=2"),
+    *(_perturb(strength) for strength in (4.0, 10.0)),
+    *(Defended("cut below", str(blocks), f"cut.bottom={blocks}") for blocks in (2, 4)),
     Defended("local ends", "", "aggregation.ends=local"),
 )
 """In units of the tensor's own standard deviation, where noise has a strength."""
 
 
-def condition_of(point: Defended, model: str, path: str = "", steps: int = 0) -> Condition:
+def condition_of(
+    point: Defended, model: str, path: str = "", steps: int = 0, device: str = "cpu"
+) -> Condition:
     """What is trained with a defence."""
-    return condition(model, path=path, steps=steps, overrides=point.overrides)
+    words = point.overrides
+    if device != "cpu":
+        words += f" runtime.client_device={device} runtime.trunk_device={device}"
+    return condition(model, path=path, steps=steps, overrides=words.strip())

@@ -34,6 +34,7 @@ def study_privacy(
     sequences: int = 4,
     path: str = "",
     steps: int = 0,
+    device: str = "cpu",
     say: Say = print,
 ) -> dict[str, Any]:
     """Run what is missing and make table and plot of all that is there.
@@ -56,6 +57,8 @@ def study_privacy(
         Of the weights; empty: the experiment's own.
     steps : int
         Of a training; 0: as suits the model.
+    device : str
+        Where models are trained and attacked.
     say : callable
         Hears of each run.
 
@@ -71,7 +74,8 @@ def study_privacy(
             left = _left(read_runs(folder), (model, point.name, seed), attacks)
             if not left:
                 continue
-            line = _line(model, point, seed, condition_of(point, model, path, steps), left, scope)
+            own = condition_of(point, model, path, steps, device)
+            line = _line(model, point, seed, own, left, scope)
             with (folder / "runs.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
             say(f"{model}, seed {seed}, {point.name}: {report.in_words(line)}")

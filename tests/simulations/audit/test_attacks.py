@@ -204,3 +204,12 @@ def test_a_large_vocabulary_is_searched_by_a_short_list_and_whole_where_that_fai
     )
     assert attack("search", recording)["tokens"].value > 0.99
     assert sum(count == 259 for count in tried) > 0.4 * len(tried)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no accelerator")
+@pytest.mark.parametrize("name", ["search", "inverter", "labels", "lengths", "membership", "rows"])
+def test_on_an_accelerator_an_attack_finds_what_it_finds_here(name: str) -> None:
+    there = ["runtime.client_device=cuda", "runtime.trunk_device=cuda"]
+    here, far = attack(name, record(small())), attack(name, record(small(*there)))
+    for metric, score in here.items():
+        assert far[metric].value == pytest.approx(score.value, abs=0.05), metric
