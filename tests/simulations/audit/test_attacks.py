@@ -50,6 +50,17 @@ def test_labels_are_of_the_gradient_and_no_guess_of_the_model(recording: Recordi
     assert hits[1] < 0.5
 
 
+@pytest.mark.parametrize("seed", [2, 3])
+def test_labels_are_read_beside_padding_as_well(seed: int, chats: Config) -> None:
+    """The zeros that are decoded of it would make the system too steep to be solved."""
+    config = replace(chats, seed=seed, train=replace(chats.train, lr=3e-2))
+    recording = record(config, Scope(clients=1, warm=20, steps=3, sequences=4))
+    (crossed,) = recording.clients[0].observation.crossed
+    assert crossed.mask_BT is not None
+    assert len({*crossed.mask_BT.sum(1).tolist()}) > 2
+    assert attack("labels", recording)["labels"].value > 0.95
+
+
 def test_what_is_not_learned_is_no_label(recording: Recording) -> None:
     (labels,) = find_attacks(["labels"])
     ids_BT = torch.tensor([[5, 6, 7, 8]])
