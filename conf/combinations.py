@@ -210,6 +210,18 @@ def check_noisy_updates(
             )
 
 
+def check_nopeek(privacy: PrivacyConfig, cut: CutConfig, tuning: TuningConfig) -> None:
+    """Refuse to teach a bottom that does not learn."""
+    without = tuning.bottom == "lora" and cut.bottom == 0
+    if privacy.defence == "nopeek" and (without or tuning.bottom == "frozen"):
+        said = f"tuning.bottom={tuning.bottom}" + (" and cut.bottom=0" if without else "")
+        raise ConfigError(
+            f"privacy.defence=nopeek teaches the bottom to say less, and with {said} it learns "
+            "nothing: set tuning.bottom=full, or privacy.defence=none",
+            key="privacy.defence",
+        )
+
+
 def check_bridge(how: AggregationConfig, train: TrainConfig) -> None:
     """Refuse a bridge that nobody would average."""
     if not train.bridge:

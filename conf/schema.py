@@ -89,6 +89,7 @@ class Config:
         combinations.check_ends(self.aggregation, self.train, self.data, self.output)
         combinations.check_masked(self.privacy, self.aggregation, self.train, self.data)
         combinations.check_noisy_updates(self.privacy, self.aggregation, self.train, self.tuning)
+        combinations.check_nopeek(self.privacy, self.cut, self.tuning)
         combinations.check_bridge(self.aggregation, self.train)
         combinations.check_cache(self.link, self.tuning)
         combinations.check_watched(self.train, self.output, self.data, self.federation)

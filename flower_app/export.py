@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from conf.schema import Config
+from flower_app.beside import keep_privacy
 from flower_app.build import build_whole, cut_of, first_values, source_of, start, take_residuals
 from models import (
     complete_pairs,
@@ -48,7 +49,7 @@ def export_model(
         of `config`. What that rank could not hold is in ``"<module>.residual"``. A bridge's are no
         part of the artifact.
     tokenizer : PreTrainedTokenizerBase or None
-        Saved beside the model, as is how it generates if it is not told.
+        Saved beside the model, as is how it generates if it is not told, and the run's `privacy`.
     folder : Path
         Where to; created.
     """
@@ -68,6 +69,7 @@ def export_model(
         assemble(config, state).save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
+    keep_privacy(config.privacy, folder)
     return folder
 
 

@@ -9,6 +9,8 @@ from conf import rules
 from conf.rules import ConfigError, one_of, setting
 from conf.sections.base import Section
 
+GAUSSIAN = ("clip", "noise", "clip_gradient", "noise_gradient")
+
 
 @dataclass(frozen=True, kw_only=True)
 class PrivacyConfig(Section):
@@ -39,7 +41,7 @@ class PrivacyConfig(Section):
     update_noise: float = setting(0.0, rules.NOT_NEGATIVE)
     """Standard deviation of the noise on each element of that update, in multiples of
     `update_clip`."""
-    delta: float = setting(1e-5, rules.BELOW_ONE)
+    delta: float = setting(1e-5, rules.BETWEEN)
     """At which epsilon is stated."""
     weight: float = setting(0.1, rules.NOT_NEGATIVE)
     """nopeek: of the distance correlation of h1 and the tokens' embeddings, beside the loss."""
@@ -56,7 +58,7 @@ class PrivacyConfig(Section):
                 "privacy.perturb=0",
                 key="privacy.perturb",
             )
-        for name in ("clip", "noise", "clip_gradient", "noise_gradient"):
+        for name in GAUSSIAN:
             if getattr(self, name) and self.defence != "gaussian":
                 raise ConfigError(
                     f"privacy.{name}={getattr(self, name):g} is for privacy.defence=gaussian, and "
@@ -70,10 +72,30 @@ class PrivacyConfig(Section):
                 ", which is 0: set privacy.update_clip, or privacy.update_noise=0",
                 key="privacy.update_noise",
             )
-        if self.defence == "gaussian" and not (self.noise or self.noise_gradient or self.clip):
+        self._check_used()
+
+    def _check_used(self) -> None:
+        """Refuse a defence that changes nothing, and what no defence reads."""
+        if self.defence == "gaussian" and not any(getattr(self, name) for name in GAUSSIAN):
             raise ConfigError(
-                "privacy.defence=gaussian with privacy.noise=0, privacy.noise_gradient=0 and "
-                "privacy.clip=0 changes nothing: set privacy.clip and privacy.noise, or "
-                "privacy.defence=none",
+                "privacy.defence=gaussian with privacy.noise=0, privacy.noise_gradient=0, "
+                "privacy.clip=0 and privacy.clip_gradient=0 changes nothing: set privacy.clip and "
+                "privacy.noise, or privacy.defence=none",
                 key="privacy.noise",
             )
+        if self.defence == "nopeek" and not self.weight:
+            raise ConfigError(
+                "privacy.defence=nopeek with privacy.weight=0 changes nothing: set privacy.weight, "
+                "or privacy.defence=none",
+                key="privacy.weight",
+            )
+        for name, others in (("weight", ("none", "gaussian")), ("unit", ("none", "nopeek"))):
+            value, usual = getattr(self, name), getattr(PrivacyConfig, name)
+            if self.defence in others and value != usual:
+                wanted = "nopeek" if name == "weight" else "gaussian"
+                raise ConfigError(
+                    f"privacy.{name}={value} is for privacy.defence={wanted}, and privacy.defence="
+                    f"{self.defence} leaves it out: set privacy.defence={wanted}, or "
+                    f"privacy.{name}={usual}",
+                    key=f"privacy.{name}",
+                )

@@ -6,12 +6,18 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from conf.sections.privacy import PrivacyConfig
+from conf.sections.privacy import GAUSSIAN, PrivacyConfig
 
 NODE_SETTING = "privacy-require"
 """In a node's configuration: settings of `privacy`, as ``defence=gaussian clip=4 noise=0.05``."""
 AT_MOST = ("clip", "clip_gradient", "update_clip", "delta")
 """Where less is stronger, and 0 is none. Other numbers are stronger the larger they are."""
+BESIDE = {
+    "unit": ("defence", *GAUSSIAN),
+    "weight": ("defence",),
+    "delta": ("noise", "noise_gradient", "update_noise"),
+}
+"""What a run has without any defence, and beside what it counts."""
 
 
 def refuse_weaker(privacy: PrivacyConfig, node: Mapping[str, Any]) -> None:
@@ -54,6 +60,12 @@ def _read(demand: Any) -> dict[str, Any]:
                 f'once, of {", ".join(kinds)}, as "defence=gaussian clip=4 noise=0.05"'
             )
         wanted[name] = value if kinds[name] is str else _number(name, value)
+    for name, others in BESIDE.items():
+        if name in wanted and not wanted.keys() & {*others}:
+            raise ValueError(
+                f"{NODE_SETTING} in this node's config demands {name}, which does nothing by "
+                f"itself: demand {' or '.join(others)} beside it"
+            )
     return wanted
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 from transformers import PretrainedConfig
 
+from flower_app.beside import keep_privacy
 from flower_app.build import cut_of
 from flower_app.exports.card import ADAPTER, CARD, MERGED, PARTS, is_card, model_card
 from flower_app.exports.origin import Origin, find_origin
@@ -147,8 +148,10 @@ def _label(served: Served, kind: str) -> Label:
 
 
 def _write_beside(served: Served, folder: Path) -> None:
-    """Tokenizer with its chat template, and how the model generates if it is not told."""
+    """Tokenizer with its chat template, how the model generates if it is not told, and what is done
+    to what leaves who generates with it."""
     load_tokenizer(served).save_pretrained(folder)
+    keep_privacy(served.privacy, folder)
     if (settings := generation_file(served)) is not None:
         shutil.copyfile(settings, folder / settings.name)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from safetensors.torch import load_file
 
 from conf.load import load_config
+from flower_app.beside import keep_privacy
 from flower_app.client.masked import reveal
 from flower_app.client.perturbed import fold
 from flower_app.client.site_key import read_site_key
@@ -37,8 +38,8 @@ def unmask(text: str, key: Path, to: Path) -> Path:
     run = find_run_folder(text)
     if run is None or not (run / MASKED).is_file():
         raise ValueError(
-            f"{text} has no masked ends ({MASKED}): it is no run of privacy.ends=masked, or has "
-            "not ended (`graft resume` ends it)"
+            f"{text} has no masked ends ({MASKED}): it is no run of privacy.ends=masked, has not "
+            "ended (`graft resume` ends it), or saved no model (output.save_model=false)"
         )
     if to.exists():
         raise ValueError(f"{to} is there already: take another --to")
@@ -54,4 +55,5 @@ def unmask(text: str, key: Path, to: Path) -> Path:
     fold(whole, site, config.privacy.perturb)
     whole.save_pretrained(to)
     tokenizer.save_pretrained(to)
+    keep_privacy(config.privacy, to)
     return to

@@ -11,6 +11,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from conf.load import load_config
 from conf.schema import Config, ModelConfig, PrivacyConfig
+from flower_app.beside import kept_privacy
 from flower_app.build import LAST, cut_of, in_words
 from flower_app.data.tokenizer import load_tokenizer as load_configured
 from flower_app.runs.folders import find_last_run, model_of, newest_round, runs_folder
@@ -241,6 +242,7 @@ def _of_parts(folders: list[Path], cut: Cut | None) -> Served:
         ends=at.get(ENDS),
         attention=_attention(str(folders[0])),
         allow_untested=first.allow_untested,
+        privacy=kept_privacy(at.get(ENDS, folders[0])),
     )
 
 
@@ -306,6 +308,7 @@ def _of_model(
         tokenizer=_tokenizer(source.adapter or Path(source.base), told.tokenizer),
         attention=attention,
         allow_untested=told.allow_untested,
+        privacy=kept_privacy(source.adapter or Path(source.base)),
     )
 
 

@@ -59,6 +59,7 @@ def keep(told: Mapping[str, Any], run: Path | None, out: Path | None) -> Path | 
     """
     path = out or (run / LEAKAGE if run else None)
     if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
         replace_whole(path, json.dumps(told, indent=1) + "\n")
     if run is not None and (summary := read_summary(run)) is not None:
         heads = ("attack", "who", "knowledge", "held", "metric", "mean", "low", "high", "chance")

@@ -54,7 +54,7 @@ def audit(
     told = run(
         asked.config,
         [each.strip() for each in attacks.split(",") if each.strip()],
-        [int(each) for each in seeds.split(",")],
+        _numbers(seeds),
         trained=asked.trained,
         scope=Scope(clients=clients, warm=warm, steps=steps, sequences=sequences),
         say=progress,
@@ -66,3 +66,10 @@ def audit(
     table(COLUMNS, rows(told))
     for line in [*notes(told), *([f"in {written}"] if written else [])]:
         typer.echo(line)
+
+
+def _numbers(seeds: str) -> list[int]:
+    try:
+        return [int(each) for each in seeds.split(",")]
+    except ValueError as error:
+        raise ValueError(f"--seeds={seeds!r} is no list of whole numbers, such as 0,1,2") from error

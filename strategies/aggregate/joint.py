@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from flwr.app import ArrayRecord
@@ -70,6 +71,7 @@ class JointModel:
         if common := self._engine.policy.ends():
             # What the last step left; a client that ended before it holds something older.
             self._state.start(common)
+            report = replace(report, anomalies={})  # having less data is none
         self._arrays.clear()
         own = self._trunk_state()
         kept = self._state.tensors(

@@ -29,7 +29,9 @@ MAX_STEPS = 2**20
 """Optimizer steps that a session may announce."""
 
 FRAME_OVERHEAD = 2**14
-"""More bytes than a frame holds besides its tensors' elements."""
+"""More bytes than a frame holds besides its tensors' elements and what comes with each row."""
+ROW_OVERHEAD = 25
+"""Bytes with each row, at most: with `link.cache_mb` a name, a tag and three bits."""
 
 
 class TrunkEngine:
@@ -259,4 +261,5 @@ class TrunkEngine:
         take `most_bytes(elements, width)`, and its mask."""
         positions = self.bench.max_sequences * self.bench.max_tokens
         data = most_bytes(positions * self.hidden_size, self.hidden_size)
-        return data + positions // 8 + FRAME_OVERHEAD
+        rows = ROW_OVERHEAD * self.bench.max_sequences
+        return data + positions // 8 + rows + FRAME_OVERHEAD

@@ -77,7 +77,8 @@ class Cache:
         one tensor."""
         tokens, size = len(tensor_nD), self.tensors * 4 * tensor_nD.numel()
         with self._lock:  # a session that is being given up may still be at work
-            if name not in self._held and size <= self._room:
+            # What takes no room would be kept without end.
+            if name not in self._held and 0 < size <= self._room:
                 self._room -= size
                 self._held[name] = tokens
             return self._held.get(name) == tokens

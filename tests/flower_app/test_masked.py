@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 from conf.rules import ConfigError
 from conf.schema import Config
+from flower_app.beside import kept_privacy
 from flower_app.build import build_client
 from flower_app.client import site as site_module
 from flower_app.client.masked import reveal
@@ -31,6 +32,8 @@ from tests.flower_app.grid import InProcessGrid
 from tests.flower_app.runs import test_resume
 
 EXACT = "train.lr=0.01 train.eps=1e-3 train.warmup=0"
+DEFENDED = "privacy.defence=gaussian privacy.clip=1e6"
+"""Nothing is so long."""
 
 
 @pytest.fixture(autouse=True)
@@ -152,7 +155,9 @@ def test_a_masked_run_equals_a_plain_one(
     changes = f"{EXACT} train.rounds={rounds} link.transport={transport} {changes}"
     runs = {}
     for ends, file in (("plain", None), ("masked", key)):
-        config = test_app.tiny_config(tmp_path, f"{changes} privacy.ends={ends}", experiment)
+        config = test_app.tiny_config(
+            tmp_path, f"{changes} privacy.ends={ends} {DEFENDED}", experiment
+        )
         runs[ends] = test_app.run(config, grid_of(tmp_path, file))
 
     plain, masked = (
@@ -168,6 +173,7 @@ def test_a_masked_run_equals_a_plain_one(
         graft, ["unmask", str(runs["masked"][0]), "--site-key", str(key), "--to", str(target)]
     )
     assert result.exit_code == 0, result.output
+    assert kept_privacy(target).clip == 1e6
     expected, found = (
         load_file(next(folder.glob("*model.safetensors")))
         for folder in (runs["plain"][0] / "model", target)

@@ -11,13 +11,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from conf.rules import ConfigError
+from flower_app.beside import kept_privacy
 from flower_app.build import build_client
 from flower_app.client.perturbed import EMBEDDING, HEAD, fold, perturb, perturbation
 from flower_app.client.site_key import SiteKey, read_site_key
 from flower_app.exports.unmask import unmask
 from models import Cut, Parts, build_scratch, split
 from tests.flower_app import test_app
-from tests.flower_app.test_masked import EXACT, _flower_task, grid_of, key  # noqa: F401
+from tests.flower_app.test_masked import DEFENDED, EXACT, _flower_task, grid_of, key  # noqa: F401
 
 
 def through(parts: Parts, ids_BT: Tensor) -> Tensor:
@@ -68,7 +69,7 @@ def test_a_perturbed_run_is_a_plain_one_of_the_folded_model(
     runs, losses = {}, {}
     for name, file, more in (
         ("folded", None, "privacy.ends=plain"),
-        ("base", key, "privacy.ends=masked privacy.perturb=3"),
+        ("base", key, f"privacy.ends=masked privacy.perturb=3 {DEFENDED}"),
         ("base", key, "privacy.ends=masked"),
     ):
         words = f"{changes} model.path={tmp_path / name} {more}"
@@ -79,7 +80,9 @@ def test_a_perturbed_run_is_a_plain_one_of_the_folded_model(
     assert perturbed == pytest.approx(plain, abs=2e-6)
     assert other != pytest.approx(plain, abs=1e-3)
 
-    made = unmask(str(runs["privacy.ends=masked privacy.perturb=3"][0]), key, tmp_path / "model")
+    run = runs[f"privacy.ends=masked privacy.perturb=3 {DEFENDED}"][0]
+    made = unmask(str(run), key, tmp_path / "model")
+    assert kept_privacy(made).clip == 1e6
     found = load_file(made / "model.safetensors")
     folded = load_file(tmp_path / "folded" / "model.safetensors")
     assert found.keys() == folded.keys()

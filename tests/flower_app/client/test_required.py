@@ -45,6 +45,9 @@ def test_weaker_is_refused_in_words(changes: dict[str, Any], words: str) -> None
         ("noise=much", "noise=much: it must be a number"),
         ("clip=0", "clip=0: it must be a number"),
         ("noise=nan", "noise=nan: it must be a number"),
+        ("weight=0.05", "does nothing by itself: demand defence beside it"),
+        ("unit=token", "does nothing by itself"),
+        ("delta=0.1", "demand noise or noise_gradient or update_noise"),
         (7, "is no text"),
     ],
 )

@@ -130,6 +130,24 @@ def test_every_form_gives_the_split_models_logits(family: str, tuning: str, tmp_
     assert len({name.split(".")[2] for name in own}) == 2
 
 
+@pytest.mark.parametrize("form", ["adapter", "merged", "parts"])
+def test_who_generates_with_an_export_has_the_runs_defence(form: str, tmp_path: Path) -> None:
+    """An export leaves the run's folder behind, and with it the configuration."""
+    noisy = "privacy.defence=gaussian privacy.clip=4 privacy.noise=0.5 privacy.unit=sequence"
+    folder, _ = trained_run(tmp_path, "llama", noisy)
+    taken = export(str(folder), form, tmp_path / "taken")
+    again = taken if form == "parts" else export(str(taken), "parts", tmp_path / "2", cut=Cut(1, 1))
+
+    for place in (taken, again / "ends"):
+        privacy = find_served(str(place), Cut(1, 1)).privacy
+        assert privacy == load_config("demo", noisy).privacy
+
+    for file in tmp_path.rglob("privacy.json"):
+        file.write_text(file.read_text().replace("clip", "clop"))
+    with pytest.raises(ValueError, match="cannot be read: .*'clop'"):
+        find_served(str(taken), Cut(1, 1))
+
+
 def test_half_of_the_parts_is_not_taken_for_the_whole(tmp_path: Path) -> None:
     place, _ = trained_run(tmp_path, "llama")
     parts = export(str(place), "parts")

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from typer.testing import CliRunner
 
 from conf.rules import ConfigError
 from conf.schema import Config
@@ -25,6 +26,7 @@ from simulations.audit.calibrate import attack_all, calibrate_all
 from simulations.audit.observation import CLIENT, EXACT, Knowledge, Observation
 from simulations.audit.recording import Recording
 from simulations.audit.texts import Rarity, classes_of, rouge_l
+from simulations.cli.app import app as graft
 from simulations.equality.inprocess import InProcessGrid, as_flower_runs_it, read_tensors
 from tests.simulations.audit.conftest import SCOPE, record, small
 
@@ -140,10 +142,16 @@ def test_an_experiment_and_its_changes_are_found(tmp_path: Path) -> None:
     assert asked.config.cut.bottom == 2
     assert not asked.trained
     assert asked.folder is None
-    path = keep({"rows": []}, None, tmp_path / "told.json")
+    path = keep({"rows": []}, None, tmp_path / "new" / "told.json")
     assert path is not None
     assert json.loads(path.read_text()) == {"rows": []}
     assert keep({}, None, None) is None
+
+
+def test_seeds_that_are_none_are_refused_in_words() -> None:
+    result = CliRunner().invoke(graft, ["audit", "demo", "--seeds", "0,x"])
+    assert result.exit_code == 2
+    assert "--seeds='0,x' is no list of whole numbers" in result.output
 
 
 def finished(config: Config, parent: Path) -> Path:

@@ -24,6 +24,7 @@ from strategies.transport import trunk_pb2 as pb
 from strategies.transport.cache import Cache, ClientCache, TrunkCache
 from strategies.transport.codec.registry import crossings
 from strategies.transport.codec.tensors import encode_mask
+from strategies.transport.frames import client_frame
 from strategies.transport.payload import Parcel, Payload
 from strategies.transport.stream.link import GrpcLink
 from strategies.transport.stream.service import TrunkService
@@ -291,6 +292,35 @@ def test_nonsense_is_refused_by_the_trunk() -> None:
     assert encode_mask(mask_BT)
     with pytest.raises(TrunkError, match="of no row"):
         trunk.read_h1(pb.Compute(activations=tensor, names=names, known=b"\xc0"), None, payload)
+
+
+def test_rows_of_no_token_take_no_memory() -> None:
+    """They take none of the room either: their names would be kept without end."""
+    codecs = crossings(read_codecs("int4"), 0)
+    cache, mask_BT = Cache(2**20), torch.zeros(8, 4, dtype=torch.bool)
+    trunk, mask_BT[0] = TrunkCache(cache, crossings(read_codecs("int4"), 0)), True
+    for step in range(3):
+        parcel, names = Parcel(), b"".join(bytes([8 * step + row]) * 16 for row in range(8))
+        tensor = codecs.h1.encode(torch.randn(8, 4, 64), mask_BT, step, 0, parcel)
+        frame = pb.Compute(step=step, activations=tensor, names=names)
+        h1_BTD = trunk.read_h1(frame, mask_BT, Payload(b"".join(parcel.parts)))
+        trunk.write_h2(frame, h1_BTD, mask_BT, codecs.h2, Parcel())
+    assert len(cache.h1) == len(cache.h2) == 3
+    assert len(trunk.names()) == 3 * 16
+
+
+def test_names_do_not_make_a_full_batch_too_large() -> None:
+    """However many rows a batch has."""
+    rows, codecs = 1000, crossings(read_codecs("fp32"), 0)
+    engine = TrunkEngine(
+        frozen_parts().trunk, hidden_size=HIDDEN, train=TRAIN, max_sequences=rows, max_tokens=4
+    )
+    client, parcel = ClientCache(Cache(2**20), codecs), Parcel()
+    names = [row.to_bytes(16, "big") for row in range(rows)]
+    h1_BTD = torch.randn(rows, 4, HIDDEN)
+    fields = client.write_h1(h1_BTD, None, names, codecs.h1, (0, 0), parcel)
+    raw = client_frame(parcel, number=1, compute=pb.Compute(**fields))
+    assert len(raw) <= engine.largest_frame(codecs.most_bytes)
 
 
 def test_nonsense_is_refused_by_the_client() -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from conf.load import load_config
 from conf.rules import ConfigError
 from conf.schema import PrivacyConfig, TrainConfig
 from flower_app.client import streamed
@@ -280,11 +281,31 @@ def test_nopeek_moves_the_bottom_and_not_the_rest() -> None:
         ({"noise": 0.5}, "set privacy.defence=gaussian"),
         ({"defence": "gaussian"}, "changes nothing"),
         ({"defence": "gaussian", "noise": -1.0}, "a number, 0 or more"),
+        ({"defence": "nopeek", "weight": 0.0}, "changes nothing"),
+        ({"weight": 1.0}, "set privacy.defence=nopeek, or privacy.weight=0.1"),
+        ({"defence": "nopeek", "unit": "sequence"}, "set privacy.defence=gaussian"),
+        ({"delta": 0.0}, "a number between 0 and 1"),
     ],
 )
 def test_what_makes_no_sense_is_refused(settings: dict[str, object], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         PrivacyConfig(**settings)  # type: ignore[arg-type]
+
+
+def test_what_changes_something_is_not_refused() -> None:
+    """A clip of dL/dh2 alone is a defence."""
+    for name in ("clip", "noise", "clip_gradient", "noise_gradient"):
+        PrivacyConfig(defence="gaussian", **{name: 0.1})  # type: ignore[arg-type]
+    PrivacyConfig(defence="gaussian", clip=1.0, unit="sequence", delta=0.1)
+    PrivacyConfig(defence="nopeek", weight=2.0)
+
+
+@pytest.mark.parametrize("changes", ["tuning.bottom=frozen", "tuning.bottom=lora cut.bottom=0"])
+def test_a_bottom_that_does_not_learn_cannot_be_taught(changes: str) -> None:
+    """The run would go on as if there were no defence."""
+    with pytest.raises(ConfigError, match=r"and with tuning.bottom=.* it learns nothing"):
+        load_config("demo", f"privacy.defence=nopeek {changes}")
+    load_config("demo", "privacy.defence=nopeek")
 
 
 def test_a_defence_that_is_copied_still_defends() -> None:
