@@ -232,7 +232,7 @@ class Recorder:
     def _summary(self, status: str) -> dict[str, Any]:
         return {
             "status": status,
-            **summarize(self.config, self._rounds, self.seconds),
+            **summarize(self.config, self._rounds, self.seconds, cut_off=status == FAILED),
             "started": instant(self.started).isoformat(),
             "finished": now(),
             **self._notes,

@@ -12,14 +12,18 @@ from flower_app.runs.lines import perplexity
 
 
 def summarize(
-    config: Config, rounds: Sequence[Mapping[str, Any]], seconds: float
+    config: Config, rounds: Sequence[Mapping[str, Any]], seconds: float, *, cut_off: bool = False
 ) -> dict[str, Any]:
-    """Return what the rounds of a run come to, `seconds` in all."""
+    """Return what the rounds of a run come to, `seconds` in all.
+
+    `cut_off`: one more round was under way, in which something may have left its clients.
+    """
     trained = [record for record in rounds if record["round"] > 0]
     losses = [loss for record in rounds if (loss := loss_of(record)) is not None]
     tokens = sum(record["tokens"] for record in trained)
     central = [loss for record in rounds if (loss := loss_of(record, "central")) is not None]
     missing, dropped = last_missing(rounds), times_dropped(rounds)
+    noise = privacy_of(config, min(config.train.rounds, len(trained) + cut_off))
     return {
         "experiment": config.experiment,
         "rounds": len(trained),
@@ -35,7 +39,7 @@ def summarize(
         "bytes_down": sum(record["bytes_down"] for record in rounds),
         "seconds": round(seconds, 3),
         "tokens_per_second": round(tokens / seconds, 3) if seconds else 0.0,
-        **({"privacy": noise} if (noise := privacy_of(config)) else {}),
+        **({"privacy": noise} if noise else {}),
         **({"missing": missing} if missing else {}),
         **({"dropped": dropped} if dropped else {}),
         **({"anomalies": odd} if (odd := times_odd(rounds)) else {}),

@@ -77,6 +77,7 @@ class Attempt:
     ) -> None:
         self._run, self._number, self._rounds, self._training = run, number, rounds, training
         self._drawn: dict[str, list[int]] | None = None
+        self._nonces: set[bytes] = set()
         config = run.config
         if training and config.train.global_batch:
             self._drawn = drawn = draw_batches(profiles, config.train, config.seed, number)
@@ -160,6 +161,10 @@ class Attempt:
         if not self._training:
             return read_evaluated(reply, profile, key, seen)
         answer = read_trained(reply, profile, key, self._forms[profile.cut, profile.rank], seen)
+        if answer.masked is not None:
+            if answer.masked.nonce in self._nonces:
+                raise ValueError("its mask was made of the nonce of another client's")
+            self._nonces.add(answer.masked.nonce)
         for name, tensor in self._run.engine.policy.states([key]).get(key, {}).items():
             check_values(name, tensor)  # its replica of the trunk is averaged too
         return answer

@@ -290,6 +290,34 @@ def test_a_client_with_another_key_or_none_is_named(tmp_path: Path, key: Path) -
     assert "nowhere cannot be read" in str(error.value)
 
 
+class Copying(Recorded):
+    """Site-2 shows the nonce that site-1 has drawn."""
+
+    def _deliver(self, message: Message) -> Message | None:
+        reply = super()._deliver(message)
+        assert reply is not None
+        if message.metadata.message_type == "train" and reply.has_content():
+            mask = reply.content.config_records["mask"]
+            if self._number(message) == 1:
+                self.nonce = mask["nonce"]
+            elif self._number(message) == 2:
+                mask["nonce"] = self.nonce
+        return reply
+
+
+def test_two_clients_with_one_nonce_do_not_end_the_run(tmp_path: Path, key: Path) -> None:
+    """It costs who answers later the round."""
+    config = test_app.tiny_config(tmp_path, "privacy.ends=masked train.rounds=1")
+    grid = grid_of(tmp_path, key, kind=Copying)
+    grid.present = {1, 2}
+
+    _, metrics, _ = test_app.run(config, grid)
+
+    told = next(each for each in metrics if each["kind"] == "round" and each["round"])
+    assert list(told["clients"]) == ["site-1"]
+    assert "nonce of another client's" in told["missing"]["site-2"]
+
+
 def test_a_site_with_a_key_takes_no_part_where_the_server_could_read(
     tmp_path: Path, key: Path
 ) -> None:

@@ -102,3 +102,18 @@ def test_epsilon_of_updates_is_of_a_client_and_grows_by_rounds() -> None:
     bare = privacy_of(load_config("demo", ["privacy.update_clip=1"]))
     assert bare is not None
     assert bare["updates"]["epsilon"] is None
+
+
+def test_a_summary_counts_the_rounds_that_were_trained() -> None:
+    """A run that stops early has shown less, and one that is cut off perhaps a round more."""
+    config = load_config("demo", ["privacy.update_clip=1", "privacy.update_noise=8"])
+    record = {"tokens": 1, "clients": [], "bytes_up": 0, "bytes_down": 0, "missing": {}}
+    rounds = [{**record, "round": number} for number in range(3)]
+    told = [
+        summarize(config, rounds[: 1 + n], 1.0, cut_off=cut)["privacy"]["updates"]["releases"]
+        for n, cut in ((0, False), (2, False), (1, True))
+    ]
+    assert told == [0, 2, 2]
+    assert config.train.rounds == 3
+    more = [*rounds, {**record, "round": 3}]
+    assert summarize(config, more, 1.0, cut_off=True)["privacy"]["updates"]["releases"] == 3
