@@ -12,6 +12,8 @@ from conf.schema import Config
 from flower_app.client import streamed
 from flower_app.client.defences.defence import defend
 from flower_app.client.defences.registry import make_defence
+from flower_app.client.perturbed import perturb
+from flower_app.client.site_key import SiteKey
 from flower_app.data.client import Batch, load_tokenizer
 from simulations.audit.adaptive import as_sent
 from simulations.audit.attacks.search import search
@@ -29,7 +31,7 @@ SENTENCE = (
 """Has a name, a number, and what nobody else should read."""
 
 
-def read_sentence(config: Config, text: str = SENTENCE) -> dict[str, Any]:
+def read_sentence(config: Config, text: str = SENTENCE, *, trained: str = "") -> dict[str, Any]:
     """Send a text's h1 to a trunk as evaluation does, and search for the text.
 
     Parameters
@@ -38,15 +40,16 @@ def read_sentence(config: Config, text: str = SENTENCE) -> dict[str, Any]:
         Model, cut, codec, defences.
     text : str
         What the client evaluates.
+    trained : str
+        Folder of the model that a run has left; empty: as the configuration begins.
 
     Returns
     -------
     dict
         ``tokens``, how many were ``found``, the ``text`` and what was ``read``.
     """
-    subject = subject_of(config)
-    config, tokenizer = subject.config, load_tokenizer(subject.config.model)
-    parts = subject.parts()
+    config = (subject := subject_of(config, trained)).config
+    parts, tokenizer = subject.parts(), load_tokenizer(config.model)
     ids_BT = torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])
     engine = TrunkEngine(
         parts.trunk, hidden_size=parts.trunk.hidden_size, train=config.train, max_in_flight=2**62
@@ -54,9 +57,10 @@ def read_sentence(config: Config, text: str = SENTENCE) -> dict[str, Any]:
     engine.open_round(1, 1, training=False)
     link = TappedLink(config.link, engine.open("audit", client="client-0"))
     bottom, top = copy.deepcopy((parts.bottom, parts.top))
+    perturb(bottom, top, SiteKey(secrets.token_bytes(32)), config.privacy.perturb)
     defend(bottom, top, make_defence(config.privacy, secrets.token_bytes(32)))
-    batch = Batch(ids_BT, torch.ones_like(ids_BT), ids_BT)
-    streamed.evaluate(bottom, top, link, [batch], config.train)
+    held_out = [Batch(ids_BT, torch.ones_like(ids_BT), ids_BT)]
+    streamed.evaluate(bottom, top, link, held_out, config.train)
     h1_BTD = link.crossed[0, 0].to(bottom.device).h1_BTD
     assert h1_BTD is not None
     vocabulary = parts.bottom.config.get_text_config(decoder=True).vocab_size

@@ -49,7 +49,8 @@ def audit(
     set_threads(threads)
     asked = find_subject(subject, overrides or [])
     if text:
-        figures(read_sentence(asked.config, SENTENCE if text == "sentence" else text), as_json)
+        text = SENTENCE if text == "sentence" else text
+        figures(read_sentence(asked.config, text, trained=asked.trained), as_json)
         return
     told = run(
         asked.config,

@@ -16,8 +16,11 @@ from typer.testing import CliRunner
 from conf.rules import ConfigError
 from conf.schema import Config
 from flower_app.data.client import IGNORED
+from flower_app.data.tokenizer import load_tokenizer
 from flower_app.runs.recorder import Recorder
 from flower_app.server_app import run_experiment
+from models import Part
+from simulations.audit import sentence
 from simulations.audit.adaptive import seen_ends
 from simulations.audit.attack import TokenAttack, attacks, find_attacks
 from simulations.audit.audit import audit
@@ -186,6 +189,31 @@ def test_the_model_of_a_run_is_what_is_audited(tmp_path: Path) -> None:
     name = next(name for name in recording.round_start if "embed_tokens" in name)
     torch.testing.assert_close(recording.round_start[name], saved[name])
     assert not torch.equal(recording.first[name], saved[name])
+
+
+def test_one_text_is_sent_as_the_run_sends_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the model that the run has left, and with the secret vectors, which the server lacks."""
+    seen: list[tuple[Tensor, float]] = []
+
+    def spy(bottom: Part, h1_BTD: Tensor, knowledge: Knowledge) -> Tensor:
+        ids_BT = torch.tensor([load_tokenizer(config.model)("abc")["input_ids"][:3]])
+        off = float((bottom(ids_BT) - h1_BTD).norm() / h1_BTD.norm())
+        seen.append((bottom.model.get_input_embeddings().weight, off))
+        return ids_BT
+
+    monkeypatch.setattr(sentence, "search", spy)
+    config = small(f"output.folder={tmp_path}", "train.rounds=1", "train.local_steps=2")
+    run = finished(config, tmp_path)
+    asked = find_subject(str(run), [])
+    assert sentence.read_sentence(asked.config, "abc", trained=asked.trained)["found"] == 3
+    perturbed = small("privacy.ends=masked", "privacy.perturb=10")
+    sentence.read_sentence(perturbed, "abc")
+
+    torch.testing.assert_close(seen[0][0], read_tensors(run / "model")["model.embed_tokens.weight"])
+    assert seen[0][1] < 1e-4
+    assert seen[1][1] > 0.5
 
 
 @pytest.mark.parametrize(
