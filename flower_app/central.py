@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
@@ -16,6 +17,8 @@ from flwr.app import ArrayRecord
 
 from conf.schema import Config
 from flower_app.build import build_client, take_residuals
+from flower_app.client.defences.defence import defend
+from flower_app.client.defences.registry import make_defence
 from flower_app.client.ends import on_device, token_loss
 from flower_app.client.plan import check_fit, padding_id
 from flower_app.data.client import Batch, batches, load_client_data
@@ -101,6 +104,8 @@ class CentralEvaluation:
 
     def _built(self) -> tuple[Part, Part]:
         bottom, top = build_client(self._config)
+        # Nothing is to hide here, but the loss is to be that of the model as clients use it.
+        defend(bottom, top, make_defence(self._config.privacy, secrets.token_bytes(32)))
         return bottom.eval(), top.eval()
 
     def _read(self, bottom: Part) -> list[Batch]:

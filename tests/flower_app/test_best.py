@@ -8,10 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from flwr.app import ArrayRecord
 from flwr.supercore.task_identity import TaskIdentity
 from transformers import AutoModelForCausalLM
 
 from conf.schema import Config
+from flower_app.build import build_trunk, resolve_model
+from flower_app.central import evaluates_centrally
 from flower_app.client.ends import token_loss
 from flower_app.data.client import batches, load_client_data
 from flower_app.data.text import load_tokenizer
@@ -20,6 +23,7 @@ from flower_app.runs.folders import find_last_run, folders
 from flower_app.runs.resume import look_up
 from flower_app.runs.summary import summarize
 from models import build_scratch
+from strategies.engine.engine import TrunkEngine
 from tests.flower_app.grid import InProcessGrid
 from tests.flower_app.runs import test_resume
 
@@ -213,3 +217,19 @@ def test_a_file_that_the_server_cannot_read_ends_the_run_before_it_begins(tmp_pa
     with pytest.raises(ValueError, match=r"data.central_path.* no data at .*none.jsonl"):
         test_resume.run(config, grid)
     assert not grid.seen
+
+
+def test_the_server_evaluates_the_model_as_clients_use_it(tmp_path: Path) -> None:
+    """With the defence: by this loss the best round is chosen."""
+    losses = []
+    for clip in ("", "1e-3", "1e6"):
+        defence = f"privacy.defence=gaussian privacy.clip={clip}" if clip else ""
+        config = resolve_model(configured(tmp_path, defence))
+        trunk = build_trunk(config)
+        engine = TrunkEngine(trunk, hidden_size=trunk.hidden_size, train=config.train)
+        central = evaluates_centrally(config, engine)
+        assert central is not None
+        told = central(ArrayRecord())
+        assert told is not None
+        losses.append(told["loss"])
+    assert losses[0] == losses[2] != losses[1]
