@@ -39,6 +39,8 @@ def noisy_ends(
     """
     if not config.update_clip:
         return dict(end)
+    # What came from the server is on the CPU, trained ends are where the model is.
+    start, end = ({name: t.detach().cpu() for name, t in ends.items()} for ends in (start, end))
     updates = {name: end[name].float() - start[name].float() for name in end}
     length = float(get_total_norm(list(updates.values())))
     share = min(1.0, config.update_clip / length) if length else 1.0

@@ -97,15 +97,19 @@ def fold(whole: PreTrainedModel, key: SiteKey, strength: float) -> None:
 def _module(model: PreTrainedModel, where: str) -> nn.Module:
     """The embedding or the head, if its weight is all there is to it."""
     module = model.get_input_embeddings() if where == EMBEDDING else model.get_output_embeddings()
-    ids_2 = torch.arange(2)
     if where == HEAD and isinstance(module, nn.Linear):
         return module
-    if where == EMBEDDING and torch.equal(module.forward(ids_2), module.weight[ids_2]):
+    if where == EMBEDDING and _only_looks_up(module):
         return module
     raise ValueError(
         f"privacy.perturb adds to a row of each token, and the {where} of {type(model).__name__} "
         f"({type(module).__name__}) is more than that, or none: set privacy.perturb=0"
     )
+
+
+def _only_looks_up(embedding: nn.Module) -> bool:
+    ids_2 = torch.arange(2, device=embedding.weight.device)
+    return torch.equal(embedding.forward(ids_2), embedding.weight[ids_2])
 
 
 def _hold(part: Part, handle: RemovableHandle) -> None:
