@@ -41,9 +41,7 @@ def calibrate_all(
     """
     told, refused = {}, {}
     for attack in attacks:
-        wire, scope = attack.planted(replace(undefended(config), seed=0), PLANTED)
-        kind: Callable[[], Attack] = type(attack)
-        one = _calibrate(kind, to_json(wire), scope)
+        one = _calibrated(attack, config)
         if isinstance(one, str):
             refused[attack.name] = one
             continue
@@ -56,6 +54,15 @@ def calibrate_all(
         if why := _why_not(one):
             refused[attack.name] = why
     return told, refused
+
+
+def _calibrated(attack: Attack, config: Config) -> dict[str, float] | str:
+    try:
+        wire, scope = attack.planted(replace(undefended(config), seed=0), PLANTED)
+    except NotApplicable as error:
+        return str(error)
+    kind: Callable[[], Attack] = type(attack)
+    return _calibrate(kind, to_json(wire), scope)
 
 
 def undefended(config: Config) -> Config:

@@ -24,6 +24,7 @@ from scipy.cluster.vq import kmeans2, vq
 from torch import Tensor
 
 from conf.schema import Config
+from flower_app.data.client import load_tokenizer
 from simulations.audit.attack import NotApplicable, TokenAttack
 from simulations.audit.observation import PUBLIC, Crossed, Knowledge, Observation
 from simulations.audit.recording import Scope
@@ -33,7 +34,7 @@ AXES, SIGNS = 128, 192
 BEGINNING = 2048
 """Positions by which clusters begin."""
 TOKENS = 512
-"""That public text has at most: what follows what is a table of their cube's size."""
+"""Of a vocabulary at most: what follows what is a table of their cube's size."""
 BELIEF = 5.0
 """Of how many observations the expectation of a shorter context is worth."""
 SWEEPS, HOT, STILL = 100, 30.0, 3
@@ -68,8 +69,10 @@ class Cipher(TokenAttack):
     def planted(self, config: Config, scope: Scope) -> tuple[Config, Scope]:
         """What crosses is the embedding alone, so that equal tokens are one sign, of the run's
         first steps, of which it needs some."""
-        cut = replace(config.cut, bottom=0)
-        return replace(config, cut=cut), Scope(clients=1, warm=0, steps=8, sequences=4)
+        _check_small(len(load_tokenizer(config.model)))
+        cut, tuning = replace(config.cut, bottom=0), replace(config.tuning, bottom="frozen")
+        scope = Scope(clients=1, warm=0, steps=8, sequences=4)
+        return replace(config, cut=cut, tuning=tuning), scope
 
 
 class Language:
@@ -83,18 +86,14 @@ class Language:
     Raises
     ------
     NotApplicable
-        If it has too many different tokens.
+        If there are too many of them.
     """
 
     def __init__(self, public: Sequence[Sequence[int]]) -> None:
         flat_N = np.concatenate([np.asarray(text) for text in public])
         self.ids_S, at_N = np.unique(flat_N, return_inverse=True)
         S = len(self.ids_S)
-        if S > TOKENS:
-            raise NotApplicable(
-                f"public text has {S} different tokens, and what follows what is a table of "
-                f"{TOKENS} at most: only small vocabularies, as bytes, are read as a cipher"
-            )
+        _check_small(S)
         two_SS, three_SSS = np.zeros((S, S)), np.zeros((S, S, S))
         for text_T in np.split(at_N, np.cumsum([len(text) for text in public])[:-1]):
             np.add.at(two_SS, (text_T[:-1], text_T[1:]), 1)
@@ -103,6 +102,14 @@ class Language:
         expected_SSS = _smoothed(three_SSS, _smoothed(two_SS, self.share_S))
         self.logs_SSS = np.log(expected_SSS).astype(np.float32)
         """Log-probability of the third token behind the first two."""
+
+
+def _check_small(vocabulary: int) -> None:
+    if vocabulary > TOKENS:
+        raise NotApplicable(
+            f"there are {vocabulary} tokens, and what follows what is a table of {TOKENS} at most: "
+            "only small vocabularies, as bytes, are read as a cipher"
+        )
 
 
 def _smoothed(counts: Array, expected: Array) -> Array:

@@ -11,7 +11,7 @@ from flower_app.data.client import load_tokenizer
 from simulations.audit.attack import NotApplicable, find_attacks
 from simulations.audit.attacks import cipher
 from simulations.audit.attacks.cipher import Language, Signs, read
-from simulations.audit.calibrate import attack_all
+from simulations.audit.calibrate import attack_all, calibrate_all
 from simulations.audit.observation import CLIENT, PUBLIC, Crossed
 from simulations.audit.recording import Recording
 from simulations.audit.texts import public_ids
@@ -62,7 +62,7 @@ def test_the_reading_counts_whose_equal_tokens_look_alike() -> None:
 
 
 def test_a_large_vocabulary_is_refused() -> None:
-    with pytest.raises(NotApplicable, match="600 different tokens, .* of 512 at most"):
+    with pytest.raises(NotApplicable, match="600 tokens, .* of 512 at most"):
         Language([list(range(600))])
 
 
@@ -79,3 +79,12 @@ def test_all_of_a_round_is_heard_and_nothing_by_a_client(recording: Recording) -
     with pytest.raises(NotApplicable, match="no h1"):
         nothing = Recording(recording.config, [recording.seen_by(CLIENT)[0]], parts=recording.parts)
         attack_all(attack, nothing, PUBLIC, 0)
+
+
+def test_a_large_vocabulary_is_refused_before_anything_is_trained(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cipher, "load_tokenizer", lambda model: range(49152))
+    told, refused = calibrate_all(find_attacks(["cipher"]), small(), say=pytest.fail)
+    assert not told
+    assert "49152 tokens" in refused["cipher"]
