@@ -13,6 +13,7 @@ S tokens that public text has, W windows of three.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -143,10 +144,7 @@ class Signs:
         self._axes_DA = axes_AD[:kept].T / spread_A[:kept] * len(rows_ND) ** 0.5
         self.rows_NA = self._even(rows_ND)
         """Whitened."""
-        # A beginning by k-means++ takes its time: of some rows it is as good.
-        some_NA = self.rows_NA[rng.permutation(len(rows_ND))[:BEGINNING]]
-        begun_CA, _ = kmeans2(some_NA, min(SIGNS, len(some_NA)), minit="++", rng=rng)
-        self._centres_CA, signs_N = kmeans2(self.rows_NA, begun_CA, minit="matrix", iter=20)
+        self._centres_CA, signs_N = _clusters(self.rows_NA, rng)
         self.texts: list[Array] = np.split(signs_N, np.cumsum([len(text) for text in texts])[:-1])
         """The sign of each position (T,), of each text, without padding."""
 
@@ -167,6 +165,19 @@ class Signs:
         left_NA = self.rows_NA - means_SA[tokens_N]
         spread_AA = left_NA.T @ left_NA / len(left_NA) + 1e-3 * np.eye(left_NA.shape[1])
         return -0.5 * len(left_NA) * float(np.linalg.slogdet(spread_AA)[1])
+
+
+def _clusters(rows_NA: Array, rng: np.random.Generator) -> tuple[Array, Array]:
+    """Centres (C, A), none of which is empty, and the cluster (N,) of each row: k-means."""
+    # A beginning by k-means++ takes its time: of some rows it is as good. Where equal tokens are
+    # equal rows there are fewer than clusters.
+    begun_CA = np.unique(rows_NA[rng.permutation(len(rows_NA))[:BEGINNING]].round(6), axis=0)
+    with warnings.catch_warnings(action="ignore", category=UserWarning):  # of an empty cluster
+        if len(begun_CA) > SIGNS:
+            begun_CA, _ = kmeans2(begun_CA, SIGNS, minit="++", rng=rng)
+        centres_CA, clusters_N = kmeans2(rows_NA, begun_CA, minit="matrix", iter=20)
+    used_C, clusters_N = np.unique(clusters_N, return_inverse=True)
+    return centres_CA[used_C], clusters_N
 
 
 def _real(crossed: Crossed) -> list[Tensor]:

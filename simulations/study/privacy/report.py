@@ -139,7 +139,8 @@ def _line(cells: Sequence[str]) -> str:
 
 def plot(result: Mapping[str, Any], path: Path) -> None:
     """Draw tokens recovered against held-out loss, a panel for each model: full marks for who has
-    the ends of the step, hollow ones for who has those that the run began with."""
+    the ends of the step, hollow ones for who has those that the run began with, crosses for who
+    has none."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
@@ -162,6 +163,7 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
     marks += [
         Line2D([], [], label="with the step's ends", **plain),
         Line2D([], [], label="with the run's first ends", markerfacecolor="white", **plain),
+        Line2D([], [], label="with no ends", **{**plain, "marker": "x"}),
     ]
     figure.legend(handles=marks, loc="outside right upper", fontsize=8, frameon=False)
     figure.savefig(path, dpi=110)
@@ -174,10 +176,10 @@ def _most(points: Mapping[str, Any]) -> float:
 
 def _panel(axes: Any, model: str, points: Mapping[str, Any], colours: Mapping[str, str]) -> None:
     tokens, loss = GOAL
-    axes.axhspan(0, 100 * tokens, xmax=1.0, color="#3a8f5c", alpha=0.06)
+    axes.fill_between([-1.0, 100 * loss], 0, 100 * tokens, color="#3a8f5c", alpha=0.15, linewidth=0)
     axes.axvline(100 * loss, color="#888888", linewidth=0.8, linestyle="--")
     axes.axhline(100 * tokens, color="#888888", linewidth=0.8, linestyle="--")
-    for level, face in ((EXACT, None), (START, "white")):
+    for level, mark, face in ((EXACT, "o", None), (START, "o", "white"), (PUBLIC, "x", None)):
         for family, colour in colours.items():
             at = [
                 (100 * each["gap"]["mean"], 100 * each["tokens"][level]["mean"])
@@ -187,13 +189,14 @@ def _panel(axes: Any, model: str, points: Mapping[str, Any], colours: Mapping[st
             if at:
                 x, y = zip(*sorted(at), strict=True)
                 axes.plot(
-                    x, y, color=colour, marker="o", linewidth=0.8, linestyle=":",
+                    x, y, color=colour, marker=mark, linewidth=0.8, linestyle=":",
                     markerfacecolor=face or colour,
                 )  # fmt: skip
     axes.set_xscale("symlog", linthresh=1.0)
-    ticks = [gap for gap in (0, 0.5, 1, 2, 5, 10, 20, 50) if gap <= _most(points) * 1.5]
+    ticks = [gap for gap in (0, 0.5, 1, 2, 5, 10, 20, 50, 100, 200) if gap <= _most(points) * 1.5]
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
+    axes.set_xlim(left=-0.15)
     axes.set_ylim(-3, 103)
     axes.set_title(model, fontsize=10)
     axes.set_xlabel("more held-out loss than undefended, %", fontsize=9)
