@@ -184,14 +184,16 @@ def _conjugate(
     z_BTD, way_BTD, now_B11 = torch.zeros_like(slope_BTD), slope_BTD.clone(), square(slope_BTD)
     first_B11 = now_B11.clamp_min(1e-30)
     for _ in range(ITERATIONS):
+        going_B11 = now_B11 > 1e-10 * first_B11
+        if not bool(going_B11.any()):
+            break
         image_BTD = apply(way_BTD)
-        step_B11 = now_B11 / square(image_BTD).clamp_min(1e-30)
+        # A sequence that has its solution would be led astray by rounding, while others go on.
+        step_B11 = going_B11 * now_B11 / square(image_BTD).clamp_min(1e-30)
         z_BTD = z_BTD + step_B11 * way_BTD
         residual_BTD = residual_BTD - step_B11 * image_BTD
         slope_BTD = adjoint(residual_BTD)
         before_B11, now_B11 = now_B11, square(slope_BTD)
-        if bool((now_B11 <= 1e-10 * first_B11).all()):
-            break
         way_BTD = slope_BTD + now_B11 / before_B11.clamp_min(1e-30) * way_BTD
     return z_BTD
 

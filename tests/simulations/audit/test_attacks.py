@@ -17,7 +17,7 @@ from simulations.audit.attack import NotApplicable, Scores, find_attacks
 from simulations.audit.attacks import search
 from simulations.audit.attacks.labels import match
 from simulations.audit.calibrate import attack_all
-from simulations.audit.observation import CLIENT, EXACT, SERVER
+from simulations.audit.observation import CLIENT, EXACT, SERVER, STALE
 from simulations.audit.ranks import auc, hits_at
 from simulations.audit.recording import Recording, Scope
 from tests.simulations.audit.conftest import record, small
@@ -59,6 +59,13 @@ def test_labels_are_read_beside_padding_as_well(seed: int, chats: Config) -> Non
     assert crossed.mask_BT is not None
     assert len({*crossed.mask_BT.sum(1).tolist()}) > 2
     assert attack("labels", recording)["labels"].value > 0.95
+
+
+def test_a_text_that_is_solved_is_not_spoilt_while_others_are_not(chats: Config) -> None:
+    config = replace(chats, seed=1, train=replace(chats.train, lr=1e-2))
+    recording = record(config, Scope(clients=1, warm=40, steps=3, sequences=4))
+    (labels,) = find_attacks(["labels"])
+    assert attack_all(labels, recording, STALE, 0)["labels"].value > 0.95
 
 
 def test_what_is_not_learned_is_no_label(recording: Recording) -> None:
