@@ -50,6 +50,7 @@ class Roster:
         self._owners: dict[str, Profile] = {}
         self._here: set[int] = set()
         self._before: dict[str, int] = {}
+        self._key_before = b""
         self._refused: dict[int, str] = {}
         self._asked: dict[str, Message] = {}
 
@@ -71,9 +72,10 @@ class Roster:
         """Whose each name is: the id of its node."""
         return {**self._before, **{name: owner.node for name, owner in self._owners.items()}}
 
-    def keep_names(self, names: Mapping[str, int]) -> None:
-        """Go on from the `names` of the run before."""
-        self._before = dict(names)
+    def keep(self, names: Mapping[str, int], key_check: bytes = b"") -> None:
+        """Go on from the `names` of the run before, and from the key that its ends are masked with;
+        empty: none is."""
+        self._before, self._key_before = dict(names), key_check
 
     def compare(self, grid: Grid, known: Sequence[str]) -> None:
         """Say so if the clients are not those of the run before."""
@@ -212,12 +214,15 @@ class Roster:
             self._profiles[node] = self._owners[profile.client] = profile
 
     def _check_key(self, profile: Profile) -> None:
-        """All sites of a run mask with one key: that of the first."""
+        """All sites of a run mask with one key: that of the run before, or of the first."""
         first = next(iter(self._owners.values()), profile)
-        if profile.key_check != first.key_check:
+        wanted, whose = first.key_check, first.client
+        if self._key_before:
+            wanted, whose = self._key_before, "the ends of the run before are masked with"
+        if profile.key_check != wanted:
             raise ValueError(
                 f"{profile.client} has another site key (check {profile.key_check.hex()}) than "
-                f"{first.client} (check {first.key_check.hex()}): give both the same file, as "
+                f"{whose} (check {wanted.hex()}): give all sites the same file, as "
                 "site-key in --node-config"
             )
 

@@ -188,7 +188,8 @@ class SplitFed(Strategy):
         """
         self._run.engine.load_state_dict(state["engine"])
         self.joint.load_state_dict(state["joint"])
-        self.roster.keep_names(state.get("names", {}))
+        masked = self.joint.masked
+        self.roster.keep(state.get("names", {}), masked.check if masked is not None else b"")
         if told := state.get("unevaluated"):
             self._tally = Tally.from_state(told)
         self._unevaluated = bool(told)

@@ -11,7 +11,7 @@ import pytest
 from flwr.app import ConfigRecord, Error, Message, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
-from conf.schema import Config, FederationConfig, LinkConfig, TrainConfig
+from conf.schema import Config, FederationConfig, LinkConfig, PrivacyConfig, TrainConfig
 from strategies.rounds import roster as module
 from strategies.rounds.answers import Bounds, Profile
 from strategies.rounds.roster import Roster
@@ -202,7 +202,7 @@ def test_a_name_stays_with_its_node_across_a_resume(caplog: pytest.LogCaptureFix
     gather(before, Nodes(n7={"client": "a"}, n8={"client": "b"}))
     new = {"public-key": KEY[::-1]}
     roster, nodes = Roster(config(), BOUNDS), Nodes(n3={"client": "a"}, n8={"client": "b", **new})
-    roster.keep_names(before.names)
+    roster.keep(before.names)
 
     assert gather(roster, nodes) == ["b"]
     assert "it is called 'a', which was node 7 before this run was resumed" in caplog.text
@@ -211,10 +211,23 @@ def test_a_name_stays_with_its_node_across_a_resume(caplog: pytest.LogCaptureFix
     assert roster.names == {"a": 7, "b": 8}
 
 
+def test_the_key_of_the_run_before_counts_and_not_that_of_the_first(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    masked = dataclasses.replace(config(), privacy=PrivacyConfig(ends="masked"))
+    roster = Roster(masked, BOUNDS)
+    roster.keep({}, b"the key.")
+
+    nodes = Nodes(n1={"client": "a", "key-check": b"another."}, n2={"key-check": b"the key."})
+    assert gather(roster, nodes) == ["c2"]
+    assert "a has another site key (check " in caplog.text
+    assert gather(Roster(masked, BOUNDS), nodes) == ["a"], "at first nobody knows which is right"
+
+
 def test_names_are_free_after_a_resume_in_which_every_node_is_new() -> None:
     """As in a simulation, or without SuperNode authentication."""
     roster = Roster(config(), BOUNDS)
-    roster.keep_names({"a": 7, "b": 8})
+    roster.keep({"a": 7, "b": 8})
 
     assert gather(roster, Nodes(n1={"client": "a"}, n2={"client": "b"})) == ["a", "b"]
 
