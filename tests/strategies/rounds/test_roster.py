@@ -218,7 +218,9 @@ def test_the_key_of_the_run_before_counts_and_not_that_of_the_first(
     roster = Roster(masked, BOUNDS)
     roster.keep({}, b"the key.")
 
-    nodes = Nodes(n1={"client": "a", "key-check": b"another."}, n2={"key-check": b"the key."})
+    alike = {"cut-bottom": 1, "cut-top": 1, "lora-rank": masked.lora.rank}
+    other = {**alike, "client": "a", "key-check": b"another."}
+    nodes = Nodes(n1=other, n2={**alike, "key-check": b"the key."})
     assert gather(roster, nodes) == ["c2"]
     assert "a has another site key (check " in caplog.text
     assert gather(Roster(masked, BOUNDS), nodes) == ["a"], "at first nobody knows which is right"
