@@ -47,10 +47,17 @@ def read_sentence(config: Config, text: str = SENTENCE, *, trained: str = "") ->
     -------
     dict
         ``tokens``, how many were ``found``, the ``text`` and what was ``read``.
+
+    Raises
+    ------
+    ValueError
+        If the text is too short to be evaluated.
     """
     config = (subject := subject_of(config, trained)).config
     parts, tokenizer = subject.parts(), load_tokenizer(config.model)
     ids_BT = torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])
+    if ids_BT.shape[1] < 2:
+        raise ValueError(f"--text={text!r} is one token; give a text of two or more")
     engine = TrunkEngine(
         parts.trunk, hidden_size=parts.trunk.hidden_size, train=config.train, max_in_flight=2**62
     )

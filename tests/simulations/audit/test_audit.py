@@ -210,6 +210,8 @@ def test_one_text_is_sent_as_the_run_sends_it(
     assert sentence.read_sentence(asked.config, "abc", trained=asked.trained)["found"] == 3
     perturbed = small("privacy.ends=masked", "privacy.perturb=10")
     sentence.read_sentence(perturbed, "abc")
+    with pytest.raises(ValueError, match="--text='a' is one token; give a text of two or more"):
+        sentence.read_sentence(perturbed, "a")
 
     torch.testing.assert_close(seen[0][0], read_tensors(run / "model")["model.embed_tokens.weight"])
     assert seen[0][1] < 1e-4
