@@ -93,7 +93,15 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("changes", CHANGES.values(), ids=CHANGES.keys())
+FAST = ("v1-lora-exact", "v1-klt", "v1-fedadam", "merged-common", "merged-drawn-prox", "many")
+"""What between them goes every way that there is; the others are slow tests."""
+PARAMS = [
+    pytest.param(changes, id=name, marks=[] if name in FAST else pytest.mark.slow)
+    for name, changes in CHANGES.items()
+]
+
+
+@pytest.mark.parametrize("changes", PARAMS)
 def test_both_transports_give_the_same_numbers(changes: str, tmp_path: Path) -> None:
     def config(transport: str) -> Config:
         return tiny_config(tmp_path, f"{changes} {transport}")
