@@ -41,7 +41,7 @@ def as_sent(
     if config.defence != "gaussian" or not crossed:
         return lambda h_BTD: h_BTD, 0.0
     if not config.clip:
-        seen = torch.cat([_rows(each) for each in crossed if each.h1_BTD is not None])
+        seen = torch.cat([h1_TD for each in crossed for h1_TD in each.texts()])
         wide = float(seen.std())
         return lambda h_BTD: h_BTD, wide * config.noise / (1 + config.noise**2) ** 0.5
     noise = config.noise * config.clip
@@ -65,11 +65,3 @@ def seen_ends(config: Config, who: str = SERVER) -> set[str]:
 
 def _clipped(h_BTD: Tensor, clip: float) -> Tensor:
     return h_BTD * (clip / h_BTD.norm(dim=-1, keepdim=True)).clamp_max(1.0)
-
-
-def _rows(crossed: Crossed) -> Tensor:
-    """What is no padding (N, D)."""
-    assert crossed.h1_BTD is not None
-    if crossed.mask_BT is None:
-        return crossed.h1_BTD.flatten(0, 1)
-    return crossed.h1_BTD[crossed.mask_BT.bool()]

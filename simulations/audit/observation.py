@@ -50,6 +50,15 @@ class Crossed:
         moved = {n: v.to(device) for n, v in vars(self).items() if isinstance(v, Tensor)}
         return replace(self, **moved)
 
+    def texts(self) -> list[Tensor]:
+        """h1 of each text (T, D), without padding; none, if none crossed."""
+        if self.h1_BTD is None:
+            return []
+        if self.mask_BT is None:
+            return list(self.h1_BTD)
+        both = zip(self.h1_BTD, self.mask_BT, strict=True)
+        return [h1_TD[mask_T.bool()] for h1_TD, mask_T in both]
+
 
 @dataclass(eq=False, kw_only=True)
 class Observation:
@@ -60,7 +69,7 @@ class Observation:
     crossed: Sequence[Crossed]
     """What is attacked: of the last step. Nothing, where a client looks."""
     heard: Sequence[Crossed] = ()
-    """h1 of all steps of the round, whole. Nothing, where a client looks."""
+    """Of all steps of the round, whole. Nothing, where a client looks."""
     start: State
     """The averaged ends that the round began with; empty where they stay with their clients."""
     end: State

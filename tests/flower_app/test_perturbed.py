@@ -11,12 +11,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from conf.rules import ConfigError
+from conf.schema import PrivacyConfig
 from flower_app.beside import kept_privacy
 from flower_app.build import build_client
+from flower_app.client.noisy import noisy_ends
 from flower_app.client.perturbed import EMBEDDING, HEAD, fold, perturb, perturbation
 from flower_app.client.site_key import SiteKey, read_site_key
 from flower_app.exports.unmask import unmask
-from models import Cut, Parts, build_scratch, split
+from models import Cut, Parts, build_scratch, client_state, split
 from tests.flower_app import test_app
 from tests.flower_app.test_masked import DEFENDED, EXACT, _flower_task, grid_of, key  # noqa: F401
 
@@ -111,3 +113,19 @@ def test_an_embedding_that_does_more_than_look_up_is_refused(tmp_path: Path) -> 
     bottom.model.set_input_embeddings(Scaled(259, bottom.config.hidden_size))
     with pytest.raises(ValueError, match=r"the embedding of \w+ \(Scaled\) is more than that"):
         perturb(bottom, top, SiteKey(bytes(32)), 1.0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no accelerator")
+def test_ends_on_an_accelerator_are_perturbed_and_noised_as_here(tmp_path: Path) -> None:
+    config = test_app.tiny_config(tmp_path)
+    privacy = PrivacyConfig(update_clip=0.1, update_noise=1.0)
+    ids_BT, found = torch.arange(12).reshape(2, 6), []
+    for device in ("cpu", "cuda"):
+        parts = split(build_scratch(config.model.scratch, seed=3).eval(), Cut(1, 1))
+        ends = [part.to(device) for part in (parts.bottom, parts.top)]
+        start = {name: t.cpu() + 0.01 for name, t in client_state(*ends).items()}
+        perturb(ends[0], ends[1], SiteKey(bytes(32)), 2.0)
+        sent = noisy_ends(privacy, start, client_state(*ends), bytes(32), "1")
+        found.append([ends[0](ids_BT.to(device)).cpu(), *sent.values()])
+    for here, there in zip(*found, strict=True):
+        torch.testing.assert_close(there, here, atol=1e-4, rtol=1e-4)

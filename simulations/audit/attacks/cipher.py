@@ -87,7 +87,7 @@ class Language:
     Raises
     ------
     NotApplicable
-        If there are too many of them.
+        If too many of them are different.
     """
 
     def __init__(self, public: Sequence[Sequence[int]]) -> None:
@@ -134,7 +134,7 @@ class Signs:
     """
 
     def __init__(self, heard: Sequence[Crossed], rng: np.random.Generator) -> None:
-        texts = [h_TD.double() for each in heard for h_TD in _real(each)]
+        texts = [h_TD.double() for each in heard for h_TD in each.texts()]
         if not texts:
             raise NotApplicable("no h1 crossed")
         rows_ND = torch.cat(texts)
@@ -178,15 +178,6 @@ def _clusters(rows_NA: Array, rng: np.random.Generator) -> tuple[Array, Array]:
         centres_CA, clusters_N = kmeans2(rows_NA, begun_CA, minit="matrix", iter=20)
     used_C, clusters_N = np.unique(clusters_N, return_inverse=True)
     return centres_CA[used_C], clusters_N
-
-
-def _real(crossed: Crossed) -> list[Tensor]:
-    """h1 of each text (T, D), without padding."""
-    if crossed.h1_BTD is None:
-        return []
-    if crossed.mask_BT is None:
-        return list(crossed.h1_BTD)
-    return [h_TD[m_T.bool()] for h_TD, m_T in zip(crossed.h1_BTD, crossed.mask_BT, strict=True)]
 
 
 def read(signs: Signs, language: Language, rng: np.random.Generator) -> Array:
